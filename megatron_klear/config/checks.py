@@ -1,0 +1,267 @@
+"""Checks that need more than one setting, or the file system; every problem is found in one pass."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megatron_klear.config.architecture import (
+    Architecture,
+    contradictions,
+    padded_vocab_size,
+    read_hf_architecture,
+    resolve_architecture,
+)
+from megatron_klear.errors import ConfigError
+
+if TYPE_CHECKING:
+    from megatron_klear.config.schema import Entry, Settings
+
+
+@dataclass
+class Problems:
+    """Collects problems, leaving out those that only follow from a setting already known to be bad.
+
+    Attributes:
+        broken: dotted paths whose value was replaced by a default because it was unusable.
+        texts: the problems found, each starting with the dotted path to change.
+    """
+
+    broken: frozenset[str] = frozenset()
+    texts: list[str] = field(default_factory=list)
+
+    def add(self, path: str, text: str, *involved: str) -> None:
+        """Note that `path` is wrong, unless it or one of the `involved` paths is broken."""
+        if self.broken.isdisjoint((path, *involved)):
+            self.texts.append(f"{path}: {text}")
+
+    def divides(self, path: str, value: int, divisor: int, named: str, *involved: str) -> None:
+        """Note a problem with `path` unless `value` is a multiple of `divisor`, which is described by `named`."""
+        if value % divisor:
+            self.add(path, f"got {value}, must be a multiple of {named} = {divisor}", *involved)
+
+
+def find_problems(settings: Settings, *, entry: Entry, world_size: int, broken: frozenset[str]) -> list[str]:
+    """Return all problems that show only when settings are seen together, as `path: text`.
+
+    Args:
+        settings: values that are valid one by one (broken ones replaced by defaults).
+        entry: which entry is to run; sections that it does not use are not checked against others.
+        world_size: number of ranks.
+        broken: dotted paths already reported.
+    """
+    problems = Problems(broken=broken)
+    architecture = _architecture(settings, problems)
+    _check_layout(settings, world_size, problems)
+    if architecture is not None:
+        _check_split(settings, architecture, problems)
+        _check_lengths(settings, architecture, entry, problems)
+    _check_backends(settings, problems)
+    _check_training(settings, entry, problems)
+    _check_rewards(settings, problems)
+    _check_files(settings, entry, architecture, problems)
+    return problems.texts
+
+
+def _architecture(settings: Settings, problems: Problems) -> Architecture | None:
+    """Resolve the architecture; None when it is unknown, its problems noted."""
+    model = settings.model
+    if any(path.startswith("model.") for path in problems.broken):
+        return None
+    try:
+        if model.hf_dir is not None:
+            found = contradictions(model, read_hf_architecture(model.hf_dir))
+            if found:
+                raise ConfigError(found)
+            if not any(Path(model.hf_dir).glob("*.safetensors")):
+                problems.add("model.hf_dir", f"no *.safetensors file in {model.hf_dir}")
+        return resolve_architecture(model)
+    except ConfigError as error:
+        problems.texts.extend(error.problems)
+        return None
+
+
+def _check_layout(settings: Settings, world_size: int, problems: Problems) -> None:
+    parallel = settings.parallel
+    size = parallel.tp * parallel.pp * parallel.cp
+    if world_size % size:
+        problems.add(
+            "parallel",
+            f"the world size is {world_size}, which is no multiple of tp * pp * cp = "
+            f"{parallel.tp} * {parallel.pp} * {parallel.cp} = {size}; start another number of ranks or change them",
+            "parallel.tp",
+            "parallel.pp",
+            "parallel.cp",
+        )
+    if parallel.sequence_parallel and parallel.tp == 1:
+        problems.add("parallel.sequence_parallel", "got true, needs parallel.tp above 1", "parallel.tp")
+    if parallel.overlap_param_gather and not (parallel.distributed_optimizer and parallel.overlap_grad_reduce):
+        problems.add(
+            "parallel.overlap_param_gather",
+            "got true, needs parallel.distributed_optimizer=true and parallel.overlap_grad_reduce=true",
+            "parallel.distributed_optimizer",
+            "parallel.overlap_grad_reduce",
+        )
+    step, reason = 2 * parallel.cp, "2 * parallel.cp"
+    if parallel.sequence_parallel:
+        step, reason = math.lcm(step, parallel.cp * parallel.tp), "lcm(2 * parallel.cp, parallel.cp * parallel.tp)"
+    problems.divides("packing.token_budget", settings.packing.token_budget, step, reason, "parallel.cp", "parallel.tp")
+
+
+def _check_split(settings: Settings, architecture: Architecture, problems: Problems) -> None:
+    """Check that every size is a multiple of the number of ranks that share it."""
+    parallel, tp = settings.parallel, "parallel.tp"
+    for name in ("num_attention_heads", "num_query_groups", "ffn_hidden_size"):
+        problems.divides(f"model.{name}", getattr(architecture, name), parallel.tp, tp, tp)
+    problems.divides("model.num_layers", architecture.num_layers, parallel.pp, "parallel.pp", "parallel.pp")
+    padded = padded_vocab_size(architecture.vocab_size, settings.model.vocab_multiple)
+    if padded % parallel.tp:
+        problems.add(
+            "model.vocab_multiple",
+            f"got {settings.model.vocab_multiple}, which pads the vocabulary of {architecture.vocab_size} to {padded}, "
+            f"no multiple of parallel.tp = {parallel.tp}; set it to a multiple of parallel.tp",
+            tp,
+        )
+
+
+def _check_lengths(settings: Settings, architecture: Architecture, entry: Entry, problems: Problems) -> None:
+    """Check that the longest prompt and response fit into a microbatch and into the model's positions."""
+    prompt, limit = settings.data.max_prompt_tokens, architecture.max_position_embeddings
+    budget = settings.packing.token_budget
+    if entry == "rl":
+        longest = prompt + settings.rollout.max_response_tokens
+        sum_text = f"with data.max_prompt_tokens = {prompt} a sequence has up to {longest} tokens, more than"
+        path, got = "rollout.max_response_tokens", f"got {settings.rollout.max_response_tokens}"
+        if longest > budget:
+            text = f"{got}; {sum_text} packing.token_budget = {budget}"
+            problems.add(path, text, "data.max_prompt_tokens", "packing.token_budget")
+        if longest > limit:
+            text = f"{got}; {sum_text} the model's max_position_embeddings = {limit}"
+            problems.add(path, text, "data.max_prompt_tokens")
+    if settings.data.heldout and (settings.evaluation.every_steps or settings.evaluation.at_end):
+        own = settings.evaluation.max_response_tokens
+        response = settings.rollout.max_response_tokens if own is None else own
+        path = "rollout.max_response_tokens" if own is None else "evaluation.max_response_tokens"
+        if prompt + response > limit and not (own is None and entry == "rl"):
+            problems.add(
+                path,
+                f"got {response}; with data.max_prompt_tokens = {prompt} an evaluated sequence has up to "
+                f"{prompt + response} tokens, more than the model's max_position_embeddings = {limit}",
+                "data.max_prompt_tokens",
+                "data.heldout",
+            )
+
+
+def _check_backends(settings: Settings, problems: Problems) -> None:
+    model, device = settings.model, settings.run.device
+    if model.attention == "flash" and model.dtype == "float32":
+        problems.add("model.attention", "got flash, which computes in bfloat16 only; set model.dtype=bfloat16")
+    if model.attention == "te" and model.layer_spec == "local":
+        problems.add("model.attention", "got te, needs model.layer_spec=te or auto")
+    if device == "cpu" and model.attention in ("te", "flash"):
+        problems.add("model.attention", f"got {model.attention}, which needs a GPU, and run.device is cpu")
+    if device == "cpu" and model.layer_spec == "te":
+        problems.add("model.layer_spec", "got te, which needs a GPU, and run.device is cpu")
+    if device == "cuda" and model.attention == "cpu":
+        problems.add("model.attention", "got cpu, and run.device is cuda; set auto, te, flash or sdpa")
+
+
+def _check_training(settings: Settings, entry: Entry, problems: Problems) -> None:
+    optimizer, sft, rl = settings.optimizer, settings.sft, settings.rl
+    if optimizer.schedule == "cosine" and optimizer.min_lr > optimizer.lr:
+        text = f"got {optimizer.min_lr}, must not be above optimizer.lr = {optimizer.lr}"
+        problems.add("optimizer.min_lr", text, "optimizer.lr")
+    if sft.steps is not None and sft.epochs is not None:
+        problems.add("sft.steps", f"got {sft.steps} beside sft.epochs = {sft.epochs}; give exactly one", "sft.epochs")
+    if entry == "sft" and sft.steps is None and sft.epochs is None:
+        problems.add("sft.steps", "give exactly one of sft.steps and sft.epochs", "sft.epochs")
+    if entry == "rl":
+        problems.divides(
+            "rl.prompts_per_step",
+            rl.prompts_per_step,
+            rl.minibatch_prompts,
+            "rl.minibatch_prompts",
+            "rl.minibatch_prompts",
+        )
+    if settings.evaluation.every_steps and not settings.data.heldout:
+        text = f"got {settings.evaluation.every_steps}, but data.heldout names no file; set one of them"
+        problems.add("evaluation.every_steps", text, "data.heldout")
+
+
+def _check_rewards(settings: Settings, problems: Problems) -> None:
+    reward = settings.reward
+    if reward.wrong >= reward.correct:
+        text = f"got {reward.wrong}, must be below reward.correct = {reward.correct}"
+        problems.add("reward.wrong", text, "reward.correct")
+    if reward.malformed > reward.wrong:
+        text = f"got {reward.malformed}, must not be above reward.wrong = {reward.wrong}"
+        problems.add("reward.malformed", text, "reward.wrong")
+
+
+def _check_files(settings: Settings, entry: Entry, architecture: Architecture | None, problems: Problems) -> None:
+    """Check that every input of the entry is there, and that the run directory may be written."""
+    data = settings.data
+    needed = {"data.sft": data.sft} if entry == "sft" else {"data.prompts": data.prompts}
+    for path, files in needed.items():
+        if not files:
+            problems.add(path, f"names no file, and {entry} training needs one at least")
+    for path, files in {**needed, "data.heldout": data.heldout}.items():
+        for text in _file_problems(files):
+            problems.add(path, text)
+    run = Path(settings.run.dir)
+    if run.exists() and not run.is_dir():
+        problems.add("run.dir", f"{run} is a file, expected a directory")
+    elif not settings.run.resume and (run / "config.yaml").exists():
+        problems.add("run.dir", f"{run} already holds a run; set run.resume=true to continue it, or another directory")
+    start = settings.checkpoint.start_from
+    if start is not None and not Path(start).is_dir():
+        problems.add("checkpoint.start_from", f"no directory {start}")
+    _check_tokenizer(settings, architecture, problems)
+
+
+def _file_problems(files: tuple[str, ...]) -> Iterator[str]:
+    for name in files:
+        file = Path(name)
+        if not file.exists():
+            yield f"no file {name}"
+        elif not file.is_file():
+            yield f"{name} is not a file"
+        elif file.stat().st_size == 0:
+            yield f"{name} is empty"
+    for name in sorted({name for name in files if files.count(name) > 1}):
+        yield f"{name} is named more than once"
+
+
+def _check_tokenizer(settings: Settings, architecture: Architecture | None, problems: Problems) -> None:
+    """Check that the tokenizer is there and that the model has an embedding for each of its tokens."""
+    directory = Path(settings.tokenizer.dir)
+    file = directory / "tokenizer.json"
+    if not directory.is_dir():
+        problems.add("tokenizer.dir", f"no directory {directory}")
+    elif file.exists():
+        try:
+            count = _num_tokens(file)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            problems.add("tokenizer.dir", f"{file} is not a tokenizer: {type(error).__name__}: {error}")
+            return
+        if architecture is not None and count > architecture.vocab_size:
+            problems.add(
+                "model.vocab_size",
+                f"the model has {architecture.vocab_size} tokens, fewer than the {count} of {file}",
+                "tokenizer.dir",
+            )
+    elif not (directory / "vocab.json").exists():
+        problems.add("tokenizer.dir", f"no tokenizer.json in {directory}")
+
+
+def _num_tokens(file: Path) -> int:
+    """Return 1 + the largest token id of a tokenizer.json."""
+    content = json.loads(file.read_text(encoding="utf-8"))
+    vocab = content["model"]["vocab"]
+    # Unigram models list [text, score] pairs, all others map text to id.
+    largest = len(vocab) - 1 if isinstance(vocab, list) else max((int(i) for i in vocab.values()), default=-1)
+    return 1 + max([largest, *(int(token["id"]) for token in content.get("added_tokens", []))])

@@ -1,0 +1,56 @@
+"""The command line of an entry: `CONFIG.yaml [section.field=value ...]`."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+from megatron_klear.config.described import settings_help
+from megatron_klear.config.loading import load_settings
+from megatron_klear.config.schema import Entry, Settings
+from megatron_klear.errors import EXIT_BAD_INPUT, EXIT_DONE, ConfigError
+
+_PURPOSE: dict[Entry, str] = {
+    "sft": "Fine-tune on long chains of thought (Eq. 8).",
+    "rl": "Improve a model by reinforcement learning on problems whose answers can be verified (GPPO).",
+}
+
+
+def parse_command_line(argv: Sequence[str], entry: Entry, world_size: int | None = None) -> Settings:
+    """Turn an entry's arguments into settings, or print help or problems and leave.
+
+    Args:
+        argv: arguments without the program's name.
+        entry: which entry is asking.
+        world_size: number of ranks; by default the environment variable WORLD_SIZE that torchrun sets, or 1.
+
+    Raises:
+        SystemExit: 0 after help, 2 after problems. Of all ranks only the first prints.
+    """
+    speaks = os.environ.get("RANK", "0") == "0"
+    usage = f"usage: python -m megatron_klear.train_{entry} CONFIG.yaml [section.field=value ...]"
+    if any(argument in ("-h", "--help") for argument in argv):
+        if speaks:
+            print(f"{usage}\n       torchrun --nproc-per-node N -m megatron_klear.train_{entry} ...\n")
+            print(f"{_PURPOSE[entry]}\nValues are YAML: data.prompts=[a.jsonl,b.jsonl] model.hf_dir=null\n")
+            print(settings_help(entry))
+        raise SystemExit(EXIT_DONE)
+    try:
+        flags = [argument for argument in argv if argument.startswith("-")]
+        if flags:
+            raise ConfigError([f"{flag}: unknown option; settings are given as section.field=value" for flag in flags])
+        if not argv or "=" in argv[0]:
+            raise ConfigError([f"CONFIG.yaml: the settings file must come first ({usage})"])
+        return load_settings(argv[0], argv[1:], entry=entry, world_size=world_size or _world_size())
+    except ConfigError as error:
+        if speaks:
+            print(error, file=sys.stderr)
+        raise SystemExit(EXIT_BAD_INPUT) from None
+
+
+def _world_size() -> int:
+    text = os.environ.get("WORLD_SIZE", "1")
+    if not text.isdecimal() or int(text) < 1:
+        raise ConfigError([f"WORLD_SIZE: the environment variable is {text!r}, expected a positive integer"])
+    return int(text)

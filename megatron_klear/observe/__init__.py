@@ -1,0 +1,53 @@
+"""What a person sees of a run: metrics, progress, timings, memory, the report.
+
+Importing this package is cheap; matplotlib, rich and TensorBoard are loaded when something needs them.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from megatron_klear.observe.examples import append_examples, read_examples
+    from megatron_klear.observe.memory import memory_metrics, reset_peaks
+    from megatron_klear.observe.metrics import Metrics, MetricsWriter, SilentMetrics, open_metrics, read_metrics
+    from megatron_klear.observe.progress import Progress
+    from megatron_klear.observe.ranges import nvtx_range
+    from megatron_klear.observe.report import write_report
+    from megatron_klear.observe.throughput import Phases, TokenRate
+
+__all__ = [
+    "Metrics",
+    "MetricsWriter",
+    "Phases",
+    "Progress",
+    "SilentMetrics",
+    "TokenRate",
+    "append_examples",
+    "memory_metrics",
+    "nvtx_range",
+    "open_metrics",
+    "read_examples",
+    "read_metrics",
+    "reset_peaks",
+    "write_report",
+]
+
+_HOMES = {
+    "examples": ("append_examples", "read_examples"),
+    "memory": ("memory_metrics", "reset_peaks"),
+    "metrics": ("Metrics", "MetricsWriter", "SilentMetrics", "open_metrics", "read_metrics"),
+    "progress": ("Progress",),
+    "ranges": ("nvtx_range",),
+    "report": ("write_report",),
+    "throughput": ("Phases", "TokenRate"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    from importlib import import_module
+
+    for module, found in _HOMES.items():
+        if name in found:
+            return getattr(import_module(f"{__name__}.{module}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,31 @@
+"""`python -m megatron_klear.observe RUN_DIR`: writes the report of a run, also of one that is going or was killed."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from megatron_klear.errors import EXIT_BAD_INPUT, EXIT_DONE
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Writes the report and prints its path; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m megatron_klear.observe", description="Write report.html and report.png of a run directory."
+    )
+    parser.add_argument("run_dir", type=Path, help="the run directory")
+    parser.add_argument("--sft", type=Path, metavar="RUN_DIR", help="SFT run to show in the same report")
+    options = parser.parse_args(argv)
+    for folder in (options.run_dir, options.sft):
+        if folder is not None and not folder.is_dir():
+            print(f"{folder} is not a directory; name the run directory (the setting run.dir)", file=sys.stderr)
+            return EXIT_BAD_INPUT
+    from megatron_klear.observe.report import write_report
+
+    print(write_report(options.run_dir, options.sft))
+    return EXIT_DONE
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,125 @@
+"""The metric names: the contract between whoever logs a number and whoever reads or plots it.
+
+`METRICS` says of each name its unit and what it means; metrics.jsonl, TensorBoard and the report all use
+these names as they stand. Names are grouped by the part before the first slash.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from megatron_klear.records import Outcome
+
+Phase = Literal["sft", "rl", "eval"]
+"""What kind of work a line of metrics.jsonl speaks of."""
+
+LOSS_TOTAL = "loss/total"
+LOSS_POLICY = "loss/policy"
+LOSS_LM = "loss/lm"
+REWARD_MEAN = "reward/mean"
+REWARD_STD = "reward/std"
+ACCURACY_TRAIN = "accuracy/train"
+ACCURACY_HELDOUT = "accuracy/heldout"
+ACCURACY_HELDOUT_COUNT = "accuracy/heldout_count"
+ACCURACY_HELDOUT_STDERR = "accuracy/heldout_stderr"
+ENTROPY_MEAN = "entropy/mean"
+KL_ROLLOUT_TRAINER = "kl/rollout_trainer"
+MISMATCH_MAX_ABS = "mismatch/max_abs"
+CLIP_LOW_POSITIVE = "clip/low_positive"
+CLIP_LOW_NEGATIVE = "clip/low_negative"
+CLIP_HIGH_POSITIVE = "clip/high_positive"
+CLIP_HIGH_NEGATIVE = "clip/high_negative"
+CLIP_MASS_LOW_POSITIVE = "clip_mass/low_positive"
+CLIP_MASS_LOW_NEGATIVE = "clip_mass/low_negative"
+CLIP_MASS_HIGH_POSITIVE = "clip_mass/high_positive"
+CLIP_MASS_HIGH_NEGATIVE = "clip_mass/high_negative"
+RESPONSE_LENGTH_MEAN = "response/length_mean"
+RESPONSE_LENGTH_MAX = "response/length_max"
+RESPONSE_TRUNCATED_FRACTION = "response/truncated_fraction"
+FILTER_GROUPS_KEPT = "filter/groups_kept"
+FILTER_GROUPS_TOTAL = "filter/groups_total"
+OPTIMIZER_LR = "optimizer/lr"
+OPTIMIZER_GRAD_NORM = "optimizer/grad_norm"
+TOKENS_PER_SECOND = "throughput/tokens_per_second"
+MEMORY_PEAK_BYTES = "memory/peak_bytes"
+MEMORY_HOST_PEAK_BYTES = "memory/host_peak_bytes"
+
+GRADES_PREFIX = "grades/"
+PHASE_SECONDS_PREFIX = "phase_seconds/"
+
+CLIP_REGIONS = ("low_positive", "low_negative", "high_positive", "high_negative")
+"""The four regions outside the trust region: ratio below 1 - epsilon_low or above 1 + epsilon_high, by sign of A."""
+
+OUTCOMES: tuple[str, ...] = get_args(Outcome)
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """What a metric measures.
+
+    Attributes:
+        unit: as written on an axis; empty for a pure number.
+        meaning: one sentence for people.
+    """
+
+    unit: str
+    meaning: str
+
+
+METRICS: dict[str, Metric] = {
+    LOSS_TOTAL: Metric("nats", "what the optimizer minimised, mean over the updates of the step"),
+    LOSS_POLICY: Metric("", "the policy part of loss/total"),
+    LOSS_LM: Metric("nats", "the language-model part of loss/total, its weight alpha included"),
+    REWARD_MEAN: Metric("", "mean reward of the graded responses of the step"),
+    REWARD_STD: Metric("", "standard deviation of the rewards of the graded responses of the step"),
+    ACCURACY_TRAIN: Metric("fraction", "correct responses among the graded ones of the step"),
+    ACCURACY_HELDOUT: Metric("fraction", "correct answers among the graded ones to held-out problems"),
+    ACCURACY_HELDOUT_COUNT: Metric("answers", "number of graded held-out answers behind accuracy/heldout"),
+    ACCURACY_HELDOUT_STDERR: Metric("fraction", "standard error of accuracy/heldout"),
+    ENTROPY_MEAN: Metric("nats/token", "mean entropy of the policy over the response tokens it was trained on"),
+    KL_ROLLOUT_TRAINER: Metric("nats/token", "KL from the engine's policy at sampling to the trainer's old policy"),
+    MISMATCH_MAX_ABS: Metric("nats", "largest absolute difference of a token's engine and trainer log-probability"),
+    CLIP_LOW_POSITIVE: Metric("fraction of tokens", "tokens with ratio below 1 - epsilon_low and advantage above 0"),
+    CLIP_LOW_NEGATIVE: Metric("fraction of tokens", "tokens with ratio below 1 - epsilon_low and advantage below 0"),
+    CLIP_HIGH_POSITIVE: Metric("fraction of tokens", "tokens with ratio above 1 + epsilon_high and advantage above 0"),
+    CLIP_HIGH_NEGATIVE: Metric("fraction of tokens", "tokens with ratio above 1 + epsilon_high and advantage below 0"),
+    CLIP_MASS_LOW_POSITIVE: Metric("fraction", "share of weight * |A| * F on the tokens of clip/low_positive"),
+    CLIP_MASS_LOW_NEGATIVE: Metric("fraction", "share of weight * |A| * F on the tokens of clip/low_negative"),
+    CLIP_MASS_HIGH_POSITIVE: Metric("fraction", "share of weight * |A| * F on the tokens of clip/high_positive"),
+    CLIP_MASS_HIGH_NEGATIVE: Metric("fraction", "share of weight * |A| * F on the tokens of clip/high_negative"),
+    RESPONSE_LENGTH_MEAN: Metric("tokens", "mean length of the responses of the step"),
+    RESPONSE_LENGTH_MAX: Metric("tokens", "length of the longest response of the step"),
+    RESPONSE_TRUNCATED_FRACTION: Metric("fraction", "responses that stopped at the token limit"),
+    FILTER_GROUPS_KEPT: Metric("groups", "prompt groups left after the zero-advantage filter"),
+    FILTER_GROUPS_TOTAL: Metric("groups", "prompt groups before the zero-advantage filter"),
+    OPTIMIZER_LR: Metric("", "learning rate of the step's last update"),
+    OPTIMIZER_GRAD_NORM: Metric("", "gradient norm before clipping, mean over the step's updates"),
+    TOKENS_PER_SECOND: Metric("tokens/s", "trained tokens of all ranks, without padding, per second of the step"),
+    MEMORY_PEAK_BYTES: Metric("bytes", "peak of one process: allocated CUDA memory, or host memory without CUDA"),
+    MEMORY_HOST_PEAK_BYTES: Metric("bytes", "peak resident host memory of one process"),
+}
+METRICS |= {f"{GRADES_PREFIX}{outcome}": Metric("responses", f"responses graded {outcome}") for outcome in OUTCOMES}
+
+
+def grades(outcome: str) -> str:
+    """Name of the number of responses with this outcome.
+
+    Raises:
+        ValueError: if `outcome` is none of `OUTCOMES`.
+    """
+    if outcome not in OUTCOMES:
+        raise ValueError(f"outcome is {outcome!r}, must be one of {', '.join(OUTCOMES)}")
+    return GRADES_PREFIX + outcome
+
+
+def phase_seconds(name: str) -> str:
+    """Name of the seconds that a step spent in the phase `name` (generate, grade, train, ...)."""
+    return PHASE_SECONDS_PREFIX + name
+
+
+def describe(name: str) -> Metric:
+    """Unit and meaning of a metric; a name outside the contract gets no unit and itself as its meaning."""
+    if name.startswith(PHASE_SECONDS_PREFIX):
+        return Metric("s", f"seconds of the step spent in {name.removeprefix(PHASE_SECONDS_PREFIX)}")
+    return METRICS.get(name, Metric("", name))

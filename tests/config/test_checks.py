@@ -1,0 +1,136 @@
+"""Settings that are fine one by one and cannot work together, and inputs that are not there."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+
+@pytest.mark.parametrize("entry", ["sft", "rl"])
+def test_the_base_settings_have_no_problem(problems, entry):
+    assert problems(entry=entry) == []
+
+
+@pytest.mark.parametrize(
+    ("overrides", "world_size", "path", "words"),
+    [
+        (["parallel.tp=2"], 3, "parallel", "world size is 3"),
+        (["parallel.tp=2", "parallel.pp=2", "parallel.cp=2"], 4, "parallel", "= 8"),
+        (["parallel.tp=4"], 4, "model.num_query_groups", "must be a multiple of parallel.tp = 4"),
+        (["parallel.tp=8", "model.num_query_groups=8"], 8, "model.num_query_groups", "num_attention_heads"),
+        (["parallel.tp=2", "model.ffn_hidden_size=97"], 2, "model.ffn_hidden_size", "parallel.tp = 2"),
+        (["parallel.pp=3"], 3, "model.num_layers", "parallel.pp = 3"),
+        (["parallel.tp=2", "model.vocab_multiple=1", "model.vocab_size=511"], 2, "model.vocab_multiple", "511"),
+        (["parallel.cp=3"], 3, "packing.token_budget", "2 * parallel.cp = 6"),
+        (["parallel.sequence_parallel=true"], 1, "parallel.sequence_parallel", "parallel.tp above 1"),
+        (
+            ["parallel.tp=2", "parallel.sequence_parallel=true", "packing.token_budget=1026", "parallel.cp=2"],
+            4,
+            "packing.token_budget",
+            "= 4",
+        ),
+        (["parallel.overlap_param_gather=true"], 1, "parallel.overlap_param_gather", "overlap_grad_reduce"),
+        (["rl.prompts_per_step=10", "rl.minibatch_prompts=4"], 1, "rl.prompts_per_step", "got 10"),
+        (["rollout.max_response_tokens=1000"], 1, "rollout.max_response_tokens", "packing.token_budget = 1024"),
+        (["model.max_position_embeddings=100"], 1, "rollout.max_response_tokens", "max_position_embeddings = 100"),
+        (["evaluation.max_response_tokens=5000"], 1, "evaluation.max_response_tokens", "5064"),
+        (["optimizer.schedule=cosine", "optimizer.min_lr=1"], 1, "optimizer.min_lr", "optimizer.lr"),
+        (["sft.steps=3"], 1, "sft.steps", "exactly one"),
+        (["reward.wrong=2"], 1, "reward.wrong", "reward.correct"),
+        (["reward.malformed=0"], 1, "reward.malformed", "reward.wrong"),
+        (["model.attention=flash", "model.dtype=float32"], 1, "model.attention", "bfloat16"),
+        (["model.attention=te", "model.layer_spec=local"], 1, "model.attention", "layer_spec"),
+        (["run.device=cpu", "model.attention=flash"], 1, "model.attention", "GPU"),
+        (["run.device=cpu", "model.layer_spec=te"], 1, "model.layer_spec", "GPU"),
+        (["run.device=cuda", "model.attention=cpu"], 1, "model.attention", "cuda"),
+        (["evaluation.every_steps=2", "data.heldout=[]"], 1, "evaluation.every_steps", "data.heldout"),
+        (["data.prompts=[]"], 1, "data.prompts", "names no file"),
+        (["data.prompts=[nowhere.jsonl]"], 1, "data.prompts", "no file nowhere.jsonl"),
+        (["data.heldout=[.]"], 1, "data.heldout", "not a file"),
+        (["tokenizer.dir=nowhere"], 1, "tokenizer.dir", "no directory"),
+        (["model.vocab_size=5"], 1, "model.vocab_size", "fewer than the 6"),
+        (["model.hf_dir=nowhere"], 1, "model.hf_dir", "No such file"),
+        (["checkpoint.start_from=nowhere"], 1, "checkpoint.start_from", "no directory"),
+    ],
+)
+def test_a_combination_that_cannot_work_is_refused(problems, overrides, world_size, path, words):
+    found = problems(*overrides, world_size=world_size)
+    assert any(text.startswith(f"{path}: ") and words in text for text in found), found
+
+
+@pytest.mark.parametrize(
+    ("overrides", "world_size"),
+    [
+        (["parallel.tp=2", "parallel.sequence_parallel=true", "parallel.pp=2", "parallel.cp=2"], 16),
+        (["parallel.tp=2", "model.vocab_size=511"], 2),
+        (["parallel.pp=4"], 12),
+    ],
+)
+def test_layouts_that_divide_are_accepted(problems, overrides, world_size):
+    assert problems(*overrides, world_size=world_size) == []
+
+
+def test_what_an_entry_does_not_use_is_not_held_against_it(problems):
+    assert problems("data.prompts=[nowhere.jsonl]", "rl.minibatch_prompts=7", entry="sft") == []
+    assert problems("data.sft=[nowhere.jsonl]", "sft.epochs=null", entry="rl") == []
+    assert problems("rollout.max_response_tokens=900", "data.max_prompt_tokens=900", entry="sft") == []
+
+
+def test_sft_needs_steps_or_epochs(problems):
+    (text,) = problems("sft.epochs=null", entry="sft")
+    assert text.startswith("sft.steps: give exactly one")
+
+
+def test_a_broken_value_does_not_cause_problems_elsewhere(problems):
+    (text,) = problems("rl.minibatch_prompts=0")
+    assert text.startswith("rl.minibatch_prompts: got 0")
+    (text,) = problems("parallel.tp=0", world_size=3)
+    assert text.startswith("parallel.tp: got 0")
+
+
+def test_input_files_that_are_empty_or_named_twice(problems, tmp_path):
+    empty = tmp_path / "empty.jsonl"
+    empty.touch()
+    (text,) = problems(f"data.prompts=[{empty}]")
+    assert text == f"data.prompts: {empty} is empty"
+    twice = tmp_path / "sft.jsonl"
+    (text,) = problems(f"data.sft=[{twice},{twice}]", entry="sft")
+    assert "more than once" in text
+
+
+def test_a_directory_that_holds_a_run_is_not_overwritten(problems, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").touch()
+    assert problems() == []
+    (text,) = problems("run.resume=false")
+    assert text.startswith("run.dir: ")
+    assert "run.resume=true" in text
+    (text,) = problems(f"run.dir={tmp_path}/sft.jsonl")
+    assert "is a file" in text
+
+
+@pytest.mark.parametrize("content", ["{", "[]", json.dumps({"model": {"vocab": {"a": "x"}}})])
+def test_a_malformed_tokenizer_is_refused(problems, tmp_path, content):
+    (tmp_path / "tokenizer" / "tokenizer.json").write_text(content)
+    (text,) = problems()
+    assert text.startswith("tokenizer.dir: ")
+    assert "is not a tokenizer" in text
+
+
+def test_a_tokenizer_directory_without_a_vocabulary_is_refused(problems, tmp_path):
+    (tmp_path / "tokenizer" / "tokenizer.json").unlink()
+    (text,) = problems()
+    assert "no tokenizer.json" in text
+
+
+def test_weights_must_be_there_and_agree_even_when_every_size_is_given(load, problems, tmp_path, hf_dir):
+    settings = load("model.preset=null", f"model.hf_dir={hf_dir}")
+    assert settings.model.hidden_size == 64
+    sizes = [f"model.{name}={getattr(settings.model, name)}" for name in ("num_layers", "head_dim", "vocab_size")]
+    assert problems("model.preset=null", f"model.hf_dir={hf_dir}", *sizes) == []
+    (text,) = problems("model.preset=null", f"model.hf_dir={hf_dir}", "model.head_dim=32")
+    assert text.startswith("model.head_dim: got 32, the weights in model.hf_dir have 24")
+    (hf_dir / "model.safetensors").unlink()
+    (text,) = problems("model.preset=null", f"model.hf_dir={hf_dir}")
+    assert "no *.safetensors" in text

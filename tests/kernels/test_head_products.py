@@ -1,0 +1,54 @@
+"""The mixed-precision products of a GPU, played by exact products of bfloat16 operands, against the widening path."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from klear_kernels import head_products, linear_logprob
+from klear_kernels.linear_logprob.reference import reference_logprob
+
+
+def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:
+    return float((got.double() - want.double()).norm() / want.double().norm())
+
+
+@pytest.mark.parametrize("block_rows", [16384, 13])
+def test_mixed_products_round_only_the_gradient_of_the_logits(monkeypatch: pytest.MonkeyPatch, block_rows: int) -> None:
+    def exact_product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        assert left.dtype == right.dtype == torch.bfloat16
+        return left.float() @ right.float()
+
+    monkeypatch.setattr(head_products, "has_mixed_products", lambda device_type, dtype: dtype == torch.bfloat16)
+    monkeypatch.setattr(head_products, "mixed_product", exact_product)
+    monkeypatch.setattr(head_products, "_MIXED_BLOCK_ROWS", block_rows)
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(40, 16, generator=generator).bfloat16().requires_grad_()
+    weight = torch.randn(60, 16, generator=generator).bfloat16().requires_grad_()
+    labels = torch.randint(0, 60, (40,), generator=generator)
+    got, want = (
+        linear_logprob(hidden, weight, labels, chunk_tokens=12),
+        reference_logprob(hidden, weight, labels),
+    )
+    torch.testing.assert_close(got.logprobs.double(), want.logprobs, rtol=1e-5, atol=1e-5)
+    ours, theirs = (torch.autograd.grad(output.logprobs.sum(), (hidden, weight)) for output in (got, want))
+    for mine, exact in zip(ours, theirs, strict=True):
+        # two roundings to 8 bits: the gradient of the logits, and the result
+        assert relative_error(mine, exact) < 2 * 2.0**-9
+
+
+def test_probe_says_no_on_a_cpu() -> None:
+    assert not head_products.has_mixed_products("cpu", torch.bfloat16)
+    assert not head_products.has_mixed_products("cpu", torch.float32)
+
+
+def test_widening_by_blocks_of_one_word(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(head_products, "_CAST_BYTES", 1)
+    hidden = torch.randn(5, 8).bfloat16().requires_grad_()
+    weight = torch.randn(11, 8).bfloat16().requires_grad_()
+    labels = torch.arange(5)
+    got, want = linear_logprob(hidden, weight, labels), reference_logprob(hidden, weight, labels)
+    torch.testing.assert_close(got.logprobs.double(), want.logprobs, rtol=1e-5, atol=1e-5)
+    ours, theirs = (torch.autograd.grad(output.logprobs.sum(), (hidden, weight)) for output in (got, want))
+    for mine, exact in zip(ours, theirs, strict=True):
+        assert relative_error(mine, exact) < 2.0**-9

@@ -1,0 +1,35 @@
+#!/usr/bin/env bash
+# Sets up (once) and runs every check and test. Arguments go to pytest: bash tests/run.sh tests/packing -k zigzag
+set -uo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+root=$PWD
+
+# Tests start several processes of their own; more threads in each would only make them wait for one another.
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} MKL_NUM_THREADS=${MKL_NUM_THREADS:-1}
+export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+
+bash tools/setup_env.sh || exit
+bin=${KLEAR_VENV:-$root/.venv}/bin
+failed=()
+
+check() {
+    local name=$1 start=$SECONDS
+    shift
+    if "$@"; then
+        echo "== $name: passed ($((SECONDS - start)) s)"
+    else
+        echo "== $name: FAILED ($((SECONDS - start)) s)"
+        failed+=("$name")
+    fi
+}
+
+check "ruff check" "$bin/ruff" check .
+check "ruff format" "$bin/ruff" format --check --quiet .
+check "mypy" "$bin/mypy"
+check "import directions" env PYTHONPATH=kernels "$bin/lint-imports"
+check "pytest" "$bin/python" -m pytest --durations=15 --durations-min=2 "$@"
+
+if ((${#failed[@]})); then
+    printf 'failed: %s\n' "${failed[@]}" >&2
+    exit 1
+fi
