@@ -77,7 +77,8 @@ step() {
     local text=$1 start=$SECONDS
     shift
     say "$text"
-    (while sleep 30; do echo "set-up:   ... $((SECONDS - start)) s"; done) &
+    # A sleep left behind must hold neither the lock nor the output that a caller may be reading to its end.
+    (while sleep 30 >/dev/null 2>&1; do echo "set-up:   ... $((SECONDS - start)) s"; done) 9>&- &
     ticker=$!
     if ! "$@" >>"$log" 2>&1; then
         stop_ticker

@@ -192,6 +192,7 @@ class CheckpointStore:
             loaded = dist_checkpointing.load(state, str(directory))
             self.ddp.module.load_state_dict({k: v for k, v in loaded.items() if k in state and _is_model_key(k)})
             self.optimizer.load_state_dict(loaded["optimizer"])
+            _separate_adam_steps(self.optimizer)
             self.schedule.load_state_dict(loaded["schedule"])
         if "random_state" in state:
             torch.set_rng_state(loaded["random_state"])
@@ -234,6 +235,18 @@ def _allocate_adam_state(optimizer: MegatronOptimizer) -> None:
         part._set_main_param_and_optimizer_states = partial(
             _set_with_step, part._set_main_param_and_optimizer_states, part._get_main_param_and_optimizer_states
         )
+
+
+def _separate_adam_steps(optimizer: MegatronOptimizer) -> None:
+    """Undo that Megatron gives all parameters one and the same `step` tensor.
+
+    torch's AdamW adds 1 to it once per parameter, so after a resume the bias correction would be off by the number
+    of parameters.
+    """
+    for part in optimizer.chained_optimizers:
+        if isinstance(part.optimizer, torch.optim.AdamW):
+            for state in part.optimizer.state.values():
+                state["step"] = state["step"].clone()
 
 
 def _set_with_step(

@@ -40,16 +40,28 @@ def local_parameters(model: Qwen3Model) -> dict[str, torch.nn.Parameter]:
 
 
 def hf_named_tensors(
-    model: Qwen3Model, arch: Architecture, context: ParallelContext
+    model: Qwen3Model,
+    arch: Architecture,
+    context: ParallelContext,
+    *,
+    of: Callable[[torch.nn.Parameter], torch.Tensor] | None = None,
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Every weight of the model as Hugging Face names it, whole, in forward order.
 
     A collective: every rank of a data-parallel replica must iterate it to the end, and every rank receives every
     tensor. Holds one Megatron tensor at a time.
+
+    Args:
+        model: this rank's stage.
+        arch: sizes of the model.
+        context: the layout.
+        of: what to take of each parameter, with its shape and one data type throughout; the weight by default
+            (conformance checks take the gradient).
     """
-    parameters = local_parameters(model)
+    take = of or (lambda parameter: parameter)
+    parameters = {name: take(parameter).detach() for name, parameter in local_parameters(model).items()}
     padded_vocab = model.vocab_size
-    dtype = next(model.parameters()).dtype
+    dtype = next(iter(parameters.values())).dtype
     for rule in tensor_rules(arch, layer_kind=model.layer_kind):
         whole = _whole(rule, parameters, arch, context, padded_vocab, dtype)
         yield from zip(rule.hf_names, hf_from_whole(rule, whole, arch), strict=True)
@@ -57,7 +69,7 @@ def hf_named_tensors(
 
 def _whole(
     rule: TensorRule,
-    parameters: dict[str, torch.nn.Parameter],
+    parameters: dict[str, torch.Tensor],
     arch: Architecture,
     context: ParallelContext,
     padded_vocab: int,
@@ -65,7 +77,7 @@ def _whole(
 ) -> torch.Tensor:
     held = parameters.get(rule.name)
     if held is not None:
-        local = held.detach().contiguous()
+        local = held.contiguous()
     else:
         local = torch.empty(shard_shape(rule, arch, context.tp.size, padded_vocab), dtype=dtype, device=context.device)
     if context.pp.size > 1:

@@ -123,13 +123,25 @@ class Qwen3Model(GPTModel):
 
     layer_kind: str
 
-    def _preprocess(self, *args: Any, packed_seq_params: PackedLayout | None = None, **kwargs: Any) -> tuple[Any, ...]:
-        out = super()._preprocess(*args, packed_seq_params=packed_seq_params, **kwargs)
+    def _preprocess(  # type: ignore[override]
+        self,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor,
+        decoder_input: torch.Tensor | None = None,
+        packed_seq_params: PackedLayout | None = None,
+        **keywords: Any,
+    ) -> tuple[Any, ...]:
         if packed_seq_params is None or packed_seq_params.qkv_format == "thd":
-            return out
+            prepared: tuple[Any, ...] = super()._preprocess(
+                input_ids, position_ids, decoder_input, packed_seq_params=packed_seq_params, **keywords
+            )
+            return prepared
+        # The local layers take one rotary angle per packed token, so no assumption about how context parallelism
+        # cuts sequences is needed. Megatron's tuple: input, angles, and four that only inference and MoE use.
         assert packed_seq_params.position_ids is not None
+        embedded = self.embedding(input_ids=input_ids, position_ids=position_ids) if self.pre_process else None
         rotary = rotary_frequencies(self.rotary_pos_emb.inv_freq, packed_seq_params.position_ids)
-        return (out[0], rotary, *out[2:])
+        return (embedded, rotary, None, None, None, None)
 
     def _postprocess(  # type: ignore[override]
         self, hidden_states: torch.Tensor, labels: HeadRequest | None = None, **_: Any
@@ -185,6 +197,7 @@ def transformer_config(arch: Architecture, model: ModelSettings, parallel: Paral
         context_parallel_size=parallel.cp,
         sequence_parallel=parallel.sequence_parallel,
         variable_seq_lengths=parallel.pp > 1,
+        moe_token_dispatcher_type="alltoall",  # no experts here, but Megatron wants it beside variable lengths
         batch_p2p_comm=on_gpu,
         calculate_per_token_loss=True,
         bf16=bf16,

@@ -59,7 +59,6 @@ class Chart:
         note: one sentence on how to read it.
         panels: one per training phase that has the numbers.
         values: how numbers on the axis are written.
-        wide: takes the whole width of the page.
         stacked: layers on one another instead of curves.
         from_zero: the axis starts at zero.
         share_y: all panels have the same axis.
@@ -72,7 +71,6 @@ class Chart:
     note: str
     panels: tuple[Panel, ...]
     values: Format = "number"
-    wide: bool = False
     stacked: bool = False
     from_zero: bool = False
     share_y: bool = False
@@ -100,7 +98,6 @@ def _accuracy(logs: Sequence[PhaseLog]) -> Chart:
         note="Bars are one standard error of the held-out accuracy.",
         panels=_panels(logs, lines),
         values="percent",
-        wide=True,
         from_zero=True,
         share_y=True,
     )

@@ -36,12 +36,14 @@ a { color:var(--c0) }
 .charts { display:grid; grid-template-columns:repeat(2, minmax(0, 1fr)); gap:14px }
 .chart { padding:16px 16px 10px; margin:0; min-width:0; display:flex; flex-direction:column }
 .chart.wide { grid-column:1 / -1 }
-.chart svg { display:block; width:100%; height:auto; margin-top:auto; padding-top:8px; overflow:visible }
+.panels { display:flex; flex-wrap:wrap; gap:4px 24px; margin-top:auto; padding-top:8px }
+.panels svg { display:block; flex:1 1 330px; min-width:0; height:auto; overflow:visible }
 .chart figcaption { font-size:13px; color:var(--muted) }
 .legend { display:flex; flex-wrap:wrap; gap:2px 16px; margin:6px 0 0; padding:0; list-style:none; font-size:13px }
-.legend svg { display:inline-block; width:22px; height:10px; margin:0 6px 0 0; padding:0; vertical-align:0 }
+.legend svg { display:inline-block; width:22px; height:10px; margin-right:6px }
 table { border-collapse:collapse; width:100%; font-size:14.5px }
 th, td { text-align:left; padding:8px 14px; border-bottom:1px solid var(--line); vertical-align:top }
+td:first-child, th { white-space:nowrap }
 tr:last-child td { border-bottom:0 }
 th { font-weight:600; color:var(--muted); font-size:13px }
 td.number, th.number { text-align:right; white-space:nowrap }
@@ -94,8 +96,8 @@ TEMPLATE = """<!doctype html>
 </table></div>{% endif %}
 
 {% if charts %}<h2>Curves</h2>
-<p class="muted small" style="margin:-8px 0 12px">Faint lines show every step, strong lines a moving average.
-{% if several_phases %}Each training phase counts its own steps.{% endif %}</p>
+<p class="muted small" style="margin:-8px 0 12px">{% if smoothed %}Faint lines show every step, strong lines a moving
+average. {% endif %}{% if several_phases %}Each training phase counts its own steps.{% endif %}</p>
 <div class="charts">
 {% for chart in charts %}<figure class="card chart{{ ' wide' if chart.wide }}" id="{{ chart.key }}">
 <h3>{{ chart.title }}</h3>
@@ -107,7 +109,7 @@ TEMPLATE = """<!doctype html>
 {%- if entry.dashed %};stroke-dasharray:6 3{% endif %}"/>{% endif -%}
 </svg>{{ entry.label }}</li>
 {% endfor %}</ul>{% endif %}
-{{ chart.svg | safe }}
+<div class="panels">{% for svg in chart.svgs %}{{ svg | safe }}{% endfor %}</div>
 </figure>
 {% endfor %}</div>
 {% else %}<h2>Curves</h2><p class="muted">No metrics were written yet.</p>{% endif %}

@@ -20,30 +20,34 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _MAX_POINTS = 600
-_SMOOTH_FROM = 24
+SMOOTH_FROM = 24
 """Curves with at least this many points get a moving average over the faint curve of every step."""
 
 _SUMMARY_KEYS = ("accuracy", "loss", "reward", "length", "entropy", "clip", "grad_norm", "kl", "speed", "grades")
 _SUMMARY_OF_ALL_PHASES = ("accuracy", "loss")
 
 
-def chart_svg(chart: Chart) -> str:
-    """One chart as SVG to stand in the report's page, in the page's colours; the page adds title and legend."""
+def chart_svgs(chart: Chart) -> list[str]:
+    """One SVG per panel to stand in the report's page, in the page's colours; the page adds title and legend."""
     from matplotlib import rc_context
 
-    wide = chart.wide or len(chart.panels) > 1
     with rc_context(rc_params(PAGE, size=9.0)):
-        figure = _new_figure((9.6, 2.7) if wide else (4.65, 2.7))
         several = len(chart.panels) > 1
-        axes = _grid(figure, 1, len(chart.panels), top=0.32 if several else 0.12, above=0.0)
+        figures = [_new_figure((4.65, 2.7)) for _ in chart.panels]
+        axes = [_grid(figure, 1, 1, top=0.32 if several else 0.12, above=0.0)[0] for figure in figures]
         for panel, ax in zip(chart.panels, axes, strict=True):
             _draw_panel(ax, chart, panel, PAGE)
             if several:
                 ax.set_title(PHASE_TITLES.get(panel.phase, panel.phase), loc="left")
         _share_y(chart, axes)
-        buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
-    return inline_svg(buffer.getvalue(), key=chart.key, title=escape(f"{chart.title}, {chart.y_label}", quote=True))
+        return [_svg_of(figure, chart, panel) for figure, panel in zip(figures, chart.panels, strict=True)]
+
+
+def _svg_of(figure: Figure, chart: Chart, panel: Panel) -> str:
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    title = escape(f"{chart.title}, {chart.y_label}, {PHASE_TITLES.get(panel.phase, panel.phase)}", quote=True)
+    return inline_svg(buffer.getvalue(), key=f"{chart.key}-{panel.phase}", title=title)
 
 
 def write_summary_png(charts: Sequence[Chart], path: Path, *, title: str) -> None:
@@ -148,7 +152,7 @@ def _draw_line(ax: Axes, line: Line, theme: Theme, *, spiky: bool, faint: float)
     if error is not None:
         _draw_band(ax, series, error, color)
     style: dict[str, Any] = {"color": color, "linestyle": (0, (4, 2)) if line.dashed else "-"}
-    if len(series) < _SMOOTH_FROM or not line.smooth:
+    if len(series) < SMOOTH_FROM or not line.smooth:
         series = thin(series, _MAX_POINTS)
         marker = "o" if len(series) <= 12 else None
         ax.plot(series.steps, series.values, label=line.label, linewidth=2.0, marker=marker, markersize=4, **style)
@@ -161,7 +165,7 @@ def _draw_line(ax: Axes, line: Line, theme: Theme, *, spiky: bool, faint: float)
 
 
 def _draw_band(ax: Axes, series: Series, error: Floats, color: str) -> None:
-    if len(series) >= _SMOOTH_FROM:
+    if len(series) >= SMOOTH_FROM:
         window = max(5, len(series) // 20)
         middle = _every(Series(series.steps, smooth(series.values, window)), _MAX_POINTS)
         half = _every(Series(series.steps, smooth(error, window)), _MAX_POINTS).values
@@ -202,7 +206,7 @@ def _mark_not_finite(ax: Axes, lines: Sequence[Line], theme: Theme) -> None:
 
 
 def _format_axes(ax: Axes, chart: Chart, panel: Panel) -> None:
-    from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
 
     values = [line.series.finite.values for line in panel.lines]
     flat = np.concatenate(values)
@@ -225,7 +229,7 @@ def _format_axes(ax: Axes, chart: Chart, panel: Panel) -> None:
         highest = float(flat.max()) if len(flat) else 0.0
         ax.set_ylim(0, max(ax.get_ylim()[1], highest * 1.06, 1e-12))
     if chart.values == "percent":
-        ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=_percent_decimals(ax.get_ylim()[1])))
+        ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.3g}%"))
     elif chart.values == "quantity":
         ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _short(value)))
     elif chart.values == "bytes":
@@ -243,10 +247,6 @@ def _needs_log(values: Floats, chart: Chart) -> bool:
     if not chart.spiky or len(values) < 3 or values.min() <= 0:
         return False
     return bool(values.max() > 30 * np.median(values))
-
-
-def _percent_decimals(top: float) -> int:
-    return 0 if top > 0.04 else 1 if top > 0.004 else 3
 
 
 def _plain(value: float) -> str:

@@ -213,19 +213,24 @@ class Progress:
     def _render(self) -> Group:
         grid = Table.grid(padding=(0, 2))
         grid.add_column(no_wrap=True, min_width=12)
-        grid.add_column(width=28)
         grid.add_column(no_wrap=True)
-        times = Text("   ").join(Text(f"{label} ", "dim") + Text(text) for label, text in self._times())
+        grid.add_column(no_wrap=True)
+        bar_width = 28 if self._columns() >= 90 else 10
+        times = [f"   {label} {text}" for label, text in self._times()]
         grid.add_row(
             Text(self.title, "bold"),
-            ProgressBar(total=max(self.total_steps, 1), completed=self.done_steps, width=28),
-            Text(f"step {self.done_steps}/{self.total_steps}   ") + times,
+            _bar(self.done_steps, max(self.total_steps, 1), bar_width),
+            Text.assemble(f"step {self.done_steps}/{self.total_steps}", *times),
         )
         for phase in list(self._phases):
-            bar = ProgressBar(total=phase.total or 1, completed=phase.done if phase.total else 0, width=28)
-            grid.add_row(Text(phase.name), bar if phase.total else Text(""), Text(phase.count()))
-        numbers = Text("   ").join(Text(f"{label} ", "dim") + Text(text, "bold") for label, text in self._numbers())
-        return Group(grid, numbers) if numbers.plain else Group(grid)
+            bar = _bar(phase.done, phase.total, bar_width) if phase.total else Text("")
+            grid.add_row(Text(phase.name), bar, Text(phase.count()))
+        shown = [((f"{label} ", "dim"), (f"{text}   ", "bold")) for label, text in self._numbers()]
+        numbers = Text.assemble(*(part for pair in shown for part in pair))
+        return Group(grid, numbers) if shown else Group(grid)
+
+    def _columns(self) -> int:
+        return self._live.console.width if self._live is not None else 80
 
     def _move_log_handlers(self) -> None:
         # A log line written straight to the terminal would tear the display; the live display has put a proxy
@@ -251,6 +256,10 @@ class _Phase:
     def label(self) -> str:
         """Name and count."""
         return f"{self.name} {self.count()}".rstrip()
+
+
+def _bar(done: int, total: int, width: int) -> ProgressBar:
+    return ProgressBar(total=total, completed=done, width=width, complete_style="cyan", finished_style="green")
 
 
 def _is_terminal(stream: TextIO) -> bool:

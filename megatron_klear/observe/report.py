@@ -17,7 +17,7 @@ from megatron_klear.observe.charts import PHASE_TITLES, Chart, build_charts
 from megatron_klear.observe.examples import read_examples
 from megatron_klear.observe.metrics import METRICS_FILE, read_metrics
 from megatron_klear.observe.page import TEMPLATE, style_sheet
-from megatron_klear.observe.plots import chart_svg, write_summary_png
+from megatron_klear.observe.plots import SMOOTH_FROM, chart_svgs, write_summary_png
 from megatron_klear.observe.series import PhaseLog, split_phases
 from megatron_klear.observe.summary import accuracies, headline, last_values, pick_rollouts, tiles
 from megatron_klear.observe.theme import DARK_PALETTE, LIGHT_PALETTE
@@ -58,6 +58,7 @@ def write_report(run_dir: str | Path, sft_run_dir: str | Path | None = None) -> 
         "tiles": tiles(logs, points),
         "accuracies": [_accuracy_row(point) for point in points],
         "charts": [_chart_card(chart) for chart in charts],
+        "smoothed": max((log.last_step for log in logs), default=0) >= SMOOTH_FROM,
         "several_phases": len(logs) > 1,
         "rollouts": pick_rollouts(read_examples(run_dir)),
         "settings": [file for folder in reversed(folders) for file in _settings(folder, run_dir)],
@@ -139,13 +140,13 @@ def _chart_card(chart: Chart) -> dict[str, Any]:
         "key": chart.key,
         "title": chart.title,
         "note": chart.note,
-        "wide": chart.wide or len(chart.panels) > 1,
+        "wide": len(chart.panels) > 1,
         "stacked": chart.stacked,
         "legend": list(lines.values()) if len(lines) > 1 else [],
         "not_finite": sum(
             int((~np.isfinite(line.series.values)).sum()) for panel in chart.panels for line in panel.lines
         ),
-        "svg": chart_svg(chart),
+        "svgs": chart_svgs(chart),
     }
 
 

@@ -138,7 +138,7 @@ def pick_rollouts(examples: Sequence[dict[str, Any]], *, each: int = 3) -> list[
             sections.append({"title": title, "note": note, "examples": [_readable(row) for row in chosen]})
     first = [row for rows in (right, wrong) for row in _different(rows, 1) if id(row) not in shown]
     if first:
-        note = "For comparison with the above: what the model wrote before it had learned much."
+        note = "For comparison with the above: what the model wrote at the start of the run."
         sections.append({"title": "From the first steps", "note": note, "examples": [_readable(row) for row in first]})
     return sections
 

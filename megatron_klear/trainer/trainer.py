@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from megatron_klear.algorithm import PolicyObjective, clip_regions
+from megatron_klear.algorithm import ClipRegions, PolicyObjective, clip_regions
 from megatron_klear.config import Architecture, Settings
 from megatron_klear.errors import TrainingError
 from megatron_klear.model import HeadResult
@@ -35,8 +35,8 @@ class UpdateReport:
         lr: learning rate of this update.
         tokens: tokens in the minibatch, prompts included, padding not.
         predicted_tokens: tokens with a weight.
-        entropy: mean entropy of the policy at the policy's tokens, in nats.
-        clip_fraction, clip_mass: share of policy tokens and of gradient mass in each of the four regions.
+        entropy: mean entropy of the policy at the tokens with a weight, in nats.
+        regions: tokens and gradient mass in each of the four clip regions; add up over updates, then `.fractions()`.
         microbatches: forward and backward passes per data-parallel rank.
         slots_used: share of packed positions that hold a token.
     """
@@ -49,8 +49,7 @@ class UpdateReport:
     tokens: int
     predicted_tokens: int
     entropy: float
-    clip_fraction: dict[str, float]
-    clip_mass: dict[str, float]
+    regions: ClipRegions
     microbatches: int
     slots_used: float
 
@@ -114,11 +113,10 @@ class Trainer:
         self.trainable.ddp.zero_grad_buffer()
         self.trainable.optimizer.zero_grad()
         results = run_microbatches(self.trainable, packs, objective, self.context, temperature=temperature)
-        sums = self._sums(packs, results, objective)
+        sums, regions = self._sums(packs, results, objective)
         self._require_finite_losses(packs, results, step)
         lr, grad_norm = self._step(step, sequences)
         tokens = sum(len(s.token_ids) for s in sequences)
-        slots = sum(b.token_ids.numel() for b in packs)
         return UpdateReport(
             loss=sums["policy_loss"] + sums["lm_loss"],
             policy_loss=sums["policy_loss"],
@@ -127,11 +125,10 @@ class Trainer:
             lr=lr,
             tokens=tokens,
             predicted_tokens=round(sums["predicted"]),
-            entropy=sums["entropy"] / max(sums["entropy_tokens"], 1.0),
-            clip_fraction={n: sums[f"tokens/{n}"] / max(sums["policy_tokens"], 1.0) for n in REGION_NAMES},
-            clip_mass={n: sums[f"mass/{n}"] / max(sums["mass"], 1e-30) for n in REGION_NAMES},
+            entropy=sums["entropy"] / max(sums["predicted"], 1.0),
+            regions=regions,
             microbatches=len(packs),
-            slots_used=tokens / max(self._sum_over_ranks([float(slots)])[0], 1.0),
+            slots_used=tokens / sums["slots"],
         )
 
     def _packs(self, sequences: Sequence[TrainSequence]) -> tuple[list[tuple[int, ...]], list[PackedBatch]]:
@@ -171,26 +168,23 @@ class Trainer:
 
     def _sums(
         self, packs: Sequence[PackedBatch], results: Sequence[HeadResult], objective: PolicyObjective
-    ) -> dict[str, float]:
+    ) -> tuple[dict[str, float], ClipRegions]:
         """Statistics of the minibatch summed over microbatches and ranks, the same on every rank."""
-        totals = dict.fromkeys(_SUM_NAMES, 0.0)
+        totals = dict.fromkeys(("policy_loss", "lm_loss", "predicted", "entropy", "slots"), 0.0)
+        regions = ClipRegions(torch.zeros(10, dtype=torch.float64))
+        totals["slots"] = float(sum(batch.token_ids.numel() for batch in packs))
         for batch, result in zip(packs, results, strict=bool(results)):
-            policy = batch.policy_weight != 0
-            regions = clip_regions(
-                result.logprobs, batch.old_logprobs, batch.advantages, objective, weight=batch.policy_weight
-            )
-            predicted = policy | (batch.lm_weight != 0)
+            predicted = (batch.policy_weight != 0) | (batch.lm_weight != 0)
             totals["policy_loss"] += float(result.policy_loss)
             totals["lm_loss"] += float(result.lm_loss)
             totals["predicted"] += float(predicted.sum())
-            totals["policy_tokens"] += float(policy.sum())
             totals["entropy"] += float(result.entropy[predicted].double().sum())
-            totals["entropy_tokens"] += float(predicted.sum())
-            totals["mass"] += regions.total_mass
-            for name in REGION_NAMES:
-                totals[f"tokens/{name}"] += regions.tokens[name]
-                totals[f"mass/{name}"] += regions.mass[name]
-        return dict(zip(totals, self._sum_over_ranks(list(totals.values())), strict=True))
+            regions += clip_regions(
+                result.logprobs, batch.old_logprobs, batch.advantages, batch.policy_weight, objective
+            )
+        summed = self._sum_over_ranks([*totals.values(), *regions.sums.tolist()])
+        named = dict(zip(totals, summed[: len(totals)], strict=True))
+        return named, ClipRegions(torch.tensor(summed[len(totals) :], dtype=torch.float64))
 
     def _sum_over_ranks(self, values: list[float]) -> list[float]:
         """Sums over data and context parallel ranks of what the last pipeline stage holds, on every rank."""
@@ -235,20 +229,6 @@ class Trainer:
             self.trainable.schedule.step(1)
             optimizer.step()
         return float(optimizer.param_groups[0]["lr"]), grad_norm
-
-
-REGION_NAMES = ("low_positive", "low_negative", "high_positive", "high_negative")
-_SUM_NAMES = (
-    "policy_loss",
-    "lm_loss",
-    "predicted",
-    "policy_tokens",
-    "entropy",
-    "entropy_tokens",
-    "mass",
-    *(f"tokens/{name}" for name in REGION_NAMES),
-    *(f"mass/{name}" for name in REGION_NAMES),
-)
 
 
 def _shortened(names: Sequence[str], limit: int = 20) -> str:

@@ -1,0 +1,43 @@
+#!/usr/bin/env bash
+# Watch a small Qwen3 learn on this machine: sets up, makes problems, fine-tunes on worked solutions, then improves the
+# model with GPPO, all with Megatron-Core in two processes. Takes about ten minutes on two cores once set up.
+#
+#   bash examples/quickstart.sh [SEED]        results in runs/quickstart-SEED (KLEAR_RUNS sets another place than runs)
+#
+# Started again after an interruption, it goes on where it was.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+root=$PWD
+seed=${1:-1}
+run=${KLEAR_RUNS:-runs}/quickstart-$seed
+
+# One thread for each of the two processes.
+export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+
+bash tools/setup_env.sh
+export PATH=${KLEAR_VENV:-$root/.venv}/bin:$PATH
+
+say() { echo "quickstart: $*"; }
+
+train() {
+    local entry=$1 config=$2
+    shift 2
+    torchrun --standalone --nproc-per-node 2 -m "megatron_klear.$entry" "$config" "run.seed=$seed" "$@"
+}
+
+if [[ ! -f $run/data/done ]]; then
+    say "1/3 making problems and their worked solutions in $run/data"
+    python examples/quickstart_data.py --out "$run/data" --seed "$seed"
+    touch "$run/data/done"
+fi
+
+say "2/3 supervised fine-tuning (Eq. 8), two processes"
+train train_sft examples/quickstart_sft.yaml "run.dir=$run/sft" "data.sft=[$run/data/sft.jsonl]" \
+    "data.heldout=[$run/data/heldout.jsonl]" "tokenizer.dir=$run/data/tokenizer"
+
+say "3/3 reinforcement learning with GPPO (Eq. 11), two processes"
+train train_rl examples/quickstart_rl.yaml "run.dir=$run/rl" "data.prompts=[$run/data/prompts.jsonl]" \
+    "data.heldout=[$run/data/heldout.jsonl]" "tokenizer.dir=$run/data/tokenizer" "checkpoint.start_from=$run/sft"
+
+say "curves and responses to read: $run/sft/report.html $run/rl/report.html"
+python examples/quickstart_result.py "$run"

@@ -1,0 +1,54 @@
+"""Loads the weights of a checkpoint into a model, in whatever layout either of them is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
+
+from megatron_klear.errors import CheckpointError
+from megatron_klear.model import Qwen3Model
+from megatron_klear.parallel import cuda_means_cpu
+from megatron_klear.records import ParallelContext
+
+
+def load_model_weights(model: Qwen3Model, directory: Path, context: ParallelContext) -> None:
+    """Fill this rank's part of a model from a checkpoint; optimizer and run state in it are left alone.
+
+    A collective. Numbers are converted to the model's format. Extra state of layers (Transformer Engine's FP8
+    scales) is taken if it is there.
+
+    Args:
+        model: the model, not wrapped.
+        directory: a checkpoint, `step_NNNNNNNN`.
+        context: the layout.
+
+    Raises:
+        CheckpointError: weights of this model are missing in the checkpoint or have other shapes.
+    """
+    stored = load_sharded_metadata(str(directory))
+    with cuda_means_cpu():
+        wanted = model.sharded_state_dict(metadata={"dp_cp_group": context.dp_cp.group})
+        problems = []
+        for name, entry in list(wanted.items()):
+            if isinstance(entry, ShardedObject):
+                if entry.unique_key not in stored:
+                    del wanted[name]
+            elif entry.key not in stored:
+                problems.append(f"missing: {entry.key} {list(entry.global_shape)}")
+            elif not hasattr(entry, "data"):
+                continue  # a factory, such as that of gate and up; its parts are compared when they are loaded
+            elif tuple(stored[entry.key].global_shape) != tuple(entry.global_shape):
+                shapes = f"{list(stored[entry.key].global_shape)}, must be {list(entry.global_shape)}"
+                problems.append(f"wrong shape: {entry.key} is {shapes}")
+        if problems:
+            lines = "\n".join(f"  - {problem}" for problem in sorted(set(problems)))
+            raise CheckpointError(f"{directory} does not hold this model:\n{lines}")
+        names = set(wanted)
+        loaded = dist_checkpointing.load(wanted, str(directory))
+        absent = model.load_state_dict({n: v for n, v in loaded.items() if n in names}, strict=False).missing_keys
+    absent = [name for name in absent if not name.endswith("_extra_state")]
+    if absent:
+        raise CheckpointError(f"{directory} does not hold all weights of this model; missing: {', '.join(absent)}")

@@ -1,0 +1,88 @@
+"""Grading one answer, and the gold answers of data sets that others made."""
+
+from __future__ import annotations
+
+import os
+import threading
+from fractions import Fraction
+
+import pytest
+import reasoning_gym
+
+from megatron_klear.records import Grade
+from megatron_klear.reward import AnswerFormat, MathGraderPool, RewardRules, grade_math, worker_handle
+from megatron_klear.reward import math as grading
+
+TASKS = ["chain_sum", "gcd", "lcm", "products", "leg_counting", "fraction_simplification", "decimal_chain_sum"]
+
+
+def test_one_answer() -> None:
+    response = r"<think>\boxed{3}</think>The sum is \boxed{\frac{1}{2}}."
+    assert grade_math(response, "0.5").outcome == "correct"
+    assert grade_math(response, "3").outcome == "wrong"
+    assert grade_math(response[7:], "0.5").outcome == "malformed"
+    assert grade_math(response, "???").outcome == "ungraded"
+
+
+def test_settings_of_a_call() -> None:
+    rules = RewardRules(correct=2.0, wrong=0.0, malformed=-0.5)
+    opened = AnswerFormat(prompt_opens_think=True)
+    assert grade_math(r"t</think>\boxed{5}", "5", rules=rules, answer_format=opened).reward == 2.0
+    assert grade_math(r"t</think>\boxed{6}", "5", rules=rules, answer_format=opened).reward == 0.0
+    assert grade_math(r"t</think>\boxed{5}", "5", rules=rules).reward == -0.5
+    assert grade_math(r"<think>t</think>\boxed{5}", "5", finish_reason="abort", rules=rules).reward == 0.0
+
+
+def test_a_bomb_in_another_thread_is_ungraded_and_the_next_answer_is_graded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grading, "_shared", (os.getpid(), MathGraderPool(workers=1, timeout_seconds=1.0)))
+    grades: list[Grade] = []
+    thread = threading.Thread(target=lambda: grades.append(grade_math(r"<think>t</think>\boxed{9^{9^9}}", "5")))
+    thread.start()
+    thread.join()
+    assert grades[0].outcome == "ungraded"
+    assert grade_math(r"<think>t</think>\boxed{5}", "5").outcome == "correct"
+
+
+@pytest.mark.filterwarnings("ignore:This process.*is multi-threaded:DeprecationWarning")
+def test_a_forked_child_grades_with_a_worker_of_its_own() -> None:
+    assert grade_math(r"<think>t</think>\boxed{5}", "5").outcome == "correct"
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            status = 0 if grade_math(r"<think>t</think>\boxed{5}", "5").outcome == "correct" else 2
+        finally:
+            os._exit(status)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    assert grade_math(r"<think>t</think>\boxed{6}", "6").outcome == "correct"
+
+
+def test_a_grader_that_cannot_start_is_ungraded_not_an_exception(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grading, "_shared", None)
+    monkeypatch.setattr(worker_handle, "_BOOT", "raise SystemExit('broken installation')")
+    grade = grade_math(r"<think>t</think>\boxed{5}", "5")
+    assert (grade.outcome, grade.reward) == ("ungraded", 0.0)
+    assert "broken installation" in grade.reason
+
+
+def perturbed(gold: str) -> str:
+    """Another number in the same notation."""
+    if "." in gold:
+        return str(float(gold) + 0.5)
+    value = Fraction(gold) + 1
+    return str(value)
+
+
+def test_gold_answers_of_reasoning_gym_are_correct_and_perturbed_ones_wrong() -> None:
+    requests = []
+    for task in TASKS:
+        for index, row in enumerate(reasoning_gym.create_dataset(task, size=12, seed=7)):
+            gold = row["answer"]
+            plain = gold.strip("$").replace("\\frac{", "").replace("\\dfrac{", "").replace("}{", "/").replace("}", "")
+            for kind, answer in (("correct", gold), ("wrong", perturbed(plain))):
+                requests.append((f"{kind} {task} {index}", f"<think>t</think>\\boxed{{{answer}}}", gold))
+    with MathGraderPool(workers=2, timeout_seconds=20.0) as pool:
+        grades = pool.grade_many(requests)
+    failed = [(r, g) for r, g in zip(requests, grades, strict=True) if g.outcome != r[0].split()[0]]
+    assert len(requests) == 2 * 12 * len(TASKS)
+    assert failed == []
