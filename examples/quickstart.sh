@@ -2,14 +2,14 @@
 # Watch a small Qwen3 learn on this machine: sets up, makes problems, fine-tunes on worked solutions, then improves the
 # model with GPPO, all with Megatron-Core in two processes. Takes about ten minutes on two cores once set up.
 #
-#   bash examples/quickstart.sh [SEED]        results in runs/quickstart-SEED (KLEAR_RUNS sets another place than runs)
+#   bash examples/quickstart.sh [SEED [DIR]]        seed 1 and runs/quickstart by default; another seed needs another DIR
 #
 # Started again after an interruption, it goes on where it was.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 root=$PWD
 seed=${1:-1}
-run=${KLEAR_RUNS:-runs}/quickstart-$seed
+run=${2:-runs/quickstart}
 
 # One thread for each of the two processes.
 export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false

@@ -1,9 +1,9 @@
 r"""Write the quickstart's data: a tokenizer, worked examples, problems to practise on and held-out problems.
 
 The problems are sums of four to six one-digit numbers from reasoning-gym's `chain_sum` (questions and gold answers are
-its own), such as `7 - 6 + 5 + 0 =`. The worked examples play a teacher with two habits, as likely as each other: one
-writes a running total per line, the other says the result at once. Both end on the right answer, but a small model
-only learns to carry out the first. Which habit pays is for reinforcement learning to find out.
+its own), such as `7 - 6 + 5 + 0 =`. The worked examples play a teacher with two habits: two times in five a running
+total per line, otherwise the result at once. All end on the right answer, but a small model can hardly learn to do a
+whole sum in its head. That writing more pays is for reinforcement learning to find out.
 
 Training and held-out problems are disjoint by construction: a problem's side is a hash of its signed numbers in
 sorted order, whatever the seed. So no held-out problem, nor one with the same numbers in another order, is ever
@@ -32,8 +32,8 @@ PROBLEM_SIZES = {"min_terms": 4, "max_terms": 6, "min_digits": 1, "max_digits": 
 HELDOUT_BYTES = 26
 """Problems whose hash starts with a byte below this, one in ten, are held out."""
 
-STYLES = ("totals", "brief")
-"""The teacher's habits: a running total per line, or the result at once."""
+STYLES = {"totals": 0.4, "brief": 0.6}
+"""The teacher's habits and how often each is followed: a running total per line, or the result at once."""
 
 PAD_TOKEN, START_TOKEN, END_TOKEN = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 THINK_START, THINK_END = "<think>", "</think>"
@@ -198,8 +198,8 @@ def write_all(out: Path, *, seed: int, sft_rows: int, prompts: int, heldout: int
         ValueError: more problems are asked for than there are.
     """
     training, held = draw_problems(seed, training=sft_rows + prompts, heldout=heldout)
-    habits = random.Random(seed)
-    worked = [sft_row(p, habits.choice(STYLES), i) for i, p in enumerate(training[:sft_rows])]
+    styles = random.Random(seed).choices(list(STYLES), weights=list(STYLES.values()), k=sft_rows)
+    worked = [sft_row(p, style, i) for i, (p, style) in enumerate(zip(training, styles, strict=False))]
     tokenizer = write_tokenizer(out / "tokenizer")
     files = {
         "sft.jsonl": worked,

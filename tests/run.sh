@@ -12,6 +12,7 @@ bash tools/setup_env.sh || exit
 bin=${KLEAR_VENV:-$root/.venv}/bin
 failed=()
 
+# All checks run even when one fails, so that one run shows everything there is to mend.
 check() {
     local name=$1 start=$SECONDS
     shift
@@ -26,8 +27,9 @@ check() {
 check "ruff check" "$bin/ruff" check .
 check "ruff format" "$bin/ruff" format --check --quiet .
 check "mypy" "$bin/mypy"
-check "import directions" env PYTHONPATH=kernels "$bin/lint-imports"
-check "pytest" "$bin/python" -m pytest --durations=15 --durations-min=2 "$@"
+check "import directions" env PYTHONPATH=kernels "$bin/lint-imports" --no-logo
+# Last, so that its own summary closes the output.
+"$bin/python" -m pytest --durations=15 --durations-min=2 "$@" || failed+=("pytest")
 
 if ((${#failed[@]})); then
     printf 'failed: %s\n' "${failed[@]}" >&2

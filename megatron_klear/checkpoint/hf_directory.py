@@ -120,7 +120,9 @@ def stacked_dtypes(arch: Architecture, tensors: dict[str, StoredTensor]) -> dict
             reference = first.setdefault(key, name)
             if tensors[name].code != tensors[reference].code:
                 problems.append(f"{name} is {tensors[name].code}, {reference} is {tensors[reference].code}")
-    refuse("--dtype keep needs one number format for tensors that are stacked; use --dtype bfloat16 or float32", problems)
+    refuse(
+        "--dtype keep needs one number format for tensors that are stacked; use --dtype bfloat16 or float32", problems
+    )
     return {key: tensors[name].dtype for key, name in first.items()}
 
 
@@ -212,9 +214,10 @@ def _changes(config: dict[str, Any], arch: Architecture, dtype: torch.dtype, bef
     if arch.rope_theta != before.rope_theta:
         # transformers 5 moved it into rope_parameters.
         rope = config.get("rope_parameters")
-        inside = isinstance(rope, dict) and "rope_theta" in rope
-        ours.update({"rope_parameters": {**rope, "rope_theta": arch.rope_theta}} if inside else {})
-        ours.update({} if inside else {"rope_theta": arch.rope_theta})
+        if isinstance(rope, dict) and "rope_theta" in rope:
+            ours["rope_parameters"] = {**rope, "rope_theta": arch.rope_theta}
+        else:
+            ours["rope_theta"] = arch.rope_theta
     name = str(dtype).removeprefix("torch.")
     for key in ("dtype", "torch_dtype"):
         if key in config and config[key] != name:

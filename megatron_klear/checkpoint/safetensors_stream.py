@@ -11,9 +11,10 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -58,7 +59,7 @@ class StoredTensor:
         """
         row_bytes = math.prod(self.shape[1:]) * self.dtype.itemsize
         buffer = torch.empty((stop - start) * row_bytes, dtype=torch.uint8)
-        view, done = memoryview(buffer.numpy()), 0
+        view, done = buffer.numpy().data, 0
         try:
             with self.file.open("rb", buffering=0) as opened:
                 opened.seek(self.start + start * row_bytes)
@@ -105,17 +106,21 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
     return found
 
 
-def _num_bytes(entry: dict[str, list[int]]) -> int:
+def _span(entry: dict[str, Any]) -> tuple[int, int]:
     begin, end = entry["data_offsets"]
-    return end - begin
-
-
-def _stored(file: Path, entry: dict[str, object], data_start: int) -> StoredTensor:
-    begin, end = entry["data_offsets"]  # type: ignore[misc]
     if not 0 <= begin <= end:
-        raise ValueError(f"data_offsets are {entry['data_offsets']}")
-    shape = tuple(int(n) for n in entry["shape"])  # type: ignore[attr-defined]
-    return StoredTensor(file=file, code=str(entry["dtype"]), shape=shape, start=data_start + int(begin))
+        raise ValueError(f"data_offsets are {[begin, end]}")
+    return int(begin), int(end)
+
+
+def _stored(file: Path, entry: dict[str, Any], data_start: int) -> StoredTensor:
+    shape = tuple(int(n) for n in entry["shape"])
+    return StoredTensor(file=file, code=str(entry["dtype"]), shape=shape, start=data_start + _span(entry)[0])
+
+
+def _num_bytes(entry: dict[str, Any]) -> int:
+    begin, end = _span(entry)
+    return end - begin
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -154,7 +159,12 @@ def plan_shards(entries: Sequence[TensorEntry], shard_bytes: float) -> dict[str,
 
 
 def write_shards(
-    directory: Path, entries: Sequence[TensorEntry], shard_bytes: float, tensors: Iterator[Iterable[torch.Tensor]]
+    directory: Path,
+    entries: Sequence[TensorEntry],
+    shard_bytes: float,
+    tensors: Iterator[Iterable[torch.Tensor]],
+    *,
+    written: Callable[[TensorEntry], None],
 ) -> None:
     """Write tensors into as many files as needed, with an index when there are several.
 
@@ -163,6 +173,7 @@ def write_shards(
         entries: what is written, in order.
         shard_bytes: a file is closed before it would grow beyond this.
         tensors: for every entry, in the same order, its data in one or more blocks of rows.
+        written: called when an entry has been written.
     """
     shards = plan_shards(entries, shard_bytes)
     for name, shard in shards.items():
@@ -170,6 +181,7 @@ def write_shards(
             _write_all(out.fileno(), _header(shard))
             for entry in shard:
                 _write_blocks(out.fileno(), entry, next(tensors))
+                written(entry)
             os.fsync(out.fileno())
     if len(shards) > 1:
         index = {
@@ -199,7 +211,7 @@ def _write_blocks(file: int, entry: TensorEntry, blocks: Iterable[torch.Tensor])
             raise ValueError(f"{entry.name}: {block.dtype} {list(block.shape)} does not fit {entry}")
         # Tensors of no elements have no memory to view.
         if block.numel():
-            _write_all(file, memoryview(block.detach().contiguous().view(torch.uint8).numpy()).cast("B"))
+            _write_all(file, block.detach().contiguous().flatten().view(torch.uint8).numpy().data)
         written += block.numel() * block.element_size()
     if written != entry.num_bytes:
         raise ValueError(f"{entry.name}: {written} bytes were given, {entry.num_bytes} announced")

@@ -64,6 +64,7 @@ class CheckpointStore:
         self.context = context
         self.keep = keep
         self.settings_yaml = settings_yaml
+        _allocate_adam_state(optimizer)
 
     def save(self, step: int, run_state: RunState) -> Path:
         """Write a checkpoint; on return it is whole, visible and on disk, and old ones beyond `keep` are gone.
@@ -185,7 +186,6 @@ class CheckpointStore:
 
     def _load(self, directory: Path) -> None:
         with cuda_means_cpu():
-            _allocate_adam_state(self.optimizer)
             state = self._sharded_state(is_loading=True)
             if f"random_state/of_{self.context.world.size}" not in _object_keys(directory):
                 del state["random_state"]  # another number of ranks: random states cannot be matched to ranks
@@ -223,15 +223,21 @@ class CheckpointStore:
 
 
 def _allocate_adam_state(optimizer: MegatronOptimizer) -> None:
-    """Make torch's AdamW loadable, which unlike the fused optimizers keeps a `step` per parameter.
+    """Make torch's AdamW storable and loadable at any time; unlike the fused optimizers it keeps a `step` per parameter.
 
-    Megatron reads that step before it loads (so the state must exist: the empty update made here is overwritten)
-    and does not store it among the tensors (so the step just restored from the group is passed through).
+    Megatron reads that step before it saves or loads (so the state must exist, also before the first update) and
+    does not store it among the tensors (so the step just restored from the group is passed through).
     """
     for part in optimizer.chained_optimizers:
-        if not isinstance(part.optimizer, torch.optim.AdamW) or part.optimizer.state:
+        inner = part.optimizer
+        if not isinstance(inner, torch.optim.AdamW) or inner.state:
             continue
-        part._init_optimizer_states_with_dummy_values()
+        for parameter in (p for group in inner.param_groups for p in group["params"]):
+            inner.state[parameter] = {
+                "step": torch.tensor(0.0),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
         part._set_main_param_and_optimizer_states = partial(
             _set_with_step, part._set_main_param_and_optimizer_states, part._get_main_param_and_optimizer_states
         )

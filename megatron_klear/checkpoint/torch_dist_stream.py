@@ -9,6 +9,7 @@ the plan, and when a tensor comes into memory, are decided here.
 from __future__ import annotations
 
 import io
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -92,8 +93,9 @@ class _Supply(DefaultSavePlanner):
         assert index.offset is not None
         chunk = self.chunks[index.fqn, tuple(index.offset)]
         data = chunk.read().to(chunk.dtype).contiguous().view(chunk.shape)
-        if data.untyped_storage().nbytes() != data.nbytes:
-            data = data.clone()  # so that nothing else lives in the memory that is released later
+        storage = data.untyped_storage()
+        if storage.nbytes() != data.nbytes or not storage.resizable():
+            data = data.clone()  # so that its memory is its own and can be released
         self.given = data
         self.written(chunk)
         return data
@@ -185,7 +187,9 @@ class TorchDistReader:
         except Exception as error:  # unpickling damaged bytes raises anything
             raise CheckpointError(f"{directory}: cannot read what the checkpoint holds ({error})") from error
         self._tensors: dict[str, TensorStorageMetadata] = {
-            key: entry for key, entry in metadata.state_dict_metadata.items() if isinstance(entry, TensorStorageMetadata)
+            key: entry
+            for key, entry in metadata.state_dict_metadata.items()
+            if isinstance(entry, TensorStorageMetadata)
         }
         self.shapes = {key: tuple(entry.size) for key, entry in self._tensors.items()}
         self.dtypes = {key: entry.properties.dtype for key, entry in self._tensors.items()}
@@ -194,7 +198,7 @@ class TorchDistReader:
         """Where the stored chunks cut a tensor's first dimension, as ranges of rows from first to last."""
         chunks = self._tensors[key].chunks
         cuts = sorted({edge for c in chunks for edge in (c.offsets[0], c.offsets[0] + c.sizes[0])})
-        return list(zip(cuts, cuts[1:], strict=False))
+        return list(itertools.pairwise(cuts))
 
     def read(self, key: str, offsets: Sequence[int], shape: Sequence[int]) -> torch.Tensor:
         """Read a box of a tensor; holds the box and one stored chunk.

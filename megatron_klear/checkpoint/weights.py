@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.mapping import ShardedObject
-from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory
+from megatron.core.dist_checkpointing.serialization import CkptShardedMetadata, load_sharded_metadata
 
 from megatron_klear.errors import CheckpointError
 from megatron_klear.model import Qwen3Model
@@ -31,24 +32,28 @@ def load_model_weights(model: Qwen3Model, directory: Path, context: ParallelCont
     stored = load_sharded_metadata(str(directory))
     with cuda_means_cpu():
         wanted = model.sharded_state_dict(metadata={"dp_cp_group": context.dp_cp.group})
-        problems = []
+        problems = set()
         for name, entry in list(wanted.items()):
             if isinstance(entry, ShardedObject):
                 if entry.unique_key not in stored:
                     del wanted[name]
-            elif entry.key not in stored:
-                problems.append(f"missing: {entry.key} {list(entry.global_shape)}")
-            elif not hasattr(entry, "data"):
-                continue  # a factory, such as that of gate and up; its parts are compared when they are loaded
-            elif tuple(stored[entry.key].global_shape) != tuple(entry.global_shape):
-                shapes = f"{list(stored[entry.key].global_shape)}, must be {list(entry.global_shape)}"
-                problems.append(f"wrong shape: {entry.key} is {shapes}")
+                continue
+            # Gate and up are a factory of two sharded tensors.
+            for part in nested_values(entry.build()) if isinstance(entry, ShardedTensorFactory) else [entry]:
+                problems.update(_mismatch(part, stored))
         if problems:
-            lines = "\n".join(f"  - {problem}" for problem in sorted(set(problems)))
-            raise CheckpointError(f"{directory} does not hold this model:\n{lines}")
+            raise CheckpointError("\n  - ".join([f"{directory} does not hold this model:", *sorted(problems)]))
         names = set(wanted)
         loaded = dist_checkpointing.load(wanted, str(directory))
         absent = model.load_state_dict({n: v for n, v in loaded.items() if n in names}, strict=False).missing_keys
     absent = [name for name in absent if not name.endswith("_extra_state")]
     if absent:
         raise CheckpointError(f"{directory} does not hold all weights of this model; missing: {', '.join(absent)}")
+
+
+def _mismatch(wanted: ShardedTensor, stored: CkptShardedMetadata) -> list[str]:
+    shape = list(wanted.global_shape)
+    if wanted.key not in stored:
+        return [f"missing: {wanted.key} {shape}"]
+    found = list(stored[wanted.key].global_shape)
+    return [f"wrong shape: {wanted.key} is {found}, must be {shape}"] if found != shape else []

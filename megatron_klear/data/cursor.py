@@ -93,6 +93,7 @@ class DataCursor:
         """
         batch = self._deferred[: self._batch_rows]
         self._deferred = self._deferred[self._batch_rows :]
+        in_batch = set(batch)
         while len(batch) < self._batch_rows:
             if self.position == self._num_rows:
                 self.epoch += 1
@@ -100,7 +101,8 @@ class DataCursor:
                 self._order = self._order_of(self.epoch)
             row = int(self._order[self.position])
             self.position += 1
-            (self._deferred if row in batch else batch).append(row)
+            (self._deferred if row in in_batch else batch).append(row)
+            in_batch.add(row)
         return np.array(batch, dtype=np.int64)
 
     def steps_for_epochs(self, epochs: float) -> int:
@@ -134,7 +136,7 @@ class DataCursor:
         if state["seed"] != mine["seed"]:
             changed.append(f"run.seed was {state['seed']} and is {mine['seed']}")
         if state["shuffle"] != mine["shuffle"]:
-            changed.append(f"data.shuffle was {state['shuffle']} and is {mine['shuffle']}".lower())
+            changed.append(f"data.shuffle was {str(state['shuffle']).lower()} and is {str(mine['shuffle']).lower()}")
         if changed:
             raise DataError(
                 f"the run cannot be resumed on these data: {'; '.join(changed)}. "

@@ -11,7 +11,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, TypeVar, get_args
+from typing import Any, Protocol, TypeVar, get_args
 
 from megatron_klear.data.jsonl import JsonObject, json_type, read_objects
 from megatron_klear.data.problems import Problems
@@ -74,14 +74,6 @@ def read_prompt_rows(paths: Sequence[str | Path], *, setting: str = "data.prompt
     return _read(paths, _prompt_row, setting)
 
 
-def problem_text(messages: Sequence[Message]) -> str:
-    """What a person reads as the problem: everything that was said but for system messages and the answer at the end."""
-    asked = [m for m in messages if m["role"] != "system"]
-    if asked and asked[-1]["role"] == "assistant":
-        asked.pop()
-    return "\n\n".join(m["content"] for m in asked)
-
-
 def _read(
     paths: Sequence[str | Path], parse: Callable[[str, JsonObject], RowT | list[str]], setting: str
 ) -> list[RowT]:
@@ -115,7 +107,7 @@ def _sft_row(where: str, value: JsonObject) -> SftRow | list[str]:
 
 def _prompt_row(where: str, value: JsonObject) -> PromptRow | list[str]:
     row_id, messages, wrong = _id_and_messages(value, "user")
-    domain = value.get("domain")
+    domain: Any = value.get("domain")
     if domain not in DOMAINS:
         wrong.append(f"domain must be one of {', '.join(DOMAINS)}, got {json.dumps(domain)}")
         return wrong
@@ -155,8 +147,15 @@ def _message_faults(number: int, message: object) -> Iterator[str]:
         yield f"message {number}: content must be a string, got {json_type(content)}"
     elif not content.strip():
         yield f"message {number}: content is empty"
+    if any(isinstance(text, str) and _has_lone_surrogate(text) for text in (content, reasoning)):
+        yield f"message {number}: holds half of a surrogate pair, which is no character"
     if reasoning is not None and (role != "assistant" or not isinstance(reasoning, str)):
         yield f"message {number}: reasoning_content must be a string in an assistant message"
+
+
+def _has_lone_surrogate(text: str) -> bool:
+    """JSON can spell code points that no UTF-8 text, and so no tokenizer, can hold."""
+    return any("\ud800" <= char <= "\udfff" for char in text) if not text.isascii() else False
 
 
 def _reference(domain: Domain, reference: object) -> tuple[str, list[str]]:

@@ -131,6 +131,13 @@ class Trainer:
             slots_used=tokens / sums["slots"],
         )
 
+    def advance_schedule_to(self, updates: int) -> None:
+        """Count updates that a step could have made and did not, as when the filter leaves fewer groups.
+
+        The learning rate schedule then depends on the step alone.
+        """
+        self.trainable.schedule.step(max(0, updates - self.trainable.schedule.num_steps))
+
     def _packs(self, sequences: Sequence[TrainSequence]) -> tuple[list[tuple[int, ...]], list[PackedBatch]]:
         """This data-parallel rank's microbatches: indices into `sequences`, and the packs."""
         context = self.context

@@ -1,0 +1,1 @@
+"""What the training entries share: start, resume, step boundaries, rollouts, evaluation, the end."""

@@ -1,0 +1,90 @@
+"""Accuracy on held-out problems: when it is due, what it logs, and the engine that answers."""
+
+from __future__ import annotations
+
+import json
+from types import TracebackType
+from typing import Self
+
+from megatron_klear.data import PromptData
+from megatron_klear.observe import names
+from megatron_klear.session.rollouts import Accuracy, Rollouts
+from megatron_klear.session.session import Session
+
+
+class Evaluation:
+    """Owns the run's engine and graders, and evaluates on held-out problems where there are any.
+
+    Args:
+        session: the run.
+        heldout: problems that are never trained on; None evaluates nothing.
+    """
+
+    def __init__(self, session: Session, heldout: PromptData | None) -> None:
+        self.session = session
+        self.heldout = heldout
+        # SFT without held-out problems needs no engine at all.
+        needed = heldout is not None or session.entry == "rl"
+        self._rollouts = Rollouts(session) if needed else None
+        self._last_step: int | None = None
+
+    @property
+    def rollouts(self) -> Rollouts:
+        """The engine and graders of this run."""
+        assert self._rollouts is not None
+        return self._rollouts
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._rollouts is not None:
+            self._rollouts.__exit__(kind, error, trace)
+
+    def at_start(self) -> None:
+        """Evaluate the weights that a fresh run starts from, when evaluations during training are on."""
+        if self.session.step == 0 and self.session.settings.evaluation.every_steps:
+            self._evaluate(0)
+
+    def when_due(self, step: int) -> None:
+        """Evaluate every `evaluation.every_steps` steps."""
+        every = self.session.settings.evaluation.every_steps
+        if every and step % every == 0 and step < self.session.total_steps:
+            self._evaluate(step)
+
+    def at_end(self) -> None:
+        """Evaluate the final weights and write the result to `result.json`."""
+        if not self.session.settings.evaluation.at_end or self.heldout is None:
+            return
+        accuracy = self._evaluate(self.session.step)
+        if accuracy is not None and self.session.is_first:
+            result = {
+                "entry": self.session.entry,
+                "step": self.session.step,
+                "accuracy": accuracy.mean,
+                "stderr": accuracy.stderr,
+                "count": accuracy.count,
+            }
+            (self.session.root / "result.json").write_text(json.dumps(result, indent=1) + "\n")
+
+    def _evaluate(self, step: int) -> Accuracy | None:
+        if self.heldout is None or step == self._last_step:
+            return None
+        self._last_step = step
+        if self.rollouts.engine.policy_version < step or self.session.entry == "sft":
+            self.rollouts.publish(version=max(step, self.rollouts.engine.policy_version + 1))
+        accuracy = self.rollouts.evaluate(self.heldout.prompts, self.session.settings.evaluation, step=step)
+        values = {
+            names.ACCURACY_HELDOUT: accuracy.mean,
+            names.ACCURACY_HELDOUT_COUNT: accuracy.count,
+            names.ACCURACY_HELDOUT_STDERR: accuracy.stderr,
+        }
+        self.session.metrics.log(step, "eval", values)
+        self.session.progress.update(values)
+        self.session.progress.note(
+            f"step {step}: held-out accuracy {accuracy.mean:.3f} +- {accuracy.stderr:.3f} (n={accuracy.count})"
+        )
+        self.session.keep_examples(self.rollouts.examples(accuracy.groups, step), step)
+        return accuracy

@@ -1,0 +1,77 @@
+"""The frame around an entry: arguments before torch, one clear message for every failure, the exit status."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from types import FrameType
+
+from megatron_klear.config import Entry, Settings, parse_command_line
+from megatron_klear.errors import EXIT_DONE, EXIT_RESUMABLE, KlearError
+
+
+class Preempted(Exception):
+    """The run was asked to stop, has saved, and can be resumed."""
+
+
+class StopRequest:
+    """Remembers SIGTERM and SIGINT until the end of the step; a second SIGINT interrupts at once."""
+
+    def __init__(self) -> None:
+        self.received = False
+        signal.signal(signal.SIGTERM, self._note)
+        signal.signal(signal.SIGINT, self._note)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.received and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = True
+
+
+def run_entry(entry: Entry, body: Callable[[Settings, StopRequest], None], argv: Sequence[str] | None = None) -> int:
+    """Parse the command line, run the entry's body, and return the exit status.
+
+    Settings are judged before `body` imports torch. Of errors made for people only the message is shown, by the first
+    rank when all ranks meet the same one.
+
+    Args:
+        entry: which entry runs.
+        body: does the work; imports what it needs itself.
+        argv: arguments; by default the process's.
+
+    Returns:
+        0 done, 1 failed, 2 bad input, 75 stopped early and resumable.
+    """
+    settings = parse_command_line(sys.argv[1:] if argv is None else argv, entry)
+    rank = int(os.environ.get("RANK", "0"))
+    # Megatron warns on import of every optional package that is not there; none of it is news to the user.
+    warnings.filterwarnings("ignore", module=r"megatron\..*")
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\..*")
+    logging.basicConfig(
+        level=logging.INFO if rank == 0 else logging.ERROR, format="%(asctime)s %(message)s", datefmt="%H:%M:%S"
+    )
+    for noisy in ("megatron.core", "torch", "transformers", "matplotlib"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+    stop = StopRequest()
+    try:
+        body(settings, stop)
+    except Preempted as news:
+        if rank == 0:
+            print(f"{news}", file=sys.stderr)
+        return EXIT_RESUMABLE
+    except KlearError as error:
+        print(f"[rank {rank}] {error}" if rank else str(error), file=sys.stderr)
+        return error.exit_status
+    return EXIT_DONE
+
+
+def leave(status: int) -> None:
+    """End the process with this status without waiting for threads of libraries that cannot be joined."""
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)

@@ -1,0 +1,88 @@
+"""The pieces of an RL step between rollouts and updates."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+
+from megatron_klear.algorithm import PolicyObjective, rollout_divergence, zero_advantage_mask
+from megatron_klear.config import AlgorithmSettings, RlSettings
+from megatron_klear.data import PromptData
+from megatron_klear.errors import DataError
+from megatron_klear.observe import names
+from megatron_klear.records import FloatArray, ScoredGroup
+from megatron_klear.session.session import Session
+from megatron_klear.trainer import rollout_logprobs, to_score
+
+GRADABLE_DOMAINS = frozenset({"math"})
+
+
+def require_gradable(data: PromptData, setting: str) -> None:
+    """Refuse prompts of a domain that there is no grader for.
+
+    Raises:
+        DataError: names the domain and some of the prompts.
+    """
+    others = [p for p in data.prompts if p.domain not in GRADABLE_DOMAINS]
+    if others:
+        shown = ", ".join(p.prompt_id for p in others[:8])
+        raise DataError(
+            f"{setting}: {len(others)} prompts are of domain {others[0].domain} ({shown}...), which has no grader yet; "
+            f"only {', '.join(sorted(GRADABLE_DOMAINS))} can be trained on: remove these rows"
+        )
+
+
+def objective(settings: AlgorithmSettings) -> PolicyObjective:
+    """The policy loss that the settings ask for."""
+    return PolicyObjective(
+        kind=settings.kind,
+        epsilon_low=settings.epsilon_low,
+        epsilon_high=settings.epsilon_high,
+        beta_low=settings.beta_low,
+        beta_high=settings.beta_high,
+    )
+
+
+def filtered(groups: Sequence[ScoredGroup], settings: AlgorithmSettings) -> list[ScoredGroup]:
+    """Groups to train on: those with a graded response and, under the filter, with a nonzero advantage (5.2.5)."""
+    return [
+        group
+        for group in groups
+        if group.graded.any()
+        and not (settings.filter_zero_advantage and bool(zero_advantage_mask(torch.from_numpy(group.advantages))))
+    ]
+
+
+def minibatches(groups: Sequence[ScoredGroup], settings: RlSettings) -> Iterator[list[ScoredGroup]]:
+    """Split a step's groups into minibatches of `rl.minibatch_prompts` prompts, evenly where the filter took some."""
+    count = -(-len(groups) // settings.minibatch_prompts)
+    for part in np.array_split(np.arange(len(groups)), count) if count else []:
+        yield [groups[i] for i in part]
+
+
+def old_logprobs(session: Session, groups: Sequence[ScoredGroup]) -> tuple[dict[str, FloatArray], dict[str, float]]:
+    """Logprobs of pi_old by the trainer, by sequence name, and how far the engine's lie from them."""
+    sequences = to_score(groups)
+    if not sequences:
+        return {}, {}
+    with session.phase("old logprobs"):
+        scored = session.trainer.token_logprobs(sequences, temperature=session.settings.rollout.temperature)
+    by_name = {s.sequence_id: values for s, values in zip(sequences, scored, strict=True)}
+    sampled = rollout_logprobs(groups)
+    engine = np.concatenate([sampled[name] for name in by_name])
+    trainer = np.concatenate(list(by_name.values()))
+    lengths = {
+        f"{g.group.prompt.prompt_id}#{j}": len(g.group.prompt.token_ids)
+        for g in groups
+        for j in range(len(g.group.rollouts))
+    }
+    response = np.concatenate([np.arange(len(values)) >= lengths[name] for name, values in by_name.items()])
+    means = rollout_divergence(
+        torch.from_numpy(engine), torch.from_numpy(trainer), torch.from_numpy(response)
+    ).means()
+    return by_name, {
+        names.KL_ROLLOUT_TRAINER: means["kl_k3"],
+        names.MISMATCH_MAX_ABS: means["max_abs_log_ratio"],
+    }

@@ -1,0 +1,232 @@
+"""A training run from start to end on this rank: model, checkpoints, metrics, and what happens between steps."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+import torch.distributed as dist
+
+from megatron_klear import parallel
+from megatron_klear.checkpoint.store import CheckpointStore
+from megatron_klear.config import Entry, Settings, dump_settings
+from megatron_klear.data import ChatTokenizer
+from megatron_klear.errors import ConfigError
+from megatron_klear.model import build_qwen3, load_hf_weights, open_hf_directory
+from megatron_klear.observe import Metrics, Phases, Progress, append_examples, memory_metrics, open_metrics, write_report
+from megatron_klear.session.launch import Preempted, StopRequest
+from megatron_klear.trainer import Trainer, make_trainable
+
+log = logging.getLogger(__name__)
+
+_TITLES: dict[Entry, str] = {"sft": "SFT", "rl": "RL"}
+
+
+class Session:
+    """Everything a training loop needs; a context manager.
+
+    On entry: joins the process groups, builds the model, takes its weights from the newest checkpoint, else from
+    `checkpoint.start_from`, else from `model.hf_dir`, else at random, and opens metrics and progress.
+
+    Args:
+        entry: `sft` or `rl`.
+        settings: the run's settings.
+        stop: set when the run is asked to stop.
+        chat: the tokenizer, checked already; the model's vocabulary must cover it.
+        total_steps: steps of the whole run.
+        updates_per_step: optimizer updates of a full step; the learning rate schedule counts these.
+
+    Raises:
+        ConfigError: the run directory holds a run and `run.resume` is false, or the vocabulary is too small.
+        CheckpointError: checkpoints are there and none is whole, or weights do not fit.
+    """
+
+    def __init__(
+        self,
+        entry: Entry,
+        settings: Settings,
+        stop: StopRequest,
+        *,
+        chat: ChatTokenizer,
+        total_steps: int,
+        updates_per_step: int = 1,
+    ) -> None:
+        self.entry, self.settings, self.stop, self.chat = entry, settings, stop, chat
+        self.total_steps, self.updates_per_step = total_steps, updates_per_step
+        self.arch = settings.architecture
+        self.root = Path(settings.run.dir)
+        if chat.num_tokens > self.arch.vocab_size:
+            raise ConfigError(
+                [f"model.vocab_size: {self.arch.vocab_size} is smaller than the {chat.num_tokens} tokens of tokenizer.dir"]
+            )
+        self.context = parallel.start(settings.parallel, device=settings.run.device, seed=settings.run.seed)
+        if self.context.device.type == "cpu":
+            torch.set_num_threads(max(1, torch.get_num_threads() // self.context.world.size))
+        self.is_first = self.context.world.rank == 0
+        torch.manual_seed(settings.run.seed)
+        self.model = build_qwen3(self.arch, settings.model, settings.parallel, self.context)
+        checkpoints = self._prepare_directory()
+        if not any(checkpoints.glob("step_*")):
+            self._first_weights()
+        trainable = make_trainable(
+            self.model, settings.optimizer, settings.parallel, total_updates=total_steps * updates_per_step
+        )
+        self.trainer = Trainer(trainable, self.arch, settings, self.context)
+        self.store = CheckpointStore(
+            checkpoints,
+            ddp=trainable.ddp,
+            optimizer=trainable.optimizer,
+            schedule=trainable.schedule,
+            context=self.context,
+            keep=settings.checkpoint.keep,
+            settings_yaml=dump_settings(settings),
+        )
+        self.resumed = self.store.resume()
+        self.step = 0 if self.resumed is None else int(self.resumed["step"])
+        self._saved_step = self.step
+        self.phases = Phases(synchronize=torch.cuda.synchronize if self.context.device.type == "cuda" else None)
+        self.metrics: Metrics = open_metrics(
+            self.root,
+            rank=self.context.world.rank,
+            tensorboard=settings.observe.tensorboard,
+            resume_step=None if self.resumed is None else self.step,
+        )
+        self.progress = Progress(
+            _TITLES[entry],
+            total_steps,
+            done_steps=self.step,
+            enabled=self.is_first,
+            interactive=None if settings.observe.progress else False,
+        )
+        self.cursor: Any = None  # the entry's data cursor; its place is part of every checkpoint
+
+    def _prepare_directory(self) -> Path:
+        checkpoints = self.root / "checkpoints"
+        if self.is_first:
+            checkpoints.mkdir(parents=True, exist_ok=True)
+        dist.barrier()
+        if not self.settings.run.resume and any(checkpoints.glob("step_*")):
+            raise ConfigError(
+                [f"run.resume: is false and {self.root} already holds checkpoints; choose another run.dir or resume"]
+            )
+        dist.barrier()
+        if self.is_first:
+            (self.root / "config.yaml").write_text(dump_settings(self.settings))
+        return checkpoints
+
+    def _first_weights(self) -> None:
+        start_from, hf_dir = self.settings.checkpoint.start_from, self.settings.model.hf_dir
+        if start_from is not None:
+            from megatron_klear.checkpoint.store import load_weights
+
+            load_weights(Path(start_from), self.model, self.context)
+        elif hf_dir is not None:
+            reader = open_hf_directory(Path(hf_dir), self.arch)
+            load_hf_weights(self.model, self.arch, self.context, reader)
+        origin = start_from or hf_dir or "random numbers (seed run.seed)"
+        if self.is_first:
+            log.info("first weights from %s", origin)
+
+    def __enter__(self) -> Self:
+        self.progress.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.progress.__exit__(kind, error, trace)
+        self.metrics.close()
+        if kind is None:
+            parallel.stop()
+
+    def steps(self) -> Iterator[int]:
+        """Numbers of the steps still to do, counting from 1."""
+        while self.step < self.total_steps:
+            yield self.step + 1
+
+    @contextlib.contextmanager
+    def phase(self, name: str, total: int | None = None) -> Iterator[Any]:
+        """A timed and shown phase of a step; yields `advance(count)`."""
+        with self.phases.time(name), self.progress.phase(name, total) as advance:
+            yield advance
+
+    def finish_step(self, step: int, values: Mapping[str, float]) -> None:
+        """End a step: log, save when due, stop when asked to.
+
+        Raises:
+            Preempted: after saving, when any rank was asked to stop.
+        """
+        self.step = step
+        seconds = self.phases.take_metrics()
+        tokens = float(values.get("throughput/tokens", 0.0))
+        busy = sum(seconds.values())
+        everything = {**values, **seconds, **memory_metrics()}
+        everything.pop("throughput/tokens", None)
+        if busy > 0 and tokens:
+            everything["throughput/tokens_per_second"] = tokens / busy
+        self.metrics.log(step, self.entry, everything)
+        self.progress.step(step, everything)
+        every = self.settings.checkpoint.every_steps
+        stopping = self._any_rank(self.stop.received)
+        if step >= self.total_steps or stopping or (every and step % every == 0):
+            self.save()
+        if stopping and step < self.total_steps:
+            raise Preempted(f"stopped after step {step} of {self.total_steps}; start again on {self.root} to resume")
+
+    def save(self) -> None:
+        """Save a checkpoint of the current step, unless there is one."""
+        if self._saved_step == self.step:
+            return
+        cursor = None if self.cursor is None else self.cursor.state_dict()
+        with self.phase("save"):
+            self.store.save(self.step, {"entry": self.entry, "step": self.step, "cursor": cursor})
+        self._saved_step = self.step
+
+    def describe(self, data: str) -> None:
+        """Say on the first rank what is about to be trained, on what, and how."""
+        if not self.is_first:
+            return
+        context, arch = self.context, self.arch
+        count = sum(p.numel() for p in self.model.parameters())
+        log.info(
+            "%s on %s: %s; %d layers, hidden %d, %s parameters on this rank; %s layers on %s",
+            _TITLES[self.entry], self.root, data, arch.num_layers, arch.hidden_size, f"{count:,}",
+            self.model.layer_kind, context.device,
+        )  # fmt: skip
+        log.info(
+            "%d processes: tp %d, pp %d, cp %d, dp %d; steps %d to %d",
+            context.world.size, context.tp.size, context.pp.size, context.cp.size, context.dp.size,
+            self.step + 1, self.total_steps,
+        )  # fmt: skip
+
+    def keep_examples(self, rows: list[dict[str, Any]], step: int) -> None:
+        """Add responses for people to read to the run's examples."""
+        if self.is_first and rows:
+            append_examples(self.root, rows)
+
+    def restore_cursor(self, cursor: Any) -> None:
+        """Hand over the entry's data cursor: it goes on from the checkpoint's place, and is saved from now on."""
+        self.cursor = cursor
+        if self.resumed is not None and self.resumed.get("cursor") is not None:
+            cursor.load_state(self.resumed["cursor"])
+
+    def write_report(self) -> None:
+        """Write report.html and report.png on the first rank; a report that fails does not fail the run."""
+        if not self.is_first or not self.settings.observe.report:
+            return
+        start_from = self.settings.checkpoint.start_from
+        sft_run = Path(start_from) if start_from and (Path(start_from) / "metrics.jsonl").is_file() else None
+        try:
+            log.info("report: %s", write_report(self.root, sft_run))
+        except (OSError, ValueError, RuntimeError) as error:
+            log.warning("no report: %s", error)
+
+    def _any_rank(self, flag: bool) -> bool:
+        told = torch.tensor([float(flag)], device=self.context.device)
+        dist.all_reduce(told, op=dist.ReduceOp.MAX)
+        return bool(told.item())

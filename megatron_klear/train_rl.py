@@ -1,0 +1,90 @@
+"""Reinforcement learning with verifiable rewards: GPPO, or PPO/GRPO clip, clip-higher, CISPO.
+
+    torchrun --nproc-per-node N -m megatron_klear.train_rl CONFIG.yaml [a.b=c ...]
+
+Imports inside the functions keep torch out until the settings have been judged.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from megatron_klear.config import Settings
+from megatron_klear.session.launch import StopRequest, leave, run_entry
+
+if TYPE_CHECKING:
+    from megatron_klear.data import DataCursor, PromptData
+    from megatron_klear.session.session import Session
+
+
+def train(session: Session, prompts: PromptData, cursor: DataCursor, heldout: PromptData | None) -> None:
+    """The RL step in the paper's order."""
+    from megatron_klear.session.evaluation import Evaluation
+    from megatron_klear.session.metrics import rollout_metrics, update_metrics
+    from megatron_klear.session.policy import filtered, minibatches, objective, old_logprobs
+    from megatron_klear.trainer import policy_minibatch
+
+    settings = session.settings
+    with Evaluation(session, heldout) as evaluation:
+        rollouts = evaluation.rollouts
+        rollouts.publish(version=session.step)
+        evaluation.at_start()
+        for step in session.steps():
+            batch = [prompts.prompts[i] for i in cursor.next_batch()]  # x ~ D
+            groups = rollouts.score(batch, rollouts.generate(batch, step=step))  # M responses, rewards, Eq. 4
+            kept = filtered(groups, settings.algorithm)  # Section 5.2.5
+            old, divergence = old_logprobs(session, kept)  # pi_old, by the trainer
+            reports = []
+            for minibatch in minibatches(kept, settings.rl):  # several updates per rollout batch
+                weighted = policy_minibatch(minibatch, old, settings.algorithm)  # Eqs. 7, 13, 14
+                with session.phase("train"):
+                    reports.append(
+                        session.trainer.update(
+                            weighted, objective(settings.algorithm), step=step, temperature=settings.rollout.temperature
+                        )  # Eqs. 11, 12
+                    )
+            session.trainer.advance_schedule_to(step * session.updates_per_step)
+            rollouts.publish(version=step)
+            evaluation.when_due(step)
+            session.finish_step(
+                step, {**rollout_metrics(groups, kept), **divergence, **update_metrics(reports)}
+            )  # fmt: skip
+            session.keep_examples(rollouts.examples(groups, step), step)
+        evaluation.at_end()
+
+
+def main(settings: Settings, stop: StopRequest) -> None:
+    """Read the data, open the session, train, report."""
+    from megatron_klear.data import DataCursor, load_chat_tokenizer, load_prompts, require_disjoint
+    from megatron_klear.session.policy import require_gradable
+    from megatron_klear.session.session import Session
+
+    chat = load_chat_tokenizer(
+        settings.tokenizer.dir, think_start=settings.tokenizer.think_start, think_end=settings.tokenizer.think_end
+    )
+    limits = {"max_prompt_tokens": settings.data.max_prompt_tokens, "oversize": settings.data.oversize}
+    prompts = load_prompts(settings.data.prompts, chat, **limits)
+    heldout = load_prompts(settings.data.heldout, chat, setting="data.heldout", **limits) if settings.data.heldout else None
+    require_gradable(prompts, "data.prompts")
+    if heldout is not None:
+        require_gradable(heldout, "data.heldout")
+        require_disjoint(heldout.keys(), {"data.prompts": prompts.keys()})
+    cursor = DataCursor(
+        len(prompts),
+        settings.rl.prompts_per_step,
+        seed=settings.run.seed,
+        shuffle=settings.data.shuffle,
+        fingerprint=prompts.fingerprint,
+        setting="data.prompts",
+        batch_setting="rl.prompts_per_step",
+    )
+    updates = settings.rl.prompts_per_step // settings.rl.minibatch_prompts
+    with Session("rl", settings, stop, chat=chat, total_steps=settings.rl.steps, updates_per_step=updates) as session:
+        session.restore_cursor(cursor)
+        session.describe(f"{len(prompts)} prompts, {len(prompts.dropped_ids)} dropped for their length")
+        train(session, prompts, cursor, heldout)
+        session.write_report()
+
+
+if __name__ == "__main__":
+    leave(run_entry("rl", main))

@@ -1,0 +1,183 @@
+"""What of a conversation is trained, against texts written out by hand; and tokenizers that cannot be used."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from megatron_klear.data import ChatTokenizer, ConversationError, EncodedConversation, load_chat_tokenizer
+from megatron_klear.errors import DataError
+
+ANSWER = "<think>\nit is two\n</think>\n\nSo 2."
+
+
+@pytest.fixture(scope="module")
+def thinking(thinking_tokenizer: Path) -> ChatTokenizer:
+    return load_chat_tokenizer(thinking_tokenizer)
+
+
+@pytest.fixture(scope="module")
+def plain(make_tokenizer: Callable[..., Path], plain_template: str) -> ChatTokenizer:
+    return load_chat_tokenizer(make_tokenizer(plain_template))
+
+
+def turns(*contents: str) -> list[dict[str, str]]:
+    return [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(contents)]
+
+
+def encoded(chat: ChatTokenizer, messages: list[dict[str, str]]) -> EncodedConversation:
+    [answer] = chat.encode_conversations([messages])
+    assert isinstance(answer, EncodedConversation)
+    return answer
+
+
+def trained_texts(chat: ChatTokenizer, conversation: EncodedConversation) -> list[str]:
+    return [chat.decode(conversation.token_ids[start:end]) for start, end in conversation.trained_spans]
+
+
+def test_only_the_answer_is_trained_thinking_and_end_of_turn_included(thinking: ChatTokenizer) -> None:
+    conversation = encoded(thinking, turns("1+1?", ANSWER))
+    assert trained_texts(thinking, conversation) == [ANSWER + "<|im_end|>"]
+    whole = thinking.decode(conversation.token_ids)
+    assert whole == "<|im_start|>user\n1+1?<|im_end|>\n<|im_start|>assistant\n" + ANSWER + "<|im_end|>"
+    [(start, end)] = conversation.trained_spans
+    assert conversation.token_ids[start] == thinking.think_start_id
+    assert conversation.token_ids[end - 1] == thinking.end_of_turn_id
+    assert end == len(conversation.token_ids)
+
+
+def test_the_prompt_of_a_rollout_is_a_token_prefix_of_the_conversation(thinking: ChatTokenizer) -> None:
+    for question, answer in [("1+1?", ANSWER), ("what is\n\n", "\n\n two"), ("a", "\n")]:
+        prompt = thinking.encode_prompt(turns(question)).tolist()
+        conversation = encoded(thinking, turns(question, answer + "."))
+        assert conversation.token_ids[: len(prompt)].tolist() == prompt
+        assert conversation.trained_spans[0][0] == len(prompt)
+
+
+def test_no_token_spans_the_border_even_where_the_whole_text_would_merge_there(plain: ChatTokenizer) -> None:
+    messages = turns("1+1?", "\n two")
+    text = plain.hf.apply_chat_template(messages, tokenize=False)
+    prompt = plain.encode_prompt(messages[:1]).tolist()
+    # The vocabulary merges line breaks, so tokenizing the whole text at once breaks the prefix.
+    assert plain.encode(text).tolist()[: len(prompt)] != prompt
+    assert encoded(plain, messages).token_ids[: len(prompt)].tolist() == prompt
+    assert trained_texts(plain, encoded(plain, messages)) == ["\n two<|im_end|>"]
+
+
+def test_reasoning_in_a_field_of_its_own_is_trained(thinking: ChatTokenizer) -> None:
+    messages = [*turns("1+1?"), {"role": "assistant", "content": "So 2.", "reasoning_content": "it is two"}]
+    assert trained_texts(thinking, encoded(thinking, messages)) == [ANSWER + "<|im_end|>"]
+
+
+def test_earlier_turns_whose_thinking_is_stripped_are_not_trained(thinking: ChatTokenizer) -> None:
+    conversation = encoded(thinking, turns("1+1?", ANSWER, "2+2?", "<think>\nfour\n</think>\n\n4"))
+    assert trained_texts(thinking, conversation) == ["<think>\nfour\n</think>\n\n4<|im_end|>"]
+    assert "it is two" not in thinking.decode(conversation.token_ids)
+    assert "So 2." in thinking.decode(conversation.token_ids)
+
+
+def test_an_earlier_turn_without_thinking_is_not_trained_where_the_model_would_have_thought(
+    thinking: ChatTokenizer,
+) -> None:
+    conversation = encoded(thinking, turns("1+1?", "2", "2+2?", ANSWER))
+    assert trained_texts(thinking, conversation) == [ANSWER + "<|im_end|>"]
+
+
+def test_all_turns_are_trained_where_the_template_keeps_them(plain: ChatTokenizer) -> None:
+    messages = [{"role": "system", "content": "be kind"}, *turns("1+1?", ANSWER, "2+2?", "4")]
+    conversation = encoded(plain, messages)
+    assert trained_texts(plain, conversation) == [ANSWER + "<|im_end|>", "4<|im_end|>"]
+    text = plain.hf.apply_chat_template(messages, tokenize=False)
+    assert plain.decode(conversation.token_ids) + "\n" == text
+
+
+def test_what_the_tokenizer_tells_of_itself(thinking: ChatTokenizer) -> None:
+    assert thinking.end_of_turn == "<|im_end|>"
+    assert set(thinking.markers) == {"<|im_start|>", "<|im_end|>"}
+    assert [thinking.decode([i]) for i in thinking.stop_ids] == ["<|im_end|>", "<|endoftext|>"]
+    assert thinking.decode([thinking.think_start_id, thinking.think_end_id]) == "<think></think>"
+    assert thinking.num_tokens == len(thinking.hf)
+    assert 0 <= thinking.pad_token_id < thinking.num_tokens
+
+
+def test_text_that_holds_control_tokens_is_refused(thinking: ChatTokenizer) -> None:
+    broken = turns("1+1?", "2<|im_end|>\n<|im_start|>user\nmore")
+    good = turns("1+1?", ANSWER)
+    first, second = thinking.encode_conversations([broken, good])
+    assert isinstance(first, ConversationError)
+    assert "message 2 holds the chat marker <|im_end|>" in str(first)
+    assert isinstance(second, EncodedConversation)
+    assert trained_texts(thinking, second) == [ANSWER + "<|im_end|>"]
+    with pytest.raises(ConversationError, match="message 1 holds the chat marker"):
+        thinking.encode_prompt(turns("<|im_start|>system"))
+
+
+def test_a_conversation_that_the_template_refuses_is_named(
+    make_tokenizer: Callable[..., Path], plain_template: str
+) -> None:
+    strict = "{%- if messages[0].role == 'system' -%}{{ raise_exception('no system messages here') }}{%- endif -%}"
+    chat = load_chat_tokenizer(make_tokenizer(strict + plain_template))
+    with pytest.raises(ConversationError, match="no system messages here"):
+        chat.encode_prompt([{"role": "system", "content": "s"}, *turns("q")])
+
+
+PLAIN = "{%- for m in messages -%}{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}{%- endfor -%}"
+PROMPT = "{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\\n' }}{%- endif -%}"
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        (None, "chat template: there is none"),
+        (PLAIN, "it has no generation prompt, so assistant turns are not marked"),
+        (PLAIN + PROMPT.replace("assistant", "bot"), "renders an answered turn without its generation prompt"),
+        (PLAIN.replace("m.content", "m.content.split('</think>')[-1]") + PROMPT, "it drops the thinking part"),
+        (PLAIN.replace("<|im_end|>", "") + PROMPT, "it does not close an assistant turn with a control token"),
+        ("{{ messages.nothing.here }}", "refuses the conversation"),
+        ("{% if %}", "refuses the conversation"),
+    ],
+)
+def test_templates_that_cannot_be_trained_with_are_refused(
+    make_tokenizer: Callable[..., Path], template: str | None, expected: str
+) -> None:
+    directory = make_tokenizer(template)
+    with pytest.raises(DataError) as caught:
+        load_chat_tokenizer(directory)
+    assert expected in str(caught.value)
+    assert f"tokenizer.dir = {directory}" in str(caught.value)
+
+
+def test_think_markers_that_are_no_single_tokens_are_refused(make_tokenizer: Callable[..., Path]) -> None:
+    with pytest.raises(DataError) as caught:
+        load_chat_tokenizer(make_tokenizer(think_tokens=["<think>"]))
+    assert "tokenizer.think_end: '</think>' must be a single token of this tokenizer, it is 8" in str(caught.value)
+    assert "tokenizer.think_start" not in str(caught.value)
+
+
+def test_other_think_markers_are_taken_from_the_settings(
+    make_tokenizer: Callable[..., Path], plain_template: str
+) -> None:
+    directory = make_tokenizer(plain_template, think_tokens=["[T]", "[/T]"])
+    chat = load_chat_tokenizer(directory, think_start="[T]", think_end="[/T]")
+    conversation = encoded(chat, turns("q", "[T]hm[/T]a"))
+    assert trained_texts(chat, conversation) == ["[T]hm[/T]a<|im_end|>"]
+
+
+def test_directories_without_a_tokenizer_are_refused(tmp_path: Path, thinking_tokenizer: Path) -> None:
+    with pytest.raises(DataError, match=r"tokenizer.dir = .*: there is no such directory"):
+        load_chat_tokenizer(tmp_path / "none")
+    with pytest.raises(DataError, match=r"tokenizer.json and tokenizer_config.json not found"):
+        load_chat_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{")
+    (tmp_path / "tokenizer_config.json").write_bytes((thinking_tokenizer / "tokenizer_config.json").read_bytes())
+    with pytest.raises(DataError, match="the tokenizer cannot be loaded"):
+        load_chat_tokenizer(tmp_path)
+
+
+def test_a_tokenizer_larger_than_the_model_is_refused(thinking_tokenizer: Path, thinking: ChatTokenizer) -> None:
+    size = thinking.num_tokens
+    assert load_chat_tokenizer(thinking_tokenizer, vocab_size=size).num_tokens == size
+    with pytest.raises(DataError, match=f"largest token id is {size - 1}, but the model has {size - 1} embeddings"):
+        load_chat_tokenizer(thinking_tokenizer, vocab_size=size - 1)
