@@ -3,9 +3,10 @@
     python benchmarks/packing_efficiency.py [--seed 0] [--out benchmarks/results/packing_efficiency.json]
 
 Two numbers tell how full: `budget` is the share of all token budgets that real tokens fill (padding and the
-rounding up to whole rows of data-parallel ranks count as waste); `slots` is the share of positions that the model
-computes which are real tokens, as microbatches are not padded up to the budget. Imbalance is the fullest rank over
-the mean rank. For comparison stands what filling microbatches in file order reaches.
+rounding up to whole rows of data-parallel ranks count as waste), with the bound that no plan can beat beside it;
+`slots` is the share of positions that the model computes which are real tokens, as microbatches are not padded up to
+the budget. Imbalance is the fullest rank over the mean rank. For comparison stands what filling microbatches in
+file order reaches.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ class Measurement:
     microbatches_per_rank: int
     budget_used: float
     slots_used: float
+    budget_bound: float
     in_order_budget_used: float
     token_imbalance: float
     attention_imbalance: float
@@ -100,6 +102,7 @@ def measure(name: str, lengths: Lengths, budget: int, dp: int, cp: int) -> Measu
         cp=cp,
         microbatches_per_rank=plan.num_microbatches,
         budget_used=real / (plan.num_microbatches * dp * budget),
+        budget_bound=real / (-(-real // (budget * dp)) * dp * budget),
         slots_used=real / int(plan.tokens.sum()),
         in_order_budget_used=real / (in_order_microbatches(padded, budget, dp) * budget),
         token_imbalance=plan.token_imbalance,
@@ -112,13 +115,13 @@ def print_table(rows: list[Measurement]) -> None:
     """Print measurements for people."""
     print(
         f"{'distribution':<34}{'count':>8}{'budget':>8}{'dp':>4}{'cp':>4}{'micro':>7}"
-        f"{'budget %':>10}{'in order':>10}{'slots %':>9}{'tokens':>8}{'attn':>7}{'seconds':>9}"
+        f"{'budget %':>10}{'bound':>8}{'in order':>10}{'slots %':>9}{'tokens':>8}{'attn':>7}{'seconds':>9}"
     )
     for row in rows:
         print(
             f"{row.distribution:<34}{row.sequences:>8}{row.token_budget:>8}{row.dp:>4}{row.cp:>4}"
-            f"{row.microbatches_per_rank:>7}{100 * row.budget_used:>10.2f}{100 * row.in_order_budget_used:>10.2f}"
-            f"{100 * row.slots_used:>9.2f}{row.token_imbalance:>8.4f}{row.attention_imbalance:>7.3f}"
+            f"{row.microbatches_per_rank:>7}{100 * row.budget_used:>10.2f}"
+            f"{100 * row.budget_bound:>8.2f}{100 * row.in_order_budget_used:>10.2f}{100 * row.slots_used:>9.2f}{row.token_imbalance:>8.4f}{row.attention_imbalance:>7.3f}"
             f"{row.plan_seconds:>9.3f}"
         )
 
@@ -152,11 +155,15 @@ def main() -> int:
         for name, draw, count, budget, dp, cp in cases
     ]
     print_table(rows)
-    promised = [r for r in rows if r.distribution == cases[0][0] and r.sequences >= 2048 and r.dp in (1, 8)]
+    promised = [
+        row
+        for row in rows
+        if row.distribution == cases[0][0] and row.sequences >= 2048 and row.dp in (1, 8) and row.token_budget == limit
+    ]
     worst = min(r.budget_used for r in promised)
     reached = worst >= AIM
     print(
-        f"\nlong-tailed, 2048 and more sequences, dp 1 and 8: at least {100 * worst:.2f} % of slots used "
+        f"\nlong-tailed at 32768, 2048 and more sequences, dp 1 and 8: at least {100 * worst:.2f} % of slots used "
         f"(aim {100 * AIM:.0f} %): {'reached' if reached else 'MISSED'}"
     )
     options.out.parent.mkdir(parents=True, exist_ok=True)

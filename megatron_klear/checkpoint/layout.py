@@ -6,7 +6,8 @@
         manifest.json             size and CRC-32 of every other file, written last
 
 A checkpoint is written under a hidden name and renamed when its manifest is on disk, so a visible directory
-is a whole one unless the disk lost something later, which the manifest shows.
+is a whole one unless the disk lost something later, which the manifest shows. Directories being written, replaced
+or deleted have hidden names (`.writing_`, `.replaced_`, `.deleting_`), and `clean` settles what a kill left of them.
 """
 
 from __future__ import annotations
@@ -44,6 +45,19 @@ def finished_steps(root: Path) -> list[int]:
         return []
     matches = (_NAME.fullmatch(path.name) for path in root.iterdir() if path.is_dir())
     return sorted((int(m.group(1)) for m in matches if m), reverse=True)
+
+
+def require_shared(directory: Path) -> None:
+    """Make sure that this machine sees a directory which another may have made.
+
+    Raises:
+        OSError: it does not.
+    """
+    # Listing the parent makes a network file system look again.
+    if directory.name not in os.listdir(directory.parent):
+        raise OSError(
+            f"{directory} was made by rank 0 and is not here; run.dir must be on storage that all machines share"
+        )
 
 
 def files_of(directory: Path) -> list[str]:
@@ -94,47 +108,67 @@ def read_manifest(directory: Path) -> dict[str, tuple[int, int]]:
     """
     try:
         files = json.loads((directory / MANIFEST).read_text())["files"]
-        return {str(name): (int(size), int(crc)) for name, (size, crc) in files.items()}
+        found = {str(name): (int(size), int(crc)) for name, (size, crc) in files.items()}
+        if not found:
+            raise ValueError("it names no files")
+        return found
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{directory}: no readable {MANIFEST} ({error})") from error
 
 
 def damage(directory: Path, expected: dict[str, tuple[int, int]]) -> list[str]:
     """What is wrong with the files named in `expected`; empty when they are whole."""
-    problems = []
-    for name, (size, crc) in expected.items():
-        file = directory / name
+    return [
+        f"{name} {problem}" for name, pair in expected.items() if (problem := _damage_of_file(directory / name, pair))
+    ]
+
+
+def _damage_of_file(file: Path, expected: tuple[int, int]) -> str | None:
+    size, crc = expected
+    try:
         if not file.is_file():
-            problems.append(f"{name} is missing")
-        elif file.stat().st_size != size:
-            problems.append(f"{name} has {file.stat().st_size} bytes, must have {size}")
-        elif checksum(file)[1] != crc:
-            problems.append(f"{name} has another checksum than when it was written")
-    return problems
+            return "is missing"
+        if file.stat().st_size != size:
+            return f"has {file.stat().st_size} bytes, must have {size}"
+        if checksum(file)[1] != crc:
+            return "has another checksum than when it was written"
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
+    return None
 
 
 def publish(root: Path, step: int) -> Path:
-    """Make a fully written checkpoint visible under its final name; returns it."""
+    """Make a fully written checkpoint visible under its final name; returns it.
+
+    One that has this name already is replaced, and at no instant is there none that `clean` would not bring back.
+    """
     final = step_directory(root, step)
+    replaced = final.with_name(f".replaced_{final.name}")
     if final.exists():
-        _remove(final)
+        os.replace(final, replaced)
     os.replace(writing_directory(root, step), final)
     flush_to_disk(root)
+    shutil.rmtree(replaced, ignore_errors=True)
     return final
 
 
-def remove_old(root: Path, keep: int) -> list[int]:
-    """Delete all but the newest `keep` checkpoints and all half-written ones; returns the deleted steps."""
+def clean(root: Path) -> None:
+    """Settle what a kill or a failure left: a checkpoint that was to be replaced comes back, the rest goes."""
+    for replaced in root.glob(".replaced_step_*"):
+        final = replaced.with_name(replaced.name.removeprefix(".replaced_"))
+        if not final.exists():
+            os.replace(replaced, final)
     for leftover in root.glob(".*_step_*"):
         shutil.rmtree(leftover, ignore_errors=True)
+
+
+def remove_old(root: Path, keep: int) -> list[int]:
+    """Delete all but the newest `keep` checkpoints; returns the deleted steps."""
     old = finished_steps(root)[keep:]
     for step in old:
-        _remove(step_directory(root, step))
+        directory = step_directory(root, step)
+        # Renamed first, so that an interrupted deletion is never taken for a checkpoint.
+        hidden = directory.with_name(f".deleting_{directory.name}")
+        os.replace(directory, hidden)
+        shutil.rmtree(hidden, ignore_errors=True)
     return old
-
-
-def _remove(directory: Path) -> None:
-    # Renamed first, so that an interrupted deletion is never taken for a checkpoint.
-    hidden = directory.with_name(f".deleting_{directory.name}")
-    os.replace(directory, hidden)
-    shutil.rmtree(hidden, ignore_errors=True)

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-import queue
-import shutil
-from collections.abc import Callable
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,22 +12,35 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.mapping import ShardedObject
-from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
-from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint import CheckpointException
 
-from megatron_klear.checkpoint import layout
+from megatron_klear.checkpoint import layout, optimizer_state
+from megatron_klear.checkpoint.collective import agree, damage_of, together
+from megatron_klear.checkpoint.find import find_whole
+from megatron_klear.checkpoint.weights import load_model_weights
+from megatron_klear.checkpoint.writing import write_sharded
 from megatron_klear.errors import CheckpointError
+from megatron_klear.model import Qwen3Model
 from megatron_klear.parallel import cuda_means_cpu
 from megatron_klear.records import ParallelContext
 
 log = logging.getLogger(__name__)
 
-_METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
-"""Optimizer state is stored per parameter, so that it can be loaded in any layout."""
+_METADATA = {
+    # Per parameter, so that it can be loaded in any layout,
+    "distrib_optim_sharding_type": "fully_reshardable",
+    # and gathered on one rank of a data-parallel group: on all of them it would fill the memory of the machine.
+    "distrib_optim_fully_reshardable_mem_efficient": True,
+}
+"""How the optimizer's state is stored."""
+
+_NOT_MODEL = ("optimizer", "schedule", "random_state")
 
 RunState = dict[str, Any]
 """JSON-able state of the run: step, data cursor, policy version, counters."""
@@ -64,7 +75,7 @@ class CheckpointStore:
         self.context = context
         self.keep = keep
         self.settings_yaml = settings_yaml
-        _allocate_adam_state(optimizer)
+        optimizer_state.prepare(optimizer)
 
     def save(self, step: int, run_state: RunState) -> Path:
         """Write a checkpoint; on return it is whole, visible and on disk, and old ones beyond `keep` are gone.
@@ -74,57 +85,76 @@ class CheckpointStore:
             run_state: the rest of the run's state; rank 0's is stored.
 
         Raises:
-            CheckpointError: nothing was changed: earlier checkpoints are all still there.
+            CheckpointError: on all ranks; earlier checkpoints are all still there and nothing is left of this one.
         """
         target = layout.writing_directory(self.root, step)
-        self._together("prepare the directory", lambda: self._prepare(target), only_first=True)
-        with cuda_means_cpu():
-            state = self._sharded_state(is_loading=False)
-        self._together("check free space", lambda: self._require_space(state))
+        context = self.context
         try:
-            self._together("write", lambda: self._write(state, target))
-            self._together("write the run's state", lambda: self._write_run_state(target, run_state), only_first=True)
+            together("make a directory for a checkpoint", lambda: self._prepare(target), context, only_first=True)
+            together("see the directory of a checkpoint", lambda: layout.require_shared(target), context)
+            write_sharded(lambda: self._sharded_state(is_loading=False), target, context)
+            together("write a checkpoint", lambda: self._describe(target, run_state), context, only_first=True)
             self._write_checksums(target)
-            self._together("finish", lambda: layout.publish(self.root, step), only_first=True)
-        except CheckpointError:
-            if self.context.world.rank == 0:
-                shutil.rmtree(target, ignore_errors=True)
-            raise
-        if self.context.world.rank == 0:
-            layout.remove_old(self.root, self.keep)
+            together("finish a checkpoint", lambda: layout.publish(self.root, step), context, only_first=True)
+        except CheckpointError as error:
+            if context.world.rank == 0:
+                layout.clean(self.root)
+            dist.barrier()
+            raise CheckpointError(
+                f"{error}. Nothing was saved in {self.root}, and earlier checkpoints there are untouched. Free some space "
+                "or lower checkpoint.keep, then start again to resume from the newest one."
+            ) from error
+        if context.world.rank == 0:
+            self._remove_old()
         dist.barrier()
         return layout.step_directory(self.root, step)
 
     def resume(self) -> RunState | None:
         """Restore the newest whole checkpoint in place and return its run state; None when there is none.
 
-        Damaged or half-written checkpoints are passed over with a warning that says what is wrong with them.
+        Damaged checkpoints are passed over with a warning that says what is wrong with them; half-written ones are
+        removed. Of a checkpoint that holds weights only (`tools/convert` makes them) the weights are taken, and None
+        is returned since no run has begun.
 
         Raises:
-            CheckpointError: there are checkpoints, but none is whole.
+            CheckpointError: there are checkpoints, but none is whole, or the newest does not fit the model.
         """
-        steps = self._agree(lambda: layout.finished_steps(self.root))
-        for step in steps:
-            directory = layout.step_directory(self.root, step)
-            problems = self._damage(directory)
-            if problems:
-                if self.context.world.rank == 0:
-                    log.warning("checkpoint %s is damaged and is passed over: %s", directory, "; ".join(problems))
-                continue
-            self._load(directory)
-            state: RunState = self._agree(lambda d=directory: json.loads((d / layout.RUN_STATE).read_text()))
-            if self.context.world.rank == 0:
-                log.info("resuming from %s", directory)
-            return state
-        if steps:
+        together("clean up checkpoints", lambda: layout.clean(self.root), self.context, only_first=True)
+        steps = agree("list checkpoints", lambda: layout.finished_steps(self.root), self.context)
+        if not steps:
+            return None
+        directory = self._newest_whole(steps)
+        if directory is None:
             raise CheckpointError(
                 f"{self.root}: none of the {len(steps)} checkpoints is whole (see the warnings above); remove them and "
                 "start anew, or point run.dir elsewhere"
             )
+        state: RunState = agree(
+            "read the state of the run", lambda: json.loads((directory / layout.RUN_STATE).read_text()), self.context
+        )
+        weights_only = bool(state.get("model_only"))
+        if weights_only:
+            load_model_weights(self.ddp.module, directory, self.context)
+            with cuda_means_cpu():
+                self.optimizer.reload_model_params()
+        else:
+            self._load(directory)
+        if self.context.world.rank == 0:
+            log.info("first weights from %s" if weights_only else "resuming from %s", directory)
+        return None if weights_only else state
+
+    def _newest_whole(self, steps: Sequence[int]) -> Path | None:
+        for step in steps:
+            directory = layout.step_directory(self.root, step)
+            problems = damage_of(directory, self.context)
+            if not problems:
+                return directory
+            if self.context.world.rank == 0:
+                log.warning("checkpoint %s is damaged and is passed over: %s", directory, "; ".join(problems))
         return None
 
     def _prepare(self, target: Path) -> None:
-        shutil.rmtree(target, ignore_errors=True)
+        layout.clean(self.root)
         target.mkdir(parents=True)
 
     def _sharded_state(self, *, is_loading: bool) -> dict[str, Any]:
@@ -134,151 +164,99 @@ class CheckpointStore:
         state: dict[str, Any] = {
             "optimizer": self.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=metadata),
             "schedule": self.schedule.state_dict(),
+            "content_metadata": dict(_METADATA),
         }
+        if state["optimizer"].get("param_state", state) is None:
+            del state["optimizer"]["param_state"]  # another rank of this data-parallel group stores it
         state.update(model)
         rank, size = self.context.world.rank, self.context.world.size
-        state["random_state"] = ShardedObject(
-            f"random_state/of_{size}", torch.get_rng_state(), (size,), (rank,), replica_id=0
-        )
+        state["random_state"] = ShardedObject(self._random_state_key, _random_state(), (size,), (rank,), replica_id=0)
         return state
 
-    def _require_space(self, state: dict[str, Any]) -> None:
-        needed = sum(t.numel() * t.element_size() for t in _tensors(state))
-        everywhere = torch.tensor([float(needed)], dtype=torch.float64, device=self.context.device)
-        dist.all_reduce(everywhere)
-        free = shutil.disk_usage(self.root).free
-        if free < float(everywhere):
-            raise OSError(f"{float(everywhere) / 1e9:.2f} GB are needed and {free / 1e9:.2f} GB are free in {self.root}")
+    @property
+    def _random_state_key(self) -> str:
+        return f"random_state_of_{self.context.world.size}"  # Megatron allows no slash in it
 
-    def _write(self, state: dict[str, Any], target: Path) -> None:
-        # Megatron hands results from its writers through a manager process that it spawns for asynchronous saves,
-        # importing the main module anew. Saves are synchronous here, so a queue of this process does.
-        filesystem_async._results_queue = filesystem_async._results_queue or queue.Queue()
-        with cuda_means_cpu():
-            dist_checkpointing.save(state, str(target), content_metadata=_METADATA)
-
-    def _write_run_state(self, target: Path, run_state: RunState) -> None:
+    def _describe(self, target: Path, run_state: RunState) -> None:
         (target / layout.RUN_STATE).write_text(json.dumps(run_state, indent=1) + "\n")
         (target / layout.SETTINGS).write_text(self.settings_yaml)
 
     def _write_checksums(self, target: Path) -> None:
         """Every rank reads a share of the files; rank 0 writes the manifest."""
         rank, size = self.context.world.rank, self.context.world.size
-        names = self._agree(lambda: layout.files_of(target))
-        parts: list[dict[str, tuple[int, int]] | None] = [None] * size
+        names = agree("list the files of a checkpoint", lambda: layout.files_of(target), self.context)
         mine: dict[str, tuple[int, int]] = {}
-        self._together("read back", lambda: mine.update(layout.checksums(target, names[rank::size])))
+        together(
+            "read back a checkpoint", lambda: mine.update(layout.checksums(target, names[rank::size])), self.context
+        )
+        parts: list[dict[str, tuple[int, int]] | None] = [None] * size
         dist.all_gather_object(parts, mine)
         sums = {name: pair for part in parts if part for name, pair in part.items()}
-        self._together("write the manifest", lambda: layout.write_manifest(target, sums), only_first=True)
+        together("write a checkpoint", lambda: layout.write_manifest(target, sums), self.context, only_first=True)
 
-    def _damage(self, directory: Path) -> list[str]:
-        rank, size = self.context.world.rank, self.context.world.size
+    def _remove_old(self) -> None:
         try:
-            expected = layout.read_manifest(directory)
-            items = sorted(expected.items())[rank::size]
-            mine = layout.damage(directory, dict(items))
-        except CheckpointError as error:
-            mine = [str(error)]
-        parts: list[list[str] | None] = [None] * size
-        dist.all_gather_object(parts, mine)
-        return sorted({problem for part in parts if part for problem in part})
+            layout.remove_old(self.root, self.keep)
+        except OSError as error:  # the new checkpoint is whole all the same
+            log.warning("cannot remove old checkpoints in %s: %s", self.root, error)
 
     def _load(self, directory: Path) -> None:
-        with cuda_means_cpu():
-            state = self._sharded_state(is_loading=True)
-            if f"random_state/of_{self.context.world.size}" not in _object_keys(directory):
-                del state["random_state"]  # another number of ranks: random states cannot be matched to ranks
-            loaded = dist_checkpointing.load(state, str(directory))
-            self.ddp.module.load_state_dict({k: v for k, v in loaded.items() if k in state and _is_model_key(k)})
-            self.optimizer.load_state_dict(loaded["optimizer"])
-            _separate_adam_steps(self.optimizer)
-            self.schedule.load_state_dict(loaded["schedule"])
-        if "random_state" in state:
-            torch.set_rng_state(loaded["random_state"])
-
-    def _agree(self, read: Callable[[], Any]) -> Any:
-        """What rank 0 reads, on every rank; a failure there is raised everywhere."""
-        found: list[Any] = [None]
-        self._together("read", lambda: found.__setitem__(0, read()), only_first=True)
-        dist.broadcast_object_list(found, src=0)
-        return found[0]
-
-    def _together(self, what: str, action: Callable[[], object], *, only_first: bool = False) -> None:
-        """Do something on all ranks (or rank 0) and raise on all of them if it fails anywhere."""
-        problem = None
-        if not only_first or self.context.world.rank == 0:
-            try:
-                action()
-            except (OSError, RuntimeError, ValueError) as error:
-                problem = f"rank {self.context.world.rank}: {error}"
-        problems: list[str | None] = [None] * self.context.world.size
-        dist.all_gather_object(problems, problem)
-        found = [p for p in problems if p]
-        if found:
+        try:
+            with cuda_means_cpu():
+                state = self._sharded_state(is_loading=True)
+                del state["content_metadata"]
+                stored = load_sharded_metadata(str(directory))
+                if not any(key.startswith(f"{self._random_state_key}/") for key in stored):
+                    del state["random_state"]  # another number of ranks: random states cannot be matched to ranks
+                names = set(state).difference(_NOT_MODEL)
+                loaded = dist_checkpointing.load(state, str(directory))
+                self.ddp.module.load_state_dict({name: loaded[name] for name in names})
+                optimizer_state.restore(self.optimizer, loaded["optimizer"])
+                self.schedule.load_state_dict(loaded["schedule"])
+        except (CheckpointException, CheckpointingException, AssertionError, KeyError, ValueError) as error:
+            # Its files are as they were written, so it is the checkpoint of something else.
             raise CheckpointError(
-                f"cannot {what} a checkpoint in {self.root}: {'; '.join(found)}. Earlier checkpoints are untouched; "
-                "free some space or change run.dir, then start again to resume from the newest one."
-            )
+                f"{directory} cannot be loaded into this model, optimizer and layout: {error}. If model settings were "
+                "changed since it was written, change them back or choose another run.dir."
+            ) from error
+        if "random_state" in loaded:
+            _set_random_state(loaded["random_state"])
 
 
-def _allocate_adam_state(optimizer: MegatronOptimizer) -> None:
-    """Make torch's AdamW storable and loadable at any time; unlike the fused optimizers it keeps a `step` per parameter.
+def load_weights(directory: Path, model: Qwen3Model, context: ParallelContext) -> Path:
+    """Fill a model with the weights of a checkpoint of any layout, from training or from `tools/convert`.
 
-    Megatron reads that step before it saves or loads (so the state must exist, also before the first update) and
-    does not store it among the tensors (so the step just restored from the group is passed through).
+    A collective. The optimizer's and the run's state are left aside.
+
+    Args:
+        directory: a run directory or its checkpoints directory, of which the newest whole checkpoint is taken
+            (damaged ones are passed over with a warning), or one checkpoint.
+        model: the model, not wrapped, before an optimizer takes its weights.
+        context: the layout.
+
+    Returns:
+        The checkpoint that was read.
+
+    Raises:
+        CheckpointError: there is no whole checkpoint, or it does not hold this model.
     """
-    for part in optimizer.chained_optimizers:
-        inner = part.optimizer
-        if not isinstance(inner, torch.optim.AdamW) or inner.state:
-            continue
-        for parameter in (p for group in inner.param_groups for p in group["params"]):
-            inner.state[parameter] = {
-                "step": torch.tensor(0.0),
-                "exp_avg": torch.zeros_like(parameter),
-                "exp_avg_sq": torch.zeros_like(parameter),
-            }
-        part._set_main_param_and_optimizer_states = partial(
-            _set_with_step, part._set_main_param_and_optimizer_states, part._get_main_param_and_optimizer_states
-        )
+    found, notes = find_whole(directory, partial(damage_of, context=context))
+    if context.world.rank == 0:
+        for note in notes:
+            log.warning("%s", note)
+        log.info("weights from %s", found)
+    load_model_weights(model, found, context)
+    return found
 
 
-def _separate_adam_steps(optimizer: MegatronOptimizer) -> None:
-    """Undo that Megatron gives all parameters one and the same `step` tensor.
-
-    torch's AdamW adds 1 to it once per parameter, so after a resume the bias correction would be off by the number
-    of parameters.
-    """
-    for part in optimizer.chained_optimizers:
-        if isinstance(part.optimizer, torch.optim.AdamW):
-            for state in part.optimizer.state.values():
-                state["step"] = state["step"].clone()
+def _random_state() -> dict[str, torch.Tensor]:
+    state = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
 
 
-def _set_with_step(
-    set_states: Callable[..., None],
-    get_states: Callable[..., dict[str, torch.Tensor]],
-    parameter: torch.nn.Parameter,
-    tensors: dict[str, torch.Tensor],
-) -> None:
-    set_states(parameter, {"step": get_states(parameter)["step"], **tensors})
-
-
-def _is_model_key(key: str) -> bool:
-    return key not in ("optimizer", "schedule", "random_state")
-
-
-def _object_keys(directory: Path) -> set[str]:
-    """Names of the stored objects that are not tensors."""
-    metadata = FileSystemReader(directory).read_metadata()
-    return {key.split("/shard_")[0] for key in metadata.state_dict_metadata}
-
-
-def _tensors(tree: object) -> list[torch.Tensor]:
-    """All tensors that this rank would write."""
-    if isinstance(tree, dict):
-        return [t for value in tree.values() for t in _tensors(value)]
-    if isinstance(tree, list | tuple):
-        return [t for value in tree for t in _tensors(value)]
-    data = getattr(tree, "data", None)
-    return [data] if isinstance(data, torch.Tensor) and not isinstance(tree, torch.Tensor) else []
+def _set_random_state(state: dict[str, torch.Tensor]) -> None:
+    torch.set_rng_state(state["cpu"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])

@@ -173,6 +173,7 @@ class TorchDistReader:
     Attributes:
         shapes: shape of every whole tensor by key.
         dtypes: number format of every tensor by key.
+        object_keys: what else is stored.
 
     Raises:
         CheckpointError: there is no readable list of its contents.
@@ -191,6 +192,7 @@ class TorchDistReader:
             for key, entry in metadata.state_dict_metadata.items()
             if isinstance(entry, TensorStorageMetadata)
         }
+        self.object_keys = set(metadata.state_dict_metadata) - set(self._tensors)
         self.shapes = {key: tuple(entry.size) for key, entry in self._tensors.items()}
         self.dtypes = {key: entry.properties.dtype for key, entry in self._tensors.items()}
 

@@ -13,10 +13,12 @@ import torch
 import torch.distributed as dist
 
 from megatron_klear import parallel
+from megatron_klear.checkpoint.find import find_whole
 from megatron_klear.checkpoint.store import CheckpointStore
+from megatron_klear.checkpoint.weights import load_model_weights
 from megatron_klear.config import Entry, Settings, dump_settings
 from megatron_klear.data import ChatTokenizer
-from megatron_klear.errors import ConfigError
+from megatron_klear.errors import CheckpointError, ConfigError
 from megatron_klear.model import build_qwen3, load_hf_weights, open_hf_directory
 from megatron_klear.observe import Metrics, Phases, Progress, append_examples, memory_metrics, open_metrics, write_report
 from megatron_klear.session.launch import Preempted, StopRequest
@@ -122,15 +124,30 @@ class Session:
     def _first_weights(self) -> None:
         start_from, hf_dir = self.settings.checkpoint.start_from, self.settings.model.hf_dir
         if start_from is not None:
-            from megatron_klear.checkpoint.store import load_weights
-
-            load_weights(Path(start_from), self.model, self.context)
+            directory = self._start_directory(Path(start_from))
+            load_model_weights(self.model, directory, self.context)
         elif hf_dir is not None:
             reader = open_hf_directory(Path(hf_dir), self.arch)
             load_hf_weights(self.model, self.arch, self.context, reader)
         origin = start_from or hf_dir or "random numbers (seed run.seed)"
         if self.is_first:
             log.info("first weights from %s", origin)
+
+    def _start_directory(self, path: Path) -> Path:
+        """The checkpoint that `checkpoint.start_from` means, found by the first rank."""
+        found: list[Any] = [None]
+        if self.is_first:
+            try:
+                directory, notes = find_whole(path)
+                for note in notes:
+                    log.warning("%s", note)
+                found = [directory]
+            except CheckpointError as error:
+                found = [f"checkpoint.start_from: {error}"]
+        dist.broadcast_object_list(found, src=0)
+        if isinstance(found[0], str):
+            raise ConfigError([found[0]])
+        return Path(found[0])
 
     def __enter__(self) -> Self:
         self.progress.__enter__()
