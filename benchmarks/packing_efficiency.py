@@ -120,8 +120,9 @@ def print_table(rows: list[Measurement]) -> None:
     for row in rows:
         print(
             f"{row.distribution:<34}{row.sequences:>8}{row.token_budget:>8}{row.dp:>4}{row.cp:>4}"
-            f"{row.microbatches_per_rank:>7}{100 * row.budget_used:>10.2f}"
-            f"{100 * row.budget_bound:>8.2f}{100 * row.in_order_budget_used:>10.2f}{100 * row.slots_used:>9.2f}{row.token_imbalance:>8.4f}{row.attention_imbalance:>7.3f}"
+            f"{row.microbatches_per_rank:>7}{100 * row.budget_used:>10.2f}{100 * row.budget_bound:>8.2f}"
+            f"{100 * row.in_order_budget_used:>10.2f}{100 * row.slots_used:>9.2f}"
+            f"{row.token_imbalance:>8.4f}{row.attention_imbalance:>7.3f}"
             f"{row.plan_seconds:>9.3f}"
         )
 

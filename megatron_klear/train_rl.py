@@ -44,12 +44,11 @@ def train(session: Session, prompts: PromptData, cursor: DataCursor, heldout: Pr
                         )  # Eqs. 11, 12
                     )
             session.trainer.advance_schedule_to(step * session.updates_per_step)
-            rollouts.publish(version=step)
+            if step % settings.rl.publish_every_steps == 0:
+                rollouts.publish(version=step)
             evaluation.when_due(step)
-            session.finish_step(
-                step, {**rollout_metrics(groups, kept), **divergence, **update_metrics(reports)}
-            )  # fmt: skip
             session.keep_examples(rollouts.examples(groups, step), step)
+            session.finish_step(step, {**rollout_metrics(groups, kept), **divergence, **update_metrics(reports)})
         evaluation.at_end()
 
 
@@ -62,12 +61,18 @@ def main(settings: Settings, stop: StopRequest) -> None:
     chat = load_chat_tokenizer(
         settings.tokenizer.dir, think_start=settings.tokenizer.think_start, think_end=settings.tokenizer.think_end
     )
-    limits = {"max_prompt_tokens": settings.data.max_prompt_tokens, "oversize": settings.data.oversize}
-    prompts = load_prompts(settings.data.prompts, chat, **limits)
-    heldout = load_prompts(settings.data.heldout, chat, setting="data.heldout", **limits) if settings.data.heldout else None
-    require_gradable(prompts, "data.prompts")
+
+    def load(files: tuple[str, ...], setting: str) -> PromptData:
+        data = load_prompts(
+            files, chat, max_prompt_tokens=settings.data.max_prompt_tokens, oversize=settings.data.oversize,
+            setting=setting,
+        )  # fmt: skip
+        require_gradable(data, setting)
+        return data
+
+    prompts = load(settings.data.prompts, "data.prompts")
+    heldout = load(settings.data.heldout, "data.heldout") if settings.data.heldout else None
     if heldout is not None:
-        require_gradable(heldout, "data.heldout")
         require_disjoint(heldout.keys(), {"data.prompts": prompts.keys()})
     cursor = DataCursor(
         len(prompts),

@@ -47,9 +47,20 @@ def together(what: str, action: Callable[[], object], context: ParallelContext, 
         raise CheckpointError(f"cannot {what}: {causes}")
 
 
+def cause_of(error: BaseException) -> BaseException:
+    """What the system said, if that is behind an error: torch's writer answers a full disk with one of its own."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, OSError):
+            return seen
+        seen = seen.__cause__ or seen.__context__
+    return error
+
+
 def _described(error: BaseException) -> str:
-    text = str(error) or "no further message"
-    return text if isinstance(error, CheckpointError | OSError) else f"{type(error).__name__}: {text}"
+    cause = cause_of(error)
+    text = str(cause) or "no further message"
+    return text if isinstance(cause, CheckpointError | OSError) else f"{type(cause).__name__}: {text}"
 
 
 def agree(what: str, read: Callable[[], _Found], context: ParallelContext) -> _Found:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -13,11 +14,33 @@ from pydantic import ValidationError
 from megatron_klear.checkpoint import hf_directory, layout
 from megatron_klear.checkpoint.conversion import DTYPES, HF_FILES, Conversion, all_or_nothing, total_size
 from megatron_klear.checkpoint.conversion_progress import ConversionProgress
+from megatron_klear.checkpoint.find import find_whole
 from megatron_klear.checkpoint.safetensors_stream import TensorEntry, write_shards
 from megatron_klear.checkpoint.torch_dist_stream import TorchDistReader
 from megatron_klear.config import Architecture, ModelSettings, padded_vocab_size, resolve_architecture
 from megatron_klear.errors import CheckpointError, ConfigError, DataError
 from megatron_klear.model.hf_names import TensorRule, hf_from_whole, shard_shape, tensor_rules
+
+_ORIGIN_SETTINGS = (("checkpoint", "start_from"), ("model", "hf_dir"), ("tokenizer", "dir"))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Trained:
+    """What a checkpoint's settings say of it.
+
+    Attributes:
+        directory: the checkpoint.
+        arch: its model.
+        padded_vocab: rows of its vocabulary matrices.
+        places: directories where config.json and what belongs to it may lie, the best first.
+        tokenizer: the tokenizer that it was trained with, if it was trained.
+    """
+
+    directory: Path
+    arch: Architecture
+    padded_vocab: int
+    places: list[Path]
+    tokenizer: Path | None
 
 
 def megatron_to_hf(
@@ -47,8 +70,8 @@ def megatron_to_hf(
     if tokenizer is not None and not any((tokenizer / name).is_file() for name in hf_directory.TOKENIZER_FILES):
         raise DataError(f"{tokenizer}: no tokenizer files there; --tokenizer must name a Hugging Face directory")
     directory, notes = _whole_checkpoint(checkpoint)
-    arch, model = _settings_of(directory)
-    reader = _reader_of(directory, arch, padded_vocab_size(arch.vocab_size, model.vocab_multiple))
+    source = _trained(directory)
+    arch, reader = source.arch, _reader_of(source)
     entries = [
         TensorEntry(name=name, dtype=DTYPES.get(dtype) or reader.dtypes[key], shape=shape)
         for rule in tensor_rules(arch, layer_kind="te")
@@ -66,8 +89,8 @@ def megatron_to_hf(
                 _hf_blocks(arch, reader, entries),
                 written=lambda entry: progress.advance(1, entry.num_bytes),
             )
-        notes += _carry(directory, model, hidden, tokenizer)
-        origin = _first_with(hf_directory.CONFIG, _origins(directory, model))
+        notes += _carry(source, hidden, tokenizer)
+        origin = _first_with(hf_directory.CONFIG, source.places)
         hf_directory.write_config(hidden, arch, entries[0].dtype, origin)
         layout.flush_to_disk(hidden)
         hidden.replace(out)
@@ -82,21 +105,12 @@ def _require_free(out: Path) -> None:
 
 def _whole_checkpoint(path: Path) -> tuple[Path, list[str]]:
     """The checkpoint that a path means, checked, and a note about every newer one that is damaged."""
-    if (path / layout.MANIFEST).exists() or (path / ".metadata").exists():
-        hf_directory.refuse(f"{path} is damaged and cannot be converted:", _damage(path))
-        return path, []
     if not path.is_dir():
         raise DataError(f"{path}: no such directory; --checkpoint must name a run directory or a checkpoint")
-    root = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-    notes: list[str] = []
-    for step in layout.finished_steps(root):
-        directory = layout.step_directory(root, step)
-        problems = _damage(directory)
-        if not problems:
-            return directory, notes
-        notes.append(f"{directory} is damaged and was passed over: {'; '.join(problems)}")
-    hf_directory.refuse(f"{path}: none of the checkpoints is whole:", notes)
-    raise DataError(f"{path}: no checkpoints there; --checkpoint must name a run directory or a checkpoint")
+    try:
+        return find_whole(path, _damage)
+    except CheckpointError as error:
+        raise DataError(str(error)) from error
 
 
 def _damage(directory: Path) -> list[str]:
@@ -115,21 +129,33 @@ def _damage(directory: Path) -> list[str]:
             return [problem for found in pool.map(check, expected.items()) for problem in found]
 
 
-def _settings_of(directory: Path) -> tuple[Architecture, ModelSettings]:
-    """The model that a checkpoint's settings describe."""
+def _trained(directory: Path) -> _Trained:
     path = directory / layout.SETTINGS
     try:
-        section = yaml.safe_load(path.read_text(encoding="utf-8"))["model"]
-        model = ModelSettings(**section)
-        return resolve_architecture(model), model
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+        model = ModelSettings(**settings["model"])
+        arch = resolve_architecture(model)
     except ConfigError as error:
         raise DataError(f"{path}: does not describe a model:\n{error}") from error
     except (OSError, yaml.YAMLError, ValidationError, KeyError, TypeError, ValueError) as error:
         raise DataError(f"{path}: cannot read the model's settings ({error})") from error
+    names = ((settings.get(section) or {}).get(key) for section, key in _ORIGIN_SETTINGS)
+    started_from, hf_dir, tokenizer = (Path(name) if isinstance(name, str) else None for name in names)
+    # The checkpoint itself, others of its run, and the run that it started from.
+    runs = [
+        directory.parent,
+        *([started_from, started_from.parent, started_from / "checkpoints"] if started_from else []),
+    ]
+    places = [directory / HF_FILES]
+    places += [found for run in runs for found in sorted(run.glob(f"step_*/{HF_FILES}"), reverse=True)]
+    places += [hf_dir] if hf_dir else []
+    padded = padded_vocab_size(arch.vocab_size, model.vocab_multiple)
+    return _Trained(directory=directory, arch=arch, padded_vocab=padded, places=places, tokenizer=tokenizer)
 
 
-def _reader_of(directory: Path, arch: Architecture, padded: int) -> TorchDistReader:
+def _reader_of(source: _Trained) -> TorchDistReader:
     """A reader of a checkpoint that holds exactly this model, whatever else it holds."""
+    directory, arch, padded = source.directory, source.arch, source.padded_vocab
     try:
         reader = TorchDistReader(directory)
     except CheckpointError as error:
@@ -184,25 +210,18 @@ def _vocabulary_rows(rule: TensorRule, arch: Architecture, reader: TorchDistRead
             yield from hf_from_whole(rule, rows, arch)
 
 
-def _origins(directory: Path, model: ModelSettings) -> list[Path]:
-    """Where files that belong to the weights may lie: in the checkpoint, or where the run took its weights from."""
-    return [directory / HF_FILES, *([Path(model.hf_dir)] if model.hf_dir else [])]
-
-
 def _first_with(name: str, places: Iterable[Path]) -> Path | None:
     return next((place for place in places if (place / name).is_file()), None)
 
 
-def _carry(directory: Path, model: ModelSettings, target: Path, tokenizer: Path | None) -> list[str]:
+def _carry(source: _Trained, target: Path, tokenizer: Path | None) -> list[str]:
     """Copy tokenizer and generation files; returns notes on what could not be found."""
-    origins = _origins(directory, model)
     for name in hf_directory.OTHER_FILES:
-        if place := _first_with(name, origins):
+        if place := _first_with(name, source.places):
             hf_directory.copy_files(place, (name,), target)
     if tokenizer is None:
-        settings = yaml.safe_load((directory / layout.SETTINGS).read_text(encoding="utf-8"))
-        trained_with = (settings.get("tokenizer") or {}).get("dir")
-        places = [*origins[:1], *([Path(trained_with)] if trained_with else []), *origins[1:]]
+        # What the run was given goes before what came with its weights: training may have needed other tokens.
+        places = [*([source.tokenizer] if source.tokenizer else []), *source.places]
         tokenizer = _first_with("tokenizer.json", places) or _first_with("vocab.json", places)
     if tokenizer is None:
         return ["no tokenizer files were found; give --tokenizer DIR to have them in the result"]

@@ -101,8 +101,8 @@ class CheckpointStore:
                 layout.clean(self.root)
             dist.barrier()
             raise CheckpointError(
-                f"{error}. Nothing was saved in {self.root}, and earlier checkpoints there are untouched. Free some space "
-                "or lower checkpoint.keep, then start again to resume from the newest one."
+                f"{error}. Nothing was saved in {self.root}; earlier checkpoints there are untouched. When this is "
+                "mended, start again to resume from the newest one."
             ) from error
         if context.world.rank == 0:
             self._remove_old()

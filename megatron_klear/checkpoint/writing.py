@@ -25,8 +25,12 @@ from megatron.core.dist_checkpointing.strategies.torch import (
     mcore_to_pyt_state_dict,
 )
 from torch.distributed import checkpoint as torch_checkpoint
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
 
-from megatron_klear.checkpoint.collective import together
+from megatron_klear.checkpoint.collective import cause_of, together
+from megatron_klear.observe.readable import byte_size
 from megatron_klear.parallel import cuda_means_cpu
 from megatron_klear.records import ParallelContext
 
@@ -55,7 +59,7 @@ def write_sharded(make_state: StateMaker, directory: Path, context: ParallelCont
     together("gather the state for a checkpoint", prepare, context)
     sharded, common = parts
     together("write a checkpoint", lambda: _require_space(sharded, directory, context), context)
-    together("write a checkpoint", lambda: torch.save(common, directory / COMMON_STATE_FNAME), context, only_first=True)
+    together("write a checkpoint", lambda: _write_common(common, directory), context, only_first=True)
     together("write a checkpoint", lambda: _write_shards(sharded, directory), context)
     described = CheckpointingConfig("torch_dist", 1)
     together("write a checkpoint", lambda: save_config(described, str(directory)), context, only_first=True)
@@ -68,7 +72,26 @@ def _require_space(sharded: dict[str, Any], directory: Path, context: ParallelCo
     dist.all_reduce(total)
     free = shutil.disk_usage(directory).free
     if free < float(total):
-        raise OSError(f"{float(total) / 1e9:.2f} GB are needed and {free / 1e9:.2f} GB are free in {directory.parent}")
+        raise OSError(
+            f"{byte_size(float(total))} are needed and {byte_size(free)} are free in {directory.parent}; "
+            "free some space or lower checkpoint.keep"
+        )
+
+
+def _write_common(common: dict[str, Any], directory: Path) -> None:
+    with (directory / COMMON_STATE_FNAME).open("wb") as stream:
+        torch.save(common, stream)
+
+
+class _Writer(torch_checkpoint.FileSystemWriter):
+    """Torch's writer; a failure to write says what the system said."""
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        try:
+            return super().write_data(plan, planner)
+        except RuntimeError as error:
+            # Only the error itself reaches the other ranks, not what it was raised from.
+            raise cause_of(error) from None
 
 
 def _write_shards(sharded: dict[str, Any], directory: Path) -> None:
@@ -77,6 +100,6 @@ def _write_shards(sharded: dict[str, Any], directory: Path) -> None:
         torch_checkpoint.save(
             mcore_to_pyt_state_dict(by_key, False),
             # With more threads torch loses what fails in one of them.
-            storage_writer=torch_checkpoint.FileSystemWriter(directory, thread_count=1),
+            storage_writer=_Writer(directory, thread_count=1),
             planner=MCoreSavePlanner(flatten_state_dict=False),
         )

@@ -1,13 +1,14 @@
 """The independent side of the comparison: transformers' Qwen3, one sequence at a time, in float64.
 
 Shares no code with the training path: other model implementation, no packing, no sharding, full logits, the paper's
-formulas spelled out (Eq. 11 with its literal quotient) and torch's own autograd and AdamW.
+formulas spelled out (Eq. 11 with its literal quotient) and torch's own autograd and AdamW. In float32 or bfloat16 the
+same computation tells what that data type costs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,6 @@ from megatron_klear.algorithm import PolicyObjective
 from megatron_klear.config import Architecture, OptimizerSettings
 from megatron_klear.records import TrainSequence
 
-OBJECTIVE = PolicyObjective(kind="gppo", epsilon_low=0.2, epsilon_high=0.28)
 
 
 def reference_model(arch: Architecture, *, seed: int = 0) -> Any:
@@ -84,36 +84,50 @@ def reference_sequences(arch: Architecture, lengths: Sequence[int], *, kind: str
 
 def with_old_logprobs(sequences: Sequence[TrainSequence], logprobs: Sequence[np.ndarray]) -> list[TrainSequence]:
     """Turn the offsets in `old_logprobs` into old logprobs around the given ones."""
-    from dataclasses import replace
-
     return [
         replace(s, old_logprobs=np.where(s.policy_weight != 0, values + s.old_logprobs, 0.0).astype(np.float32))
         for s, values in zip(sequences, logprobs, strict=True)
     ]
 
 
-def sequence_logprobs(model: Any, token_ids: np.ndarray, temperature: float = 1.0) -> torch.Tensor:
-    """Logprob of each token given those before it, [L]; entry 0 is 0. Full logits, in the model's data type."""
+def sequence_logprobs(model: Any, token_ids: np.ndarray, temperature: float) -> torch.Tensor:
+    """Logprob of each token given those before it, [L]; entry 0 is 0. Full logits; float32 at least from there on."""
     ids = torch.as_tensor(token_ids)
-    logits = model(input_ids=ids[None]).logits[0, :-1] / temperature
+    logits = model(input_ids=ids[None]).logits[0, :-1]
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
     picked = torch.log_softmax(logits, dim=-1).gather(1, ids[1:, None])[:, 0]
     return torch.cat([picked.new_zeros(1), picked])
 
 
-def reference_loss(model: Any, sequences: Sequence[TrainSequence]) -> torch.Tensor:
-    """The joint objective of Eq. 14 with weights folded in, Eq. 11 written with its literal quotient."""
-    total = torch.zeros((), dtype=next(model.parameters()).dtype)
+def policy_objective(
+    logprobs: torch.Tensor, old_logprobs: torch.Tensor, advantages: torch.Tensor, objective: PolicyObjective
+) -> torch.Tensor:
+    """The summands of Eq. 7 (clip), Eq. 11 with its literal quotient (gppo) or Eq. 15 (cispo), to be maximised, [L]."""
+    delta = torch.exp(logprobs - old_logprobs)
+    frozen = delta.detach()
+    low, high = 1 - objective.epsilon_low, 1 + objective.epsilon_high
+    if objective.kind == "cispo":
+        return frozen.clamp(low, high) * advantages * logprobs
+    if objective.kind == "clip":
+        return torch.minimum(delta * advantages, delta.clamp(low, high) * advantages)
+    clipped = torch.where(frozen < low, low / frozen * delta, torch.where(frozen > high, high / frozen * delta, delta))
+    return torch.minimum(delta * advantages, clipped * advantages)
+
+
+def reference_loss(
+    model: Any, sequences: Sequence[TrainSequence], objective: PolicyObjective, temperature: float
+) -> tuple[torch.Tensor, float]:
+    """The joint objective of Eq. 14 with weights folded in, negated, a scalar; and the sum of its terms' sizes."""
+    total, sizes = torch.zeros(()), 0.0
     for s in sequences:
-        logprobs = sequence_logprobs(model, s.token_ids)
+        logprobs = sequence_logprobs(model, s.token_ids, temperature)
         weight, lm, advantage, old = (
             torch.as_tensor(x).to(logprobs.dtype) for x in (s.policy_weight, s.lm_weight, s.advantages, s.old_logprobs)
         )
-        delta = torch.exp(logprobs - old)
-        frozen = delta.detach()
-        low, high = 1 - OBJECTIVE.epsilon_low, 1 + OBJECTIVE.epsilon_high
-        clipped = torch.where(frozen < low, low / frozen * delta, torch.where(frozen > high, high / frozen * delta, delta))
-        total = total - (weight * torch.minimum(delta * advantage, clipped * advantage)).sum() - (lm * logprobs).sum()
-    return total
+        policy = policy_objective(logprobs, old, advantage, objective)
+        total = total - (weight * policy).sum() - (lm * logprobs).sum()
+        sizes += float(((weight * policy).abs() + (lm * logprobs).abs()).sum())
+    return total, sizes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -122,29 +136,46 @@ class ReferenceResult:
 
     Attributes:
         loss: the training loss.
+        loss_terms: sum of the absolute values of its terms, which rounding errors grow with.
+        logprobs: per sequence [L], before the update.
+        logprobs_after: per sequence [L], after it.
         grads: gradient by Hugging Face name.
+        grad_norm: L2 norm of all of them.
         updated: weights after the optimizer update, by Hugging Face name.
-        logprobs: per sequence [L].
     """
 
     loss: float
-    grads: dict[str, torch.Tensor]
-    updated: dict[str, torch.Tensor]
+    loss_terms: float
     logprobs: list[np.ndarray]
+    logprobs_after: list[np.ndarray]
+    grads: dict[str, torch.Tensor]
+    grad_norm: float
+    updated: dict[str, torch.Tensor]
 
 
 def compute_reference(
-    arch: Architecture, sequences: Sequence[TrainSequence], optimizer: OptimizerSettings, dtype: torch.dtype
+    model: Any,
+    sequences: Sequence[TrainSequence],
+    objective: PolicyObjective,
+    optimizer: OptimizerSettings,
+    *,
+    temperature: float = 1.0,
 ) -> ReferenceResult:
-    """Loss, gradients and one clipped AdamW update (no decay on vectors) by transformers and torch in `dtype`."""
-    model = reference_model(arch).to(dtype)
-    with torch.no_grad():
-        logprobs = [sequence_logprobs(model, s.token_ids).double().numpy() for s in sequences]
-    loss = reference_loss(model, sequences)
+    """Loss, gradients and one clipped AdamW update (no decay on vectors) by transformers and torch.
+
+    Args:
+        model: from `reference_model`, cast to the data type to compute in; its weights are updated.
+        sequences: with weights.
+        objective: the policy loss.
+        optimizer: AdamW, without warm-up.
+        temperature: divides the logits.
+    """
+    logprobs = all_logprobs(model, sequences, temperature)
+    loss, loss_terms = reference_loss(model, sequences, objective, temperature)
     loss.backward()
     named = dict(model.named_parameters())
     grads = {name: p.grad.detach().clone() for name, p in named.items() if p.grad is not None}
-    torch.nn.utils.clip_grad_norm_(model.parameters(), optimizer.clip_grad)
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), optimizer.clip_grad)
     decayed = [p for p in model.parameters() if p.dim() > 1]
     vectors = [p for p in model.parameters() if p.dim() == 1]
     torch.optim.AdamW(
@@ -153,5 +184,18 @@ def compute_reference(
         betas=(optimizer.adam_beta1, optimizer.adam_beta2),
         eps=optimizer.adam_eps,
     ).step()
-    updated = {name: p.detach().clone() for name, p in named.items()}
-    return ReferenceResult(loss=float(loss.detach()), grads=grads, updated=updated, logprobs=logprobs)
+    return ReferenceResult(
+        loss=float(loss.detach()),
+        loss_terms=loss_terms,
+        logprobs=logprobs,
+        logprobs_after=all_logprobs(model, sequences, temperature),
+        grads=grads,
+        grad_norm=float(norm),
+        updated={name: p.detach().clone() for name, p in named.items()},
+    )
+
+
+def all_logprobs(model: Any, sequences: Sequence[TrainSequence], temperature: float) -> list[np.ndarray]:
+    """Logprobs of every sequence, float64 [L] each, without gradient."""
+    with torch.no_grad():
+        return [sequence_logprobs(model, s.token_ids, temperature).double().numpy() for s in sequences]

@@ -81,7 +81,9 @@ def _whole(
     else:
         local = torch.empty(shard_shape(rule, arch, context.tp.size, padded_vocab), dtype=dtype, device=context.device)
     if context.pp.size > 1:
-        owner = dist.get_global_rank(context.pp.group, _owning_stage(rule, model_layers=arch.num_layers, context=context))
+        owner = dist.get_global_rank(
+            context.pp.group, _owning_stage(rule, model_layers=arch.num_layers, context=context)
+        )
         local = local.clone() if held is not None else local
         dist.broadcast(local, src=owner, group=context.pp.group)
     if rule.split_dim is None or context.tp.size == 1:

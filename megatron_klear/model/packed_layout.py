@@ -10,6 +10,7 @@ sequence that ends where the segment ends, causally (aligned at the end of the p
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -80,7 +81,9 @@ def packed_layout(batch: PackedBatch, cp: ParallelAxis, *, transformer_engine: b
         transformer_engine: whether the layers are Transformer Engine's.
     """
     offsets = batch.cu_seqlens_padded
-    plan = None if transformer_engine else plan_attention(offsets.cpu().numpy(), cp.rank, cp.size, batch.token_ids.device)
+    plan = (
+        None if transformer_engine else plan_attention(offsets.cpu().numpy(), cp.rank, cp.size, batch.token_ids.device)
+    )
     return PackedLayout(
         qkv_format="thd" if transformer_engine else "sbhd",
         cu_seqlens_q=batch.cu_seqlens,
@@ -137,7 +140,7 @@ def _segments(offsets: IntArray, cp_rank: int, cp_size: int) -> list[tuple[IntAr
     """Rows of the local queries and of the gathered keys of every segment, in local order."""
     segments = []
     local_total = int(offsets[-1]) // cp_size
-    for start, end in zip(offsets[:-1], offsets[1:], strict=True):
+    for start, end in pairwise(offsets):
         length = int(end - start)
         if length == 0:
             continue

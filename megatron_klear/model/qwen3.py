@@ -12,17 +12,18 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from klear_kernels import linear_logprob, linear_policy_loss
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from klear_kernels import linear_logprob, linear_policy_loss
 from megatron_klear.algorithm import PolicyObjective
 from megatron_klear.config import Architecture, ModelSettings, ParallelSettings, padded_vocab_size
 from megatron_klear.model.layer_spec import block_spec, pick_layer_spec
 from megatron_klear.model.packed_layout import PackedLayout, packed_layout
 from megatron_klear.parallel import cuda_means_cpu
 from megatron_klear.records import PackedBatch, ParallelContext
+
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class HeadRequest:
@@ -77,9 +78,7 @@ class FusedHead(ColumnParallelLinear):
         layer.vocab_size = vocab_size
         return layer
 
-    def forward(  # type: ignore[override]
-        self, hidden: torch.Tensor, weight: torch.Tensor | None, request: HeadRequest
-    ) -> HeadResult:
+    def forward(self, hidden: torch.Tensor, weight: torch.Tensor | None, request: HeadRequest) -> HeadResult:
         """Answer a request.
 
         Args:
@@ -99,6 +98,7 @@ class FusedHead(ColumnParallelLinear):
         if request.objective is None:
             answer = linear_logprob(hidden, weight, batch.labels, with_entropy=True, **shared)
             zero = torch.zeros((), dtype=torch.float32, device=hidden.device)
+            assert answer.entropy is not None
             return HeadResult(zero, zero, zero, answer.logprobs.detach(), answer.entropy.detach())
         terms = linear_policy_loss(
             hidden,
@@ -111,6 +111,7 @@ class FusedHead(ColumnParallelLinear):
             objective=request.objective,
             **shared,
         )
+        assert terms.entropy is not None
         return HeadResult(terms.loss, terms.policy_loss, terms.lm_loss, terms.logprobs, terms.entropy)
 
 
@@ -123,7 +124,7 @@ class Qwen3Model(GPTModel):
 
     layer_kind: str
 
-    def _preprocess(  # type: ignore[override]
+    def _preprocess(
         self,
         input_ids: torch.Tensor,
         position_ids: torch.Tensor,
@@ -143,7 +144,7 @@ class Qwen3Model(GPTModel):
         rotary = rotary_frequencies(self.rotary_pos_emb.inv_freq, packed_seq_params.position_ids)
         return (embedded, rotary, None, None, None, None)
 
-    def _postprocess(  # type: ignore[override]
+    def _postprocess(
         self, hidden_states: torch.Tensor, labels: HeadRequest | None = None, **_: Any
     ) -> torch.Tensor | HeadResult:
         if not self.post_process:

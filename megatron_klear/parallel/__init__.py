@@ -1,6 +1,6 @@
 """Process groups, device placement, and the CPU stand-in for CUDA."""
 
-from megatron_klear.parallel.context import start, stop
+from megatron_klear.parallel.context import reset_layout, start, stop
 from megatron_klear.parallel.cpu_device import cuda_means_cpu
 
-__all__ = ["cuda_means_cpu", "start", "stop"]
+__all__ = ["cuda_means_cpu", "reset_layout", "start", "stop"]

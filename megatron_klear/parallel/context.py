@@ -105,11 +105,19 @@ def _axis(group: dist.ProcessGroup | None) -> ParallelAxis:
     return ParallelAxis(rank=dist.get_rank(group), size=dist.get_world_size(group), group=group)
 
 
-def stop() -> None:
-    """Leave the process groups; safe to call twice or when nothing was started."""
+def reset_layout() -> None:
+    """Forget the layout but stay with the other processes, so that `start` can build another one.
+
+    What was built on the old layout must no longer be used.
+    """
     from megatron.core import parallel_state
 
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
+
+
+def stop() -> None:
+    """Leave the process groups; safe to call twice or when nothing was started."""
+    reset_layout()
     if dist.is_initialized():
         dist.destroy_process_group()

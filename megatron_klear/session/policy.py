@@ -79,9 +79,7 @@ def old_logprobs(session: Session, groups: Sequence[ScoredGroup]) -> tuple[dict[
         for j in range(len(g.group.rollouts))
     }
     response = np.concatenate([np.arange(len(values)) >= lengths[name] for name, values in by_name.items()])
-    means = rollout_divergence(
-        torch.from_numpy(engine), torch.from_numpy(trainer), torch.from_numpy(response)
-    ).means()
+    means = rollout_divergence(torch.from_numpy(engine), torch.from_numpy(trainer), torch.from_numpy(response)).means()
     return by_name, {
         names.KL_ROLLOUT_TRAINER: means["kl_k3"],
         names.MISMATCH_MAX_ABS: means["max_abs_log_ratio"],

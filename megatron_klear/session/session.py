@@ -20,7 +20,15 @@ from megatron_klear.config import Entry, Settings, dump_settings
 from megatron_klear.data import ChatTokenizer
 from megatron_klear.errors import CheckpointError, ConfigError
 from megatron_klear.model import build_qwen3, load_hf_weights, open_hf_directory
-from megatron_klear.observe import Metrics, Phases, Progress, append_examples, memory_metrics, open_metrics, write_report
+from megatron_klear.observe import (
+    Metrics,
+    Phases,
+    Progress,
+    append_examples,
+    memory_metrics,
+    open_metrics,
+    write_report,
+)
 from megatron_klear.session.launch import Preempted, StopRequest
 from megatron_klear.trainer import Trainer, make_trainable
 
@@ -64,7 +72,9 @@ class Session:
         self.root = Path(settings.run.dir)
         if chat.num_tokens > self.arch.vocab_size:
             raise ConfigError(
-                [f"model.vocab_size: {self.arch.vocab_size} is smaller than the {chat.num_tokens} tokens of tokenizer.dir"]
+                [
+                    f"model.vocab_size: {self.arch.vocab_size} is smaller than the {chat.num_tokens} tokens of tokenizer.dir"
+                ]
             )
         self.context = parallel.start(settings.parallel, device=settings.run.device, seed=settings.run.seed)
         if self.context.device.type == "cpu":

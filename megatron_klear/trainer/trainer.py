@@ -10,7 +10,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -109,7 +108,7 @@ class Trainer:
         Raises:
             TrainingError: the loss or the gradient is not finite; the weights are as before.
         """
-        plan, packs = self._packs(sequences)
+        _, packs = self._packs(sequences)
         self.trainable.ddp.zero_grad_buffer()
         self.trainable.optimizer.zero_grad()
         results = run_microbatches(self.trainable, packs, objective, self.context, temperature=temperature)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import queue
 import sys
 from pathlib import Path
@@ -94,7 +95,7 @@ def load(job: dict[str, Any], context: ParallelContext) -> dict[str, Any]:
     theirs = build(job, context, seed=3)
     with parallel.cuda_means_cpu():
         state = theirs.sharded_state_dict(metadata={"dp_cp_group": context.dp_cp.group})
-        loaded = dist_checkpointing.load(dict(state), job["checkpoint"], strict="raise_all")
+        loaded = dist_checkpointing.load(dict(state), job["checkpoint"], strict="raise_unexpected")
         theirs.load_state_dict({name: loaded[name] for name in state})
     return {
         "names": sorted(reference),
@@ -171,6 +172,7 @@ def logits(job: dict[str, Any], context: ParallelContext) -> dict[str, Any]:
 def main() -> None:
     rank, size, directory = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
     torch.set_num_threads(1)
+    os.environ["WORLD_SIZE"] = str(size)  # where the layout is checked against it
     actions = {"save": save, "load": load, "refuse": refuse, "keys": keys, "logits": logits}
     results = {}
     for number, job in enumerate(json.loads((directory / "jobs.json").read_text())):

@@ -232,6 +232,39 @@ def test_config_is_made_from_the_settings_when_none_was_carried(hf: Path, damage
         assert getattr(after.config, name) == getattr(before.config, name), name
 
 
+def test_files_of_the_run_that_training_started_from_are_used(
+    run: Path, damaged: Path, hf: Path, tmp_path: Path
+) -> None:
+    for number, start in enumerate((run, run / "checkpoints", run / "checkpoints" / "step_00000000")):
+        step = tmp_path / f"trained{number}" / "checkpoints" / "step_00000009"
+        shutil.copytree(damaged, step)
+        rewrite(
+            step, "config.yaml", lambda tree, at=start: {"model": tree["model"], "checkpoint": {"start_from": str(at)}}
+        )
+        without_hf_files(step)
+        done = megatron_to_hf(step, tmp_path / f"back{number}")
+        assert done.notes == ()
+        for name in ("config.json", "generation_config.json", "tokenizer.json"):
+            assert (tmp_path / f"back{number}" / name).read_bytes() == (hf / name).read_bytes(), name
+
+
+def test_files_of_the_first_checkpoint_of_the_same_run_are_used(damaged: Path, hf: Path, tmp_path: Path) -> None:
+    step = damaged.with_name("step_00000009")
+    shutil.copytree(damaged, step)
+    without_hf_files(step)
+    megatron_to_hf(damaged.parent, tmp_path / "back")
+    assert (tmp_path / "back" / "tokenizer.json").read_bytes() == (hf / "tokenizer.json").read_bytes()
+
+
+def test_the_tokenizer_that_training_used_goes_first(damaged: Path, tmp_path: Path) -> None:
+    (tmp_path / "tokenizer").mkdir()
+    (tmp_path / "tokenizer" / "tokenizer.json").write_text("{}")
+    rewrite(damaged, "config.yaml", lambda tree: {**tree, "tokenizer": {"dir": str(tmp_path / "tokenizer")}})
+    megatron_to_hf(damaged, tmp_path / "back")
+    assert (tmp_path / "back" / "tokenizer.json").read_text() == "{}"
+    assert not (tmp_path / "back" / "merges.txt").exists()  # files of two tokenizers are not mixed
+
+
 def test_missing_tokenizer_is_said(damaged: Path, tmp_path: Path) -> None:
     without_hf_files(damaged)
     done = megatron_to_hf(damaged, tmp_path / "back")

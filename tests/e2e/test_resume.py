@@ -1,0 +1,91 @@
+"""A run that is killed and resumed ends with the same bits as one that was not."""
+
+from __future__ import annotations
+
+import json
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+STEPS = 8
+
+
+def stored_tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint, weights and optimizer state, whole."""
+    metadata = dcp.FileSystemReader(checkpoint).read_metadata().state_dict_metadata
+    state = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in metadata.items()
+        if isinstance(entry, TensorStorageMetadata)
+    }
+    dcp.load(state, checkpoint_id=checkpoint, no_dist=True)
+    return state
+
+
+def lines(run: Path) -> int:
+    path = run / "metrics.jsonl"
+    return len(path.read_bytes().splitlines()) if path.is_file() else 0
+
+
+def kill_in_the_middle(launch, run: Path, rng: random.Random) -> None:
+    """SIGKILL all ranks somewhere between the second and the last step."""
+    deadline = time.monotonic() + 200
+    wanted = rng.randint(2, STEPS - 2)
+    while lines(run) < wanted:
+        assert time.monotonic() < deadline, launch.output()
+        assert all(p.poll() is None for p in launch.processes), launch.output()
+        time.sleep(0.002)
+    time.sleep(rng.random() * 0.2)
+    launch.signal(signal.SIGKILL)
+    launch.wait()
+
+
+@pytest.mark.parametrize("entry", ["train_sft", "train_rl"])
+def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(entry, start, sft_overrides, rl_overrides, tmp_path):
+    kind = entry.removeprefix("train_")
+    overrides = sft_overrides if kind == "sft" else rl_overrides
+    steps = [f"{kind}.steps={STEPS}", "checkpoint.every_steps=2", "checkpoint.keep=3", "evaluation.at_end=false"]
+    config = f"examples/quickstart_{kind}.yaml"
+
+    whole = start(entry, config, [*overrides("whole"), *steps])
+    assert whole.wait() == [0, 0], whole.output()
+
+    killed = start(entry, config, [*overrides("killed"), *steps])
+    kill_in_the_middle(killed, tmp_path / "killed", random.Random(entry))
+    assert not (tmp_path / "killed" / "checkpoints" / f"step_{STEPS:08d}").exists()
+
+    resumed = start(entry, config, [*overrides("killed"), *steps])
+    assert resumed.wait() == [0, 0], resumed.output()
+
+    first = stored_tensors(tmp_path / "whole" / "checkpoints" / f"step_{STEPS:08d}")
+    second = stored_tensors(tmp_path / "killed" / "checkpoints" / f"step_{STEPS:08d}")
+    assert first.keys() == second.keys()
+    assert any(name.startswith("optimizer.state.exp_avg_sq") for name in first)
+    different = [name for name, tensor in first.items() if not torch.equal(tensor, second[name])]
+    assert not different
+    if kind == "sft":
+        moved = stored_tensors(tmp_path / "whole" / "checkpoints" / f"step_{STEPS - 2:08d}")
+        assert any(not torch.equal(moved[name], tensor) for name, tensor in first.items())
+
+    logged = [json.loads(line)["step"] for line in (tmp_path / "killed" / "metrics.jsonl").read_text().splitlines()]
+    assert logged == list(range(1, STEPS + 1)), "every step is logged once"
+
+
+def test_asked_to_stop_saves_and_says_how_to_resume(start, sft_overrides, tmp_path):
+    steps = ["sft.steps=2000", "checkpoint.every_steps=0", "evaluation.at_end=false"]
+    launch = start("train_sft", "examples/quickstart_sft.yaml", [*sft_overrides("asked"), *steps])
+    deadline = time.monotonic() + 200
+    while lines(tmp_path / "asked") < 2:
+        assert time.monotonic() < deadline, launch.output()
+        time.sleep(0.01)
+    launch.processes[1].send_signal(signal.SIGTERM)  # one rank is enough
+    assert launch.wait() == [75, 75], launch.output()
+    assert "start again" in launch.output()
+    done = lines(tmp_path / "asked")
+    assert (tmp_path / "asked" / "checkpoints" / f"step_{done:08d}" / "manifest.json").is_file()
