@@ -22,7 +22,7 @@ from megatron_klear.config import Architecture, padded_vocab_size
 from megatron_klear.errors import DataError
 from megatron_klear.model.hf_names import TensorRule, shard_shape, tensor_rules, whole_from_hf
 
-_BLOCK_BYTES = 64 << 20
+_BLOCK_BYTES = 16 << 20
 """Rows of the vocabulary are stored in chunks of this size: its matrices are by far the largest tensors, and a
 tensor-parallel rank that loads them reads only chunks with rows of its own."""
 

@@ -81,7 +81,7 @@ class References:
 
     def get(self, layout: Layout) -> Reference:
         """What a layout is compared with; a collective of all ranks, if there are several."""
-        key = (layout.kind, layout.objective, layout.temperature, layout.tied, layout.lengths, layout.dtype)
+        key = (layout.kind, layout.objective, layout.temperature, layout.tied, layout.lengths, layout.dtype, layout.updates)
         if key not in self._known:
             shared: list[Reference | None] = [None]
             if not dist.is_initialized() or dist.get_rank() == 0:
@@ -99,9 +99,13 @@ def compute_references(layout: Layout) -> Reference:
     sequences = reference_sequences(arch, layout.lengths, kind=layout.kind)
     exact_model = reference_model(arch).double()
     sequences = with_old_logprobs(sequences, all_logprobs(exact_model, sequences, layout.temperature))
-    exact = compute_reference(exact_model, sequences, objective, OPTIMIZER, temperature=layout.temperature)
     plain_model = reference_model(arch).to(getattr(torch, layout.dtype))
-    plain = compute_reference(plain_model, sequences, objective, OPTIMIZER, temperature=layout.temperature)
+    exact, plain = (
+        compute_reference(
+            model, sequences, objective, OPTIMIZER, temperature=layout.temperature, updates=layout.updates
+        )
+        for model in (exact_model, plain_model)
+    )
     return sequences, exact, plain
 
 
@@ -153,8 +157,9 @@ def compare_layout(
     trainer = layout_trainer(layout, device=device, timeout_seconds=timeout_seconds)
     context = trainer.context
     sequences, exact, plain = references.get(layout)
-    before = trainer.token_logprobs(sequences, temperature=layout.temperature)
-    report = trainer.update(sequences, objective_of(layout), step=1, temperature=layout.temperature)
+    for step in range(1, layout.updates + 1):
+        before = trainer.token_logprobs(sequences, temperature=layout.temperature)
+        report = trainer.update(sequences, objective_of(layout), step=step, temperature=layout.temperature)
     updated = dict(hf_named_tensors(trainer.trainable.model, trainer.arch, context))
     grads = _gradients(trainer, report.grad_norm)
     after = trainer.token_logprobs(sequences, temperature=layout.temperature)

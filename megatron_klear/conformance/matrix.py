@@ -33,6 +33,7 @@ class Layout:
         distributed_optimizer: shard optimizer states over data-parallel ranks.
         overlap: reduce gradients during the backward pass and, with the distributed optimizer, gather weights during
             the forward pass.
+        updates: optimizer updates; what is compared is the last one and what it leaves behind.
         dtype: of weights and activations; the unit of its errors is what transformers loses in that type.
         layer_spec: `local`, or `te` where Transformer Engine is installed.
     """
@@ -50,6 +51,7 @@ class Layout:
     recompute: Literal["none", "selective", "full"] = "none"
     distributed_optimizer: bool = False
     overlap: bool = False
+    updates: int = 1
     dtype: Literal["float32", "bfloat16"] = "float32"
     layer_spec: Literal["local", "te"] = "local"
 
@@ -69,6 +71,7 @@ class Layout:
         words += [f"recompute {self.recompute}"] if self.recompute != "none" else []
         words += ["distributed optimizer"] if self.distributed_optimizer else []
         words += ["overlap"] if self.overlap else []
+        words += [f"{self.updates} updates"] if self.updates > 1 else []
         words += ["bf16"] if self.dtype == "bfloat16" else []
         words += ["transformer engine"] if self.layer_spec == "te" else []
         return " ".join(words)
@@ -83,7 +86,7 @@ LAYOUTS: Mapping[int, tuple[Layout, ...]] = {
         Layout(tied=True, token_budget=512),
         Layout(recompute="full"),
         Layout(recompute="selective", kind="sft"),
-        Layout(distributed_optimizer=True),
+        Layout(distributed_optimizer=True, updates=3),
         Layout(dtype="bfloat16"),
         Layout(dtype="bfloat16", kind="sft", tied=True, distributed_optimizer=True),
     ),
@@ -99,7 +102,7 @@ LAYOUTS: Mapping[int, tuple[Layout, ...]] = {
         Layout(kind="sft", token_budget=64),
         Layout(lengths=(37,)),
         Layout(distributed_optimizer=True, token_budget=64),
-        Layout(distributed_optimizer=True, token_budget=64, overlap=True),
+        Layout(distributed_optimizer=True, token_budget=64, overlap=True, updates=2),
         Layout(cp=2, distributed_optimizer=True, kind="sft"),
     ),
     4: (
@@ -116,9 +119,9 @@ LAYOUTS: Mapping[int, tuple[Layout, ...]] = {
         Layout(cp=4, tied=True, recompute="selective"),
         Layout(cp=2, token_budget=64, distributed_optimizer=True),
         Layout(tp=2, sequence_parallel=True, distributed_optimizer=True, tied=True),
-        Layout(tp=2, sequence_parallel=True, distributed_optimizer=True, overlap=True, dtype="bfloat16"),
+        Layout(tp=2, sequence_parallel=True, distributed_optimizer=True, overlap=True, updates=2, dtype="bfloat16"),
         Layout(pp=2, distributed_optimizer=True, kind="sft", tied=True),
-        Layout(pp=2, token_budget=64, overlap=True),
+        Layout(pp=2, token_budget=64, overlap=True, updates=2),
         Layout(token_budget=64),
         Layout(lengths=(50, 11, 23), distributed_optimizer=True),
     ),

@@ -160,8 +160,9 @@ def compute_reference(
     optimizer: OptimizerSettings,
     *,
     temperature: float = 1.0,
+    updates: int = 1,
 ) -> ReferenceResult:
-    """Loss, gradients and one clipped AdamW update (no decay on vectors) by transformers and torch.
+    """Loss, gradients and clipped AdamW updates (no decay on vectors) by transformers and torch.
 
     Args:
         model: from `reference_model`, cast to the data type to compute in; its weights are updated.
@@ -169,21 +170,25 @@ def compute_reference(
         objective: the policy loss.
         optimizer: AdamW, without warm-up.
         temperature: divides the logits.
+        updates: how many, all on the same sequences; the result is that of the last.
     """
-    logprobs = all_logprobs(model, sequences, temperature)
-    loss, loss_terms = reference_loss(model, sequences, objective, temperature)
-    loss.backward()
     named = dict(model.named_parameters())
-    grads = {name: p.grad.detach().clone() for name, p in named.items() if p.grad is not None}
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), optimizer.clip_grad)
-    decayed = [p for p in model.parameters() if p.dim() > 1]
-    vectors = [p for p in model.parameters() if p.dim() == 1]
-    torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": optimizer.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
+    matrices = [p for p in named.values() if p.dim() > 1]
+    vectors = [p for p in named.values() if p.dim() == 1]
+    adam = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": optimizer.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
         lr=optimizer.lr,
         betas=(optimizer.adam_beta1, optimizer.adam_beta2),
         eps=optimizer.adam_eps,
-    ).step()
+    )
+    for _ in range(updates):
+        logprobs = all_logprobs(model, sequences, temperature)
+        adam.zero_grad()
+        loss, loss_terms = reference_loss(model, sequences, objective, temperature)
+        loss.backward()
+        grads = {name: p.grad.detach().clone() for name, p in named.items() if p.grad is not None}
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), optimizer.clip_grad)
+        adam.step()
     return ReferenceResult(
         loss=float(loss.detach()),
         loss_terms=loss_terms,

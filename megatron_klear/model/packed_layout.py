@@ -86,8 +86,10 @@ def packed_layout(batch: PackedBatch, cp: ParallelAxis, *, transformer_engine: b
     )
     return PackedLayout(
         qkv_format="thd" if transformer_engine else "sbhd",
-        cu_seqlens_q=batch.cu_seqlens,
-        cu_seqlens_kv=batch.cu_seqlens,
+        # Padding stands at the end of its sequence, where causal attention shows it to no real token; counting it as
+        # tokens lets Transformer Engine choose any of its kernels.
+        cu_seqlens_q=offsets,
+        cu_seqlens_kv=offsets,
         cu_seqlens_q_padded=offsets,
         cu_seqlens_kv_padded=offsets,
         max_seqlen_q=batch.max_seqlen,

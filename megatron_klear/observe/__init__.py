@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from megatron_klear.observe.examples import append_examples, read_examples
+    from megatron_klear.observe.heartbeat import Heartbeat, whereabouts
     from megatron_klear.observe.memory import memory_metrics, reset_peaks
     from megatron_klear.observe.metrics import Metrics, MetricsWriter, SilentMetrics, open_metrics, read_metrics
     from megatron_klear.observe.progress import Progress
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from megatron_klear.observe.throughput import Phases, TokenRate
 
 __all__ = [
+    "Heartbeat",
     "Metrics",
     "MetricsWriter",
     "Phases",
@@ -30,11 +32,13 @@ __all__ = [
     "read_examples",
     "read_metrics",
     "reset_peaks",
+    "whereabouts",
     "write_report",
 ]
 
 _HOMES = {
     "examples": ("append_examples", "read_examples"),
+    "heartbeat": ("Heartbeat", "whereabouts"),
     "memory": ("memory_metrics", "reset_peaks"),
     "metrics": ("Metrics", "MetricsWriter", "SilentMetrics", "open_metrics", "read_metrics"),
     "progress": ("Progress",),

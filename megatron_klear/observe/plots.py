@@ -72,7 +72,16 @@ def write_summary_png(charts: Sequence[Chart], path: Path, *, title: str) -> Non
             has_legend = len(panel.lines) > 1
             ax.set_title(chart.title + phase, loc="left", pad=(34 if len(panel.lines) > 2 else 20) if has_legend else 8)
             if has_legend:
-                ax.legend(loc="lower left", bbox_to_anchor=(-0.02, 0.98), ncol=2, handlelength=1.6, columnspacing=1.2)
+                # Long labels would run past the panel's edge in two columns at full size.
+                crowded = max(len(str(line.label)) for line in panel.lines) > 20
+                ax.legend(
+                    loc="lower left",
+                    bbox_to_anchor=(-0.02, 0.98),
+                    ncol=2,
+                    handlelength=1.2 if crowded else 1.6,
+                    columnspacing=0.8 if crowded else 1.2,
+                    fontsize=7.0 if crowded else None,
+                )
         for chart in {chart.key: chart for chart, _ in panels}.values():
             _share_y(chart, [ax for (c, _), ax in zip(panels, grid, strict=False) if c is chart])
         figure.savefig(path, format="png", dpi=140)

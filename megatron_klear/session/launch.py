@@ -6,12 +6,16 @@ import logging
 import os
 import signal
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from types import FrameType
 
 from megatron_klear.config import Entry, Settings, parse_command_line
-from megatron_klear.errors import EXIT_DONE, EXIT_RESUMABLE, KlearError
+from megatron_klear.errors import EXIT_DONE, EXIT_FAILED, EXIT_RESUMABLE, KlearError
+from megatron_klear.observe import whereabouts
+
+_SHOWN_RANKS = 16
 
 
 class Preempted(Exception):
@@ -66,6 +70,14 @@ def run_entry(entry: Entry, body: Callable[[Settings, StopRequest], None], argv:
     except KlearError as error:
         print(f"[rank {rank}] {error}" if rank else str(error), file=sys.stderr)
         return error.exit_status
+    except Exception:
+        # Whatever went wrong here, the others may be waiting for: say where each of them was last seen.
+        traceback.print_exc()
+        world_size = int(os.environ.get("WORLD_SIZE", "1"))
+        if world_size > 1:
+            lines = whereabouts(settings.run.dir, world_size)[:_SHOWN_RANKS]
+            print("\n".join([f"[rank {rank}] failed; where the ranks were last seen:", *lines]), file=sys.stderr)
+        return EXIT_FAILED
     return EXIT_DONE
 
 

@@ -101,6 +101,7 @@ class Session:
         self.resumed = self.store.resume()
         self.step = 0 if self.resumed is None else int(self.resumed["step"])
         self._saved_step = self.step
+        self.heartbeat = Heartbeat(self.root, self.context.world.rank)
         self.phases = Phases(synchronize=torch.cuda.synchronize if self.context.device.type == "cuda" else None)
         self.metrics: Metrics = open_metrics(
             self.root,
@@ -179,6 +180,7 @@ class Session:
     @contextlib.contextmanager
     def phase(self, name: str, total: int | None = None) -> Iterator[Any]:
         """A timed and shown phase of a step; yields `advance(count)`."""
+        self.heartbeat.beat(self.step + 1, name)
         with self.phases.time(name), self.progress.phase(name, total) as advance:
             yield advance
 
@@ -188,6 +190,7 @@ class Session:
         Raises:
             Preempted: after saving, when any rank was asked to stop.
         """
+        self.heartbeat.beat(step, "finish")
         self.step = step
         seconds = self.phases.take_metrics()
         tokens = float(values.get("throughput/tokens", 0.0))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -74,8 +75,6 @@ def write_model(directory: Path, arch: Architecture) -> int:
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from Linux's /proc")
 def test_peak_memory_is_that_of_about_one_tensor(tmp_path: Path) -> None:
-    import dataclasses
-
     small = dataclasses.replace(ARCH, num_layers=1, hidden_size=64, ffn_hidden_size=64, vocab_size=128)
     write_model(tmp_path / "hf-small", small)
     total = write_model(tmp_path / "hf-large", ARCH)

@@ -89,3 +89,17 @@ def test_asked_to_stop_saves_and_says_how_to_resume(start, sft_overrides, tmp_pa
     assert "start again" in launch.output()
     done = lines(tmp_path / "asked")
     assert (tmp_path / "asked" / "checkpoints" / f"step_{done:08d}" / "manifest.json").is_file()
+
+
+def test_rank_that_hangs_is_named(start, sft_overrides, tmp_path):
+    steps = ["sft.steps=2000", "checkpoint.every_steps=0", "evaluation.at_end=false", "parallel.timeout_seconds=15"]
+    launch = start("train_sft", "examples/quickstart_sft.yaml", [*sft_overrides("hung"), *steps])
+    deadline = time.monotonic() + 200
+    while lines(tmp_path / "hung") < 2:
+        assert time.monotonic() < deadline, launch.output()
+        time.sleep(0.01)
+    launch.processes[1].send_signal(signal.SIGSTOP)
+    assert launch.processes[0].wait(120) == 1, launch.output()
+    named = [line for line in launch.output().splitlines() if "last seen" in line or "no news" in line]
+    assert "last seen" in named[0]
+    assert named[1].startswith("rank 1: in step"), launch.output()

@@ -1,0 +1,55 @@
+"""Where every rank was last seen, so that a run that waits for one of them can say which.
+
+A collective that times out says only that it waited. Each rank therefore notes step and phase in a file of its own
+whenever they change; the ranks that are left after a failure read all of them.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+LOGS_FOLDER = "logs"
+
+
+class Heartbeat:
+    """This rank's note in `run_dir/logs`.
+
+    Args:
+        run_dir: the run directory.
+        rank: of this process.
+    """
+
+    def __init__(self, run_dir: str | Path, rank: int) -> None:
+        folder = Path(run_dir) / LOGS_FOLDER
+        folder.mkdir(parents=True, exist_ok=True)
+        self._path = folder / f"rank_{rank:05d}.json"
+
+    def beat(self, step: int, phase: str) -> None:
+        """Note that this rank now does `phase` of `step`; a full disk is no reason to stop."""
+        try:
+            self._path.write_text(json.dumps({"step": step, "phase": phase, "time": time.time()}) + "\n")
+        except OSError:
+            return
+
+
+def whereabouts(run_dir: str | Path, world_size: int) -> list[str]:
+    """One line per rank, longest silent first: who to look at when a run hangs or a collective times out.
+
+    Args:
+        run_dir: the run directory.
+        world_size: number of ranks that there should be.
+    """
+    now = time.time()
+    seen: list[tuple[float, str]] = []
+    for rank in range(world_size):
+        path = Path(run_dir) / LOGS_FOLDER / f"rank_{rank:05d}.json"
+        try:
+            note = json.loads(path.read_text())
+            silent = now - float(note["time"])
+            text = f"rank {rank}: in step {note['step']}, {note['phase']}, no news for {silent:.0f} s"
+        except (OSError, ValueError, KeyError, TypeError):
+            silent, text = float("inf"), f"rank {rank}: never reported"
+        seen.append((silent, text))
+    return [text for _, text in sorted(seen, key=lambda pair: -pair[0])]
