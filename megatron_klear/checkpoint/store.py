@@ -216,8 +216,9 @@ class CheckpointStore:
         except (CheckpointException, CheckpointingException, AssertionError, KeyError, ValueError) as error:
             # Its files are as they were written, so it is the checkpoint of something else.
             raise CheckpointError(
-                f"{directory} cannot be loaded into this model, optimizer and layout: {error}. If model settings were "
-                "changed since it was written, change them back or choose another run.dir."
+                f"{directory} cannot be loaded into this model and optimizer: {_in_one_line(error)}. If they were "
+                "changed since it was written, change model settings and parallel.distributed_optimizer back, or "
+                "choose another run.dir."
             ) from error
         if "random_state" in loaded:
             _set_random_state(loaded["random_state"])
@@ -247,6 +248,13 @@ def load_weights(directory: Path, model: Qwen3Model, context: ParallelContext) -
         log.info("weights from %s", found)
     load_model_weights(model, found, context)
     return found
+
+
+def _in_one_line(error: BaseException) -> str:
+    """The message without the traces of every rank that torch puts into it."""
+    if isinstance(error, CheckpointException):
+        error = next(cause for cause, _ in error.failures.values())
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"
 
 
 def _random_state() -> dict[str, torch.Tensor]:

@@ -58,6 +58,7 @@ def hf_named_tensors(
         of: what to take of each parameter, with its shape and one data type throughout; the weight by default
             (conformance checks take the gradient).
     """
+    model.settle()
     take = of or (lambda parameter: parameter)
     parameters = {name: take(parameter).detach() for name, parameter in local_parameters(model).items()}
     padded_vocab = model.vocab_size

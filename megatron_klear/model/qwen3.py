@@ -123,6 +123,23 @@ class Qwen3Model(GPTModel):
     """
 
     layer_kind: str
+    finish_update: Callable[[], None] | None = None
+    """Gathers what the last update left on other ranks; None where updates leave nothing behind."""
+
+    def settle(self) -> None:
+        """Make this rank's weights those of the last update before they are read (a collective, cheap if they are).
+
+        Where weights are gathered while the next forward pass runs, an update alone leaves old ones behind.
+        """
+        if self.finish_update is not None:
+            with cuda_means_cpu():
+                self.finish_update()
+
+    def sharded_state_dict(self, *args: Any, **keywords: Any) -> dict[str, Any]:
+        """Megatron's, of settled weights."""
+        self.settle()
+        shards: dict[str, Any] = super().sharded_state_dict(*args, **keywords)
+        return shards
 
     def _preprocess(
         self,

@@ -54,7 +54,7 @@ def run_entry(entry: Entry, body: Callable[[Settings, StopRequest], None], argv:
     rank = int(os.environ.get("RANK", "0"))
     # Megatron warns on import of every optional package that is not there; none of it is news to the user.
     warnings.filterwarnings("ignore", module=r"megatron\..*")
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\..*")
+    warnings.filterwarnings("ignore", category=FutureWarning, message=r".*(ShardedTensor|_tensor|deprecat).*")
     logging.basicConfig(
         level=logging.INFO if rank == 0 else logging.ERROR, format="%(asctime)s %(message)s", datefmt="%H:%M:%S"
     )

@@ -21,6 +21,7 @@ from megatron_klear.data import ChatTokenizer
 from megatron_klear.errors import CheckpointError, ConfigError
 from megatron_klear.model import build_qwen3, load_hf_weights, open_hf_directory
 from megatron_klear.observe import (
+    Heartbeat,
     Metrics,
     Phases,
     Progress,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -73,6 +74,8 @@ def make_trainable(
         ddp = DistributedDataParallel(config=model.config, ddp_config=ddp_config, module=model)
         ddp.broadcast_params()
         optimizer = get_megatron_optimizer(optimizer_config, [ddp])
+    if parallel.overlap_param_gather:
+        model.finish_update = partial(ddp.start_param_sync, force_sync=True)
     return TrainableModel(
         model=model, ddp=ddp, optimizer=optimizer, schedule=_schedule(optimizer, settings, total_updates)
     )

@@ -1,4 +1,4 @@
-"""Real gloo processes for the checkpoint tests, forked from one that has imported everything; each runs a list of steps.
+"""Real gloo processes for the checkpoint tests, forked from one that has imported everything.
 
 Usage: python store_ranks.py, then one JSON line per launch on standard input:
 {"directory": ..., "layouts": {"world": 2, "tp": 1, ...}, "steps": [["update", 1], ["save", 1]], ...}
@@ -188,7 +188,9 @@ class Rank:
 
     def files(self) -> list[str]:
         """What lies in the checkpoints directory."""
-        return sorted(os.listdir(self.root))
+        found = sorted(os.listdir(self.root))
+        dist.barrier()  # before anyone writes again
+        return found
 
     def take_warnings(self) -> list[str]:
         """Messages logged since the last time."""
@@ -267,3 +269,4 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     for line in sys.stdin:
         print(json.dumps(launch(json.loads(line))), flush=True)
+    os._exit(0)  # taking all the modules down again would need seconds

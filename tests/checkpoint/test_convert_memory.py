@@ -35,6 +35,9 @@ ARCH = Architecture(
 LARGEST = 50_048 * 1024 * 2
 """Bytes of the largest Megatron tensor, the padded embedding."""
 
+# As tools/convert sets it.
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "1000000"}
+
 # The first conversion brings in all code; what the second adds to the memory is what conversion takes.
 MEASURED = """
 import json, sys
@@ -74,14 +77,14 @@ def write_model(directory: Path, arch: Architecture) -> int:
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from Linux's /proc")
-def test_peak_memory_is_that_of_about_one_tensor(tmp_path: Path) -> None:
+def test_peak_memory_is_less_than_the_largest_tensor(tmp_path: Path) -> None:
     small = dataclasses.replace(ARCH, num_layers=1, hidden_size=64, ffn_hidden_size=64, vocab_size=128)
     write_model(tmp_path / "hf-small", small)
     total = write_model(tmp_path / "hf-large", ARCH)
     assert total > 450e6
     done = subprocess.run(
         [sys.executable, "-c", MEASURED, str(tmp_path / "hf-small"), str(tmp_path / "hf-large"), str(tmp_path)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'kernels'}"},
+        env={**os.environ, **ENVIRONMENT, "PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'kernels'}"},
         stdout=subprocess.PIPE,
         text=True,
         timeout=240,
@@ -90,4 +93,4 @@ def test_peak_memory_is_that_of_about_one_tensor(tmp_path: Path) -> None:
     peaks = json.loads(done.stdout)
     print({name: f"{peak / 1e6:.0f} MB of {total / 1e6:.0f} MB" for name, peak in peaks.items()})
     for name, peak in peaks.items():
-        assert 1e6 < peak < 1.5 * LARGEST, name
+        assert 1e6 < peak < LARGEST, name

@@ -17,7 +17,6 @@ import torch
 
 from megatron_klear.checkpoint import layout
 from megatron_klear.checkpoint.convert_from_hf import hf_to_megatron
-from megatron_klear.config import dump_settings
 
 WORKER = Path(__file__).with_name("store_ranks.py")
 Answers = list[list[Any]]
@@ -86,7 +85,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
 
 @pytest.fixture(scope="module")
 def run(ranks: Ranks, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """A run on two data-parallel ranks with the distributed optimizer: five updates, saved after each of the first three."""
+    """A run on two data-parallel ranks: five updates, saved after each of the first three."""
     root = tmp_path_factory.mktemp("run") / "checkpoints"
     steps = [s for n in (1, 2, 3) for s in (["update", n], ["save", n])]
     answers = ranks(
@@ -162,7 +161,6 @@ def test_saved_before_the_first_update(ranks: Ranks, tmp_path: Path) -> None:
         {"world": 2, "tp": 2},
         {"world": 2, "pp": 2},
         {"world": 2, "cp": 2},
-        {"world": 2, "distributed_optimizer": False},
         {"world": 4, "tp": 2, "pp": 2, "sequence_parallel": True},
     ],
     ids=lambda p: "-".join(f"{k}{v}" for k, v in p.items()),
@@ -188,8 +186,9 @@ def test_another_layout_loads_the_same_weights_and_continues_alike(
 def test_there_and_back_through_another_layout(ranks: Ranks, run: dict[str, Any], tmp_path: Path, copy: Path) -> None:
     processes = {"world": 2, "tp": 2}
     assert ranks(copy, [["resume"], ["save", 4]], processes)[1] == [4, 3, 2]
-    state, loaded, *_ = ranks(copy, [["resume"], ["weights"]])
-    assert (state["step"], loaded) == (3, run["saved"])  # saved by the other layout, with the state it was told
+    state, loaded, fourth, _ = ranks(copy, [["resume"], ["weights"], ["update", 4]])
+    assert (state["step"], loaded) == (4, run["saved"])
+    assert fourth["loss"] == run["continued"][0]["loss"]
 
 
 def flip(directory: Path) -> None:
@@ -295,6 +294,11 @@ def test_the_checkpoint_of_another_model_is_refused(ranks: Ranks, run: dict[str,
     assert together == 2
 
 
+def test_the_state_of_another_kind_of_optimizer_is_refused(ranks: Ranks, run: dict[str, Any]) -> None:
+    refused, *_ = ranks(run["root"], [["resume"]], {"world": 2, "distributed_optimizer": False})
+    assert "change model settings and parallel.distributed_optimizer back" in refused["error"]
+
+
 def test_a_full_disk_fails_on_all_ranks_and_loses_nothing(ranks: Ranks, copy: Path) -> None:
     before = {p: p.read_bytes() for p in sorted(copy.rglob("*")) if p.is_file()}
     disk = "[Errno 27] File too large"
@@ -333,11 +337,11 @@ def test_a_full_disk_fails_on_all_ranks_and_loses_nothing(ranks: Ranks, copy: Pa
 
 
 def test_a_run_killed_at_random_moments_ends_with_the_same_weights(ranks: Ranks, tmp_path: Path) -> None:
-    last = 12
+    last = 7
     expected = ranks(tmp_path / "whole", [["run", last], ["weights"]], keep=2, random_start=False)[1]
     root, chance, kills = tmp_path / "killed", random.Random(20), 0
-    for attempt in range(40):
-        kill = [chance.randrange(2), chance.uniform(0.0, 0.25)] if kills < 6 else None
+    for _ in range(40):
+        kill = [chance.randrange(2), chance.uniform(0.0, 0.25)] if kills < 4 else None
         done = ranks.launch(root, [["resume"], ["run", last], ["weights"]], keep=2, random_start=False, kill=kill)
         whole = layout.finished_steps(root)
         saved = [int(p.name.removeprefix("saved_")) for p in done["directory"].glob("saved_*")]
@@ -352,8 +356,8 @@ def test_a_run_killed_at_random_moments_ends_with_the_same_weights(ranks: Ranks,
         assert done["codes"][kill[0]] == -9
         assert done["codes"][1 - kill[0]] == 1, "the other rank must fail, and not wait"
         assert done["after"] < 20
-    assert kills >= 6
-    assert attempt < 39
+    assert kills >= 4
+    assert done["codes"] == [0, 0]
     answers = json.loads((done["directory"] / "rank0.json").read_text())
     assert answers[2] == expected
     assert layout.finished_steps(root) == [last, last - 1]
@@ -393,9 +397,11 @@ def test_weights_alone_from_a_run_of_another_layout(
     assert answers[10] == answers[3]
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_converted_weights_start_a_run(ranks: Ranks, make_hf: Callable[..., Path], tmp_path: Path, dtype: str) -> None:
-    hf_to_megatron(make_hf(dtype=dtype), tmp_path)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_converted_weights_start_a_run(
+    ranks: Ranks, make_hf: Callable[..., Path], tmp_path: Path, dtype: torch.dtype
+) -> None:
+    hf_to_megatron(make_hf(tmp_path / "hf", dtype=dtype), tmp_path)
     root = tmp_path / "checkpoints"
     steps = [
         ["load_weights", str(tmp_path)],
@@ -408,7 +414,7 @@ def test_converted_weights_start_a_run(ranks: Ranks, make_hf: Callable[..., Path
         ["save", 1],
         ["weights"],
     ]
-    model = {"dtype": dtype}
+    model = {"dtype": str(dtype).removeprefix("torch.")}
     answers = ranks(root, steps, {"world": 2, "pp": 2}, model=model)
     assert answers[0] == str(root / "step_00000000")
     assert answers[4] is None  # no run has begun, but its weights are there,

@@ -28,6 +28,15 @@ def stored_tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
     return state
 
 
+def wait_for_lines(launch, run: Path, wanted: int) -> None:
+    """Wait until a run has logged so many steps; fails with its output when it dies or stalls first."""
+    deadline = time.monotonic() + 200
+    while lines(run) < wanted:
+        assert time.monotonic() < deadline, launch.output()
+        assert all(p.poll() is None for p in launch.processes), launch.output()
+        time.sleep(0.002)
+
+
 def lines(run: Path) -> int:
     path = run / "metrics.jsonl"
     return len(path.read_bytes().splitlines()) if path.is_file() else 0
@@ -35,12 +44,7 @@ def lines(run: Path) -> int:
 
 def kill_in_the_middle(launch, run: Path, rng: random.Random) -> None:
     """SIGKILL all ranks somewhere between the second and the last step."""
-    deadline = time.monotonic() + 200
-    wanted = rng.randint(2, STEPS - 2)
-    while lines(run) < wanted:
-        assert time.monotonic() < deadline, launch.output()
-        assert all(p.poll() is None for p in launch.processes), launch.output()
-        time.sleep(0.002)
+    wait_for_lines(launch, run, rng.randint(2, STEPS - 2))
     time.sleep(rng.random() * 0.2)
     launch.signal(signal.SIGKILL)
     launch.wait()
@@ -80,10 +84,7 @@ def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(entry, start, sft_o
 def test_asked_to_stop_saves_and_says_how_to_resume(start, sft_overrides, tmp_path):
     steps = ["sft.steps=2000", "checkpoint.every_steps=0", "evaluation.at_end=false"]
     launch = start("train_sft", "examples/quickstart_sft.yaml", [*sft_overrides("asked"), *steps])
-    deadline = time.monotonic() + 200
-    while lines(tmp_path / "asked") < 2:
-        assert time.monotonic() < deadline, launch.output()
-        time.sleep(0.01)
+    wait_for_lines(launch, tmp_path / "asked", 2)
     launch.processes[1].send_signal(signal.SIGTERM)  # one rank is enough
     assert launch.wait() == [75, 75], launch.output()
     assert "start again" in launch.output()
@@ -94,10 +95,7 @@ def test_asked_to_stop_saves_and_says_how_to_resume(start, sft_overrides, tmp_pa
 def test_rank_that_hangs_is_named(start, sft_overrides, tmp_path):
     steps = ["sft.steps=2000", "checkpoint.every_steps=0", "evaluation.at_end=false", "parallel.timeout_seconds=15"]
     launch = start("train_sft", "examples/quickstart_sft.yaml", [*sft_overrides("hung"), *steps])
-    deadline = time.monotonic() + 200
-    while lines(tmp_path / "hung") < 2:
-        assert time.monotonic() < deadline, launch.output()
-        time.sleep(0.01)
+    wait_for_lines(launch, tmp_path / "hung", 2)
     launch.processes[1].send_signal(signal.SIGSTOP)
     assert launch.processes[0].wait(120) == 1, launch.output()
     named = [line for line in launch.output().splitlines() if "last seen" in line or "no news" in line]
