@@ -88,6 +88,7 @@ def main(settings: Settings, stop: StopRequest) -> None:
         session.restore_cursor(cursor)
         session.describe(f"{len(prompts)} prompts, {len(prompts.dropped_ids)} dropped for their length")
         train(session, prompts, cursor, heldout)
+        session.export()
         session.write_report()
 
 

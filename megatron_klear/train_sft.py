@@ -74,6 +74,7 @@ def main(settings: Settings, stop: StopRequest) -> None:
         session.restore_cursor(cursor)
         session.describe(f"{len(data)} conversations, {len(data.dropped_ids)} dropped for their length")
         train(session, data, cursor, heldout)
+        session.export()
         session.write_report()
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from megatron_klear.conformance.launch import Launch, LaunchResult, plan_launches, run_layouts
 from megatron_klear.conformance.matrix import LAYOUTS, Comparison
@@ -42,9 +42,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     import torch
 
     num_gpus = 0 if options.device == "cpu" else torch.cuda.device_count()
-    if options.device == "cuda" and num_gpus < max(options.processes):
-        found = "no CUDA device is there" if not num_gpus else f"there are only {num_gpus} for {max(options.processes)}"
-        print(f"verify: --device cuda needs one GPU per process but {found}; use --processes or auto", file=sys.stderr)
+    processes = options.processes or [n for n in LAYOUTS if options.device != "cuda" or n <= max(num_gpus, 1)]
+    if options.device == "cuda" and num_gpus < max(processes):
+        print(
+            f"verify: --device cuda needs one GPU per process; got {max(processes)} processes and {num_gpus} GPUs; "
+            "use fewer --processes, or --device auto",
+            file=sys.stderr,
+        )
         return EXIT_BAD_INPUT
     torch.set_num_threads(1)
     equations: list[EquationRow] = []
@@ -54,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         equations = check_equations([*["cpu"] * (options.device != "cuda"), *["cuda"] * (num_gpus > 0)])
     if not options.equations_only:
         plan = plan_launches(
-            options.processes, options.device, num_gpus=num_gpus, transformer_engine=_transformer_engine(num_gpus)
+            processes, options.device, num_gpus=num_gpus, transformer_engine=_transformer_engine(num_gpus)
         )
         for launch in plan:
             result = _run_showing_progress(launch, options.timeout)
@@ -84,9 +88,9 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--processes",
         type=_process_counts,
-        default=tuple(LAYOUTS),
         metavar="N,N",
-        help=f"sizes of the groups of processes to run layouts in, of {_listed(LAYOUTS)} (default: all)",
+        help=f"sizes of the groups of processes to run layouts in, of {_listed(LAYOUTS)} "
+        "(default: all; with --device cuda those that have GPUs enough)",
     )
     parser.add_argument(
         "--device",
@@ -121,8 +125,8 @@ def _seconds(text: str) -> float:
     return seconds
 
 
-def _listed(numbers: Sequence[int] | dict[int, object] | object) -> str:
-    return ", ".join(map(str, numbers))  # type: ignore[call-overload]
+def _listed(numbers: Iterable[int]) -> str:
+    return ", ".join(map(str, numbers))
 
 
 def _transformer_engine(num_gpus: int) -> bool:

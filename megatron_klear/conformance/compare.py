@@ -81,7 +81,15 @@ class References:
 
     def get(self, layout: Layout) -> Reference:
         """What a layout is compared with; a collective of all ranks, if there are several."""
-        key = (layout.kind, layout.objective, layout.temperature, layout.tied, layout.lengths, layout.dtype, layout.updates)
+        key = (
+            layout.kind,
+            layout.objective,
+            layout.temperature,
+            layout.tied,
+            layout.lengths,
+            layout.dtype,
+            layout.updates,
+        )
         if key not in self._known:
             shared: list[Reference | None] = [None]
             if not dist.is_initialized() or dist.get_rank() == 0:
@@ -217,7 +225,9 @@ def _worst(found: Iterable[tuple[Any, Any]], exact: Mapping[Any, Any], plain: Ma
 
 
 def _array(values: Any) -> np.ndarray:
-    return values.detach().cpu().double().numpy() if isinstance(values, torch.Tensor) else np.asarray(values, np.float64)
+    return (
+        values.detach().cpu().double().numpy() if isinstance(values, torch.Tensor) else np.asarray(values, np.float64)
+    )
 
 
 def _error(found: float, exact: float, plain: float, floor: float) -> float:

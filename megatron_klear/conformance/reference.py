@@ -19,7 +19,6 @@ from megatron_klear.config import Architecture, OptimizerSettings
 from megatron_klear.records import TrainSequence
 
 
-
 def reference_model(arch: Architecture, *, seed: int = 0) -> Any:
     """transformers' Qwen3ForCausalLM in float32 with random weights (norms included), the same on every process."""
     from transformers import Qwen3Config, Qwen3ForCausalLM

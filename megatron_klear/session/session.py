@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -245,6 +246,20 @@ class Session:
         self.cursor = cursor
         if self.resumed is not None and self.resumed.get("cursor") is not None:
             cursor.load_state(self.resumed["cursor"])
+
+    def export(self) -> None:
+        """With `checkpoint.export_hf`, write the final weights as a Hugging Face directory, `hf` below the run's."""
+        if not self.settings.checkpoint.export_hf:
+            return
+        if self.is_first:
+            from megatron_klear.checkpoint.convert_to_hf import megatron_to_hf
+
+            out = self.root / "hf"
+            if out.exists():  # of an earlier end of this run, before more steps were asked for
+                shutil.rmtree(out)
+            megatron_to_hf(self.root, out, tokenizer=Path(self.settings.tokenizer.dir))
+            log.info("exported: %s", out)
+        dist.barrier()
 
     def write_report(self) -> None:
         """Write report.html and report.png on the first rank; a report that fails does not fail the run."""
