@@ -105,7 +105,8 @@ def _our_sft(inputs: Path, work: dict[str, Any], trainer: Any, starter: Starter)
         batch = sequences[step * work["sft_sequences"] :][: work["sft_sequences"]]
         rows = [(str(i), ids, np.arange(len(ids)) > 0) for i, ids in enumerate(batch)]
         report = trainer.update(sft_minibatch(rows, "token"), PolicyObjective(), step=step)
-        starter.finish_step(sum(len(ids) for ids in batch), loss=report.loss, slots_used=report.slots_used)
+        tokens = sum(len(ids) for ids in batch) if trainer.context.world.rank == 0 else 0
+        starter.finish_step(tokens, loss=report.loss)
 
 
 def _our_rl(inputs: Path, work: dict[str, Any], trainer: Any, starter: Starter) -> None:
@@ -184,10 +185,7 @@ def trl(task: str, inputs: Path, work: dict[str, Any], options: dict[str, Any], 
         def on_step_end(self, args: Any, state: Any, control: Any, **keywords: Any) -> None:
             if state.global_step % updates == 0:
                 starter.finish_step(counts["tokens"], loss=counts["loss"])
-                counts["tokens"] = 0
-
-        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **keywords: Any) -> None:
-            counts["loss"] = float((logs or {}).get("loss", 0.0))
+                counts.update(tokens=0, loss=0.0)
 
     common: dict[str, Any] = {
         "output_dir": str(inputs / "trl_output"),
@@ -245,7 +243,9 @@ def _trl_sft(
 
         def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
             counts["tokens"] += int(inputs["attention_mask"].sum()) if "attention_mask" in inputs else inputs["input_ids"].numel()
-            return super().training_step(model, inputs, num_items_in_batch)
+            loss = super().training_step(model, inputs, num_items_in_batch)
+            counts["loss"] += float(loss)
+            return loss
 
     return Counting(model, args=config, train_dataset=dataset.from_dict({"input_ids": sequences}), processing_class=tokenizer)
 

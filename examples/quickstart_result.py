@@ -1,6 +1,6 @@
 """Print the quickstart's last line: held-out accuracy after fine-tuning and after reinforcement learning.
 
-    python examples/quickstart_result.py runs/quickstart
+python examples/quickstart_result.py runs/quickstart
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ from megatron_klear.checkpoint.safetensors_stream import DTYPES, INDEX, StoredTe
 from megatron_klear.config import Architecture, ModelSettings, read_hf_architecture, resolve_architecture
 from megatron_klear.config.architecture import SHAPE_FIELDS
 from megatron_klear.errors import ConfigError, DataError
+from megatron_klear.model.hf_config import hf_config
 from megatron_klear.model.hf_names import tensor_rules
 from megatron_klear.model.hf_stream import compare_hf_tensors
 
@@ -142,35 +143,6 @@ def copy_files(source: Path, names: tuple[str, ...], target: Path) -> list[str]:
     return present
 
 
-def hf_config(arch: Architecture, dtype: torch.dtype) -> dict[str, Any]:
-    """A config.json for an architecture, as the published Qwen3 models have it."""
-    return {
-        "architectures": ["Qwen3ForCausalLM"],
-        "attention_bias": False,
-        "attention_dropout": 0.0,
-        "head_dim": arch.head_dim,
-        "hidden_act": "silu",
-        "hidden_size": arch.hidden_size,
-        "initializer_range": arch.init_std,
-        "intermediate_size": arch.ffn_hidden_size,
-        "max_position_embeddings": arch.max_position_embeddings,
-        "max_window_layers": arch.num_layers,
-        "model_type": "qwen3",
-        "num_attention_heads": arch.num_attention_heads,
-        "num_hidden_layers": arch.num_layers,
-        "num_key_value_heads": arch.num_query_groups,
-        "rms_norm_eps": arch.rms_norm_eps,
-        "rope_scaling": None,
-        "rope_theta": arch.rope_theta,
-        "sliding_window": None,
-        "tie_word_embeddings": arch.tie_embeddings,
-        "torch_dtype": str(dtype).removeprefix("torch."),
-        "use_cache": True,
-        "use_sliding_window": False,
-        "vocab_size": arch.vocab_size,
-    }
-
-
 def write_config(target: Path, arch: Architecture, dtype: torch.dtype, origin: Path | None) -> None:
     """Write a config.json that describes exported weights.
 
@@ -184,7 +156,10 @@ def write_config(target: Path, arch: Architecture, dtype: torch.dtype, origin: P
     path = target / CONFIG
     config = _origin_config(origin, arch) if origin is not None else None
     if config is None:
-        path.write_text(json.dumps({**hf_config(arch, dtype), **_end_token(target)}, indent=2) + "\n")
+        path.write_text(
+            json.dumps({**hf_config(arch, dtype=str(dtype).removeprefix("torch.")), **_end_token(target)}, indent=2)
+            + "\n"
+        )
     else:
         assert origin is not None
         shutil.copyfile(origin / CONFIG, path)

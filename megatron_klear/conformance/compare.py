@@ -195,8 +195,13 @@ def _gradients(trainer: Trainer, grad_norm: float) -> dict[str, torch.Tensor]:
     _gather_gradients(trainer.trainable, trainer.context)
     # The update clipped the gradient in place (with 1e-6 for safety, as torch does); undo it.
     unclip = max((grad_norm + 1e-6) / OPTIMIZER.clip_grad, 1.0)
-    named = hf_named_tensors(trainer.trainable.model, trainer.arch, trainer.context, of=lambda p: p.main_grad)
+    named = hf_named_tensors(trainer.trainable.model, trainer.arch, trainer.context, of=_main_grad)
     return {name: gradient.double() * unclip for name, gradient in named}
+
+
+def _main_grad(parameter: Any) -> torch.Tensor:
+    gradient: torch.Tensor = parameter.main_grad  # Megatron hangs it on every parameter
+    return gradient
 
 
 def _gather_gradients(trainable: TrainableModel, context: ParallelContext) -> None:

@@ -24,8 +24,9 @@ from transformers import Qwen3ForCausalLM
 
 from megatron_klear import parallel
 from megatron_klear.checkpoint import layout
+from megatron_klear.checkpoint.store import CheckpointStore
 from megatron_klear.checkpoint.weights import load_model_weights
-from megatron_klear.config import ModelSettings, ParallelSettings, read_hf_architecture
+from megatron_klear.config import ModelSettings, OptimizerSettings, ParallelSettings, read_hf_architecture
 from megatron_klear.errors import KlearError
 from megatron_klear.model import (
     HeadRequest,
@@ -36,6 +37,7 @@ from megatron_klear.model import (
     open_hf_directory,
 )
 from megatron_klear.records import PackedBatch, ParallelContext
+from megatron_klear.trainer.optimizer import make_trainable
 
 LENGTHS = (5, 17, 9)
 
@@ -85,6 +87,36 @@ def save(job: dict[str, Any], context: ParallelContext) -> dict[str, Any]:
         layout.publish(root, 5)
     dist.barrier()
     return {}
+
+
+def make_store(job: dict[str, Any], context: ParallelContext, model: Qwen3Model, root: Path) -> CheckpointStore:
+    trainable = make_trainable(model, OptimizerSettings(), ParallelSettings(**job["layout"]), total_updates=10)
+    settings = {"run": {"seed": 1}, "model": {"preset": None, **dataclasses.asdict(model_settings(job))}}
+    return CheckpointStore(
+        root,
+        ddp=trainable.ddp,
+        optimizer=trainable.optimizer,
+        schedule=trainable.schedule,
+        context=context,
+        keep=2,
+        settings_yaml=yaml.safe_dump(settings),
+    )
+
+
+def train(job: dict[str, Any], context: ParallelContext) -> dict[str, Any]:
+    """Write a checkpoint as training does, optimizer included."""
+    root = Path(job["out"]) / "checkpoints"
+    make_store(job, context, build_from_hf(job, context), root).save(5, {"step": 5})
+    return {}
+
+
+def resume(job: dict[str, Any], context: ParallelContext) -> dict[str, Any]:
+    """Start a run from a converted checkpoint, as training does."""
+    reference = dict(build_from_hf(job, context).named_parameters())
+    model = build(job, context, seed=2)
+    state = make_store(job, context, model, Path(job["checkpoint"]).parent).resume()
+    different = sorted(n for n, p in model.named_parameters() if not torch.equal(p, reference[n]))
+    return {"state": state, "different": different}
 
 
 def load(job: dict[str, Any], context: ParallelContext) -> dict[str, Any]:
@@ -173,7 +205,15 @@ def main() -> None:
     rank, size, directory = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
     torch.set_num_threads(1)
     os.environ["WORLD_SIZE"] = str(size)  # where the layout is checked against it
-    actions = {"save": save, "load": load, "refuse": refuse, "keys": keys, "logits": logits}
+    actions = {
+        "save": save,
+        "train": train,
+        "resume": resume,
+        "load": load,
+        "refuse": refuse,
+        "keys": keys,
+        "logits": logits,
+    }
     results = {}
     for number, job in enumerate(json.loads((directory / "jobs.json").read_text())):
         dist.init_process_group(

@@ -65,6 +65,23 @@ def jobs(directory: Path) -> list[dict[str, Any]]:
             found.append(
                 {"name": f"save {out}", "action": "save", "layout": LAYOUTS[layout], "out": out, "hf": hf[model]}
             )
+    for layout in SAVED:
+        at = LAYOUTS[layout]
+        out = str(directory / f"trained-{layout}")
+        found.append(
+            {
+                "name": f"train {layout}",
+                "action": "train",
+                "layout": at,
+                "out": out,
+                "hf": hf["bf16"],
+                "dtype": "bfloat16",
+            }
+        )
+        converted = str(directory / "tied-converted" / "checkpoints" / "step_00000000")
+        found.append(
+            {"name": f"resume {layout}", "action": "resume", "layout": at, "checkpoint": converted, "hf": hf["tied"]}
+        )
     out = str(directory / "bf16-tp2")
     found.append(
         {
@@ -178,6 +195,18 @@ def test_export_of_a_checkpoint_that_megatron_wrote_is_exact(
 @pytest.mark.usefixtures("ranks")
 def test_export_of_bfloat16_is_exact(directory: Path, tmp_path: Path) -> None:
     export_and_compare(directory / "bf16-tp2", directory / "hf-bf16", tmp_path / "out")
+
+
+@pytest.mark.usefixtures("ranks")
+@pytest.mark.parametrize("layout", SAVED)
+def test_export_of_a_checkpoint_with_optimizer_state_is_exact(directory: Path, tmp_path: Path, layout: str) -> None:
+    export_and_compare(directory / f"trained-{layout}", directory / "hf-bf16", tmp_path / "out")
+
+
+@pytest.mark.parametrize("layout", SAVED)
+def test_training_starts_from_a_converted_checkpoint(ranks: list[dict[str, Any]], layout: str) -> None:
+    for found in ranks:
+        assert found[f"resume {layout}"] == {"state": None, "different": []}  # weights, and no step has been made
 
 
 def export_and_compare(run: Path, hf: Path, out: Path) -> None:

@@ -13,8 +13,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from megatron_klear.checkpoint.hf_directory import hf_config
 from megatron_klear.config import Architecture
+from megatron_klear.model import hf_config
 from megatron_klear.model.hf_names import tensor_rules
 
 REPOSITORY = Path(__file__).parents[2]
@@ -65,7 +65,7 @@ print(json.dumps(peaks))
 def write_model(directory: Path, arch: Architecture) -> int:
     """Random bits, one file per layer; returns the bytes of all tensors."""
     directory.mkdir()
-    (directory / "config.json").write_text(json.dumps(hf_config(arch, torch.bfloat16)))
+    (directory / "config.json").write_text(json.dumps(hf_config(arch, dtype="bfloat16")))
     files: dict[str, dict[str, torch.Tensor]] = {}
     for rule in tensor_rules(arch):
         for name, shape in zip(rule.hf_names, rule.hf_shapes, strict=True):

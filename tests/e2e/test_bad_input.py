@@ -54,7 +54,9 @@ def test_malformed_line_is_named_by_file_and_line(start, sft_overrides, data, tm
     rows[11] = json.dumps({"id": "x", "messages": []})
     broken = tmp_path / "broken.jsonl"
     broken.write_text("\n".join(rows) + "\n")
-    refused(start, "train_sft", SFT, [*sft_overrides("run"), f"data.sft=[{broken}]"], "broken.jsonl:7", "broken.jsonl:12")
+    refused(
+        start, "train_sft", SFT, [*sft_overrides("run"), f"data.sft=[{broken}]"], "broken.jsonl:7", "broken.jsonl:12"
+    )
 
 
 def test_prompt_longer_than_the_limit(start, rl_overrides):
@@ -73,9 +75,7 @@ def test_tokenizer_without_the_chat_markers(start, rl_overrides, data, tmp_path)
 
 
 def test_heldout_problem_that_is_trained_on(start, rl_overrides, data):
-    refused(
-        start, "train_rl", RL, [*rl_overrides("run"), f"data.heldout=[{data / 'prompts.jsonl'}]"], "data.heldout"
-    )
+    refused(start, "train_rl", RL, [*rl_overrides("run"), f"data.heldout=[{data / 'prompts.jsonl'}]"], "data.heldout")
 
 
 def test_code_problems_have_no_grader_yet(start, rl_overrides, data, tmp_path):
