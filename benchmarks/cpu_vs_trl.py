@@ -24,13 +24,13 @@ import json
 import os
 import platform
 import select
-import shutil
+import signal
 import socket
 import statistics
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -162,3 +162,136 @@ def contestants(task: str, cores: int) -> list[Contestant]:
             for name, n, options in ways
         ),
     ]
+
+
+def compare(task: str, arguments: argparse.Namespace, inputs: Path) -> list[Contestant]:
+    """Start all contestants, check that their losses agree, and let them take turns."""
+    chosen = contestants(task, arguments.cores)
+    try:
+        for one in chosen:
+            print(f"{task}: starting {one.name}", file=sys.stderr, flush=True)
+            one.start(task, inputs, arguments.timeout)
+            loss, expected = one.first["loss"], chosen[0].first["loss"]
+            if abs(loss - expected) > LOSS_AGREEMENT * abs(expected):
+                raise SystemExit(f"{task}: the losses of the first step disagree, {expected} and {loss} ({one.name})")
+        for number in range(arguments.rounds):
+            # Who comes first changes, so that nobody always follows the same.
+            for one in chosen[number % len(chosen) :] + chosen[: number % len(chosen)]:
+                one.run(arguments.block if task == "sft" else 1, arguments.timeout, inputs)
+            speeds = ", ".join(f"{c.name} {c.blocks[-1]['seconds'] / c.blocks[-1]['steps']:.2f}" for c in chosen)
+            print(f"{task}: round {number + 1}/{arguments.rounds}, seconds per step: {speeds}", file=sys.stderr)
+    finally:
+        for one in chosen:
+            one.stop()
+    return chosen
+
+
+def summary(task: str, chosen: list[Contestant]) -> dict[str, Any]:
+    """Medians of all contestants, and ratios of this project to the best of TRL's ways in each round."""
+    ours, others = chosen[0], chosen[1:]
+    best = min(others, key=lambda c: c.median("seconds"))
+    rates = [
+        (a["tokens"] / a["seconds"]) / (b["tokens"] / b["seconds"])
+        for a, b in zip(ours.blocks, best.blocks, strict=True)
+    ]
+    rows = [
+        {
+            "name": c.name,
+            "processes": c.processes,
+            "threads": c.threads,
+            "options": c.options,
+            "seconds_per_step": c.median("seconds"),
+            "tokens_per_second": c.median("tokens"),
+            "processor_seconds_per_step": statistics.median(b["processor_seconds"] / b["steps"] for b in c.blocks),
+            "peak_rss_mib": max(b["peak_rss_mib"] for b in c.blocks),
+            "blocks": c.blocks,
+        }
+        for c in chosen
+    ]
+    return {
+        "task": task,
+        "rows": rows,
+        "best_of_trl": best.name,
+        "tokens_per_second_ratio": statistics.median(rates),
+        "tokens_per_second_ratios": rates,
+        "seconds_per_step_ratio": best.median("seconds") / ours.median("seconds"),
+    }
+
+
+def print_table(result: dict[str, Any]) -> None:
+    """Print one line per contestant, and the ratio that counts."""
+    step = "optimizer update" if result["task"] == "sft" else "rollout batch with its updates"
+    print(f"\n{result['task']}: medians over {len(result['rows'][0]['blocks'])} blocks; a step is one {step}")
+    print(
+        f"{'processes x threads':<24}{'tokens/s':>10}{'s/step':>9}{'processor s/step':>18}{'peak RSS MiB':>14}{'speed':>8}"
+    )
+    ours = result["rows"][0]
+    for row in result["rows"]:
+        name = f"ours {row['processes']}x{row['threads']}" if row is ours else row["name"]
+        speed = row["tokens_per_second"] / ours["tokens_per_second"]
+        print(
+            f"{name:<24}{row['tokens_per_second']:>10.0f}{row['seconds_per_step']:>9.2f}"
+            f"{row['processor_seconds_per_step']:>18.2f}{row['peak_rss_mib']:>14.0f}{speed:>7.2f}x"
+        )
+    ratios = result["tokens_per_second_ratios"]
+    verdict = "reached" if result["tokens_per_second_ratio"] >= AIM else "not reached"
+    print(
+        f"ours against {result['best_of_trl']}: {result['tokens_per_second_ratio']:.2f} times its tokens/s (rounds: "
+        f"{min(ratios):.2f} to {max(ratios):.2f}), {result['seconds_per_step_ratio']:.2f} times its steps; "
+        f"the aim of {AIM} is {verdict}"
+    )
+
+
+def provenance(arguments: argparse.Namespace, work: Workload) -> dict[str, Any]:
+    """What a reader needs to judge the numbers."""
+
+    def git(*words: str) -> str:
+        done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True)
+        return done.stdout.strip() if done.returncode == 0 else "unknown"
+
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": git("rev-parse", "HEAD"),
+        "uncommitted_changes": git("status", "--porcelain") != "",
+        "python": platform.python_version(),
+        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "machine": platform.machine(),
+        "cpu_count": os.cpu_count(),
+        "cores": arguments.cores,
+        "load_average_before": os.getloadavg()[0],
+        "rounds": arguments.rounds,
+        "sft_steps_per_block": arguments.block,
+        "dtype": "float32",
+        "workload": asdict(work),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tasks", nargs="+", choices=("sft", "rl"), default=["sft", "rl"])
+    parser.add_argument("--rounds", type=int, default=7, help="blocks of every contestant (default: %(default)s)")
+    parser.add_argument("--block", type=int, default=4, help="SFT steps of a block; RL: 1 (default: %(default)s)")
+    parser.add_argument("--cores", type=int, default=2, help="threads that each side may use (default: %(default)s)")
+    parser.add_argument("--timeout", type=float, default=300.0, help="seconds that a block may take at most")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "cpu_vs_trl.json")
+    arguments = parser.parse_args()
+    missing = [name for name in ("trl", "accelerate", "datasets") if importlib.util.find_spec(name) is None]
+    if missing:
+        parser.error(f"{', '.join(missing)} not installed; run: pip install -c constraints.txt -e .[benchmark]")
+    # As Ctrl-C does it: the contestants are stopped.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    work, results = Workload(), []
+    provided = provenance(arguments, work)
+    with tempfile.TemporaryDirectory() as directory:
+        make_inputs(Path(directory), work)
+        for task in arguments.tasks:
+            results.append(summary(task, compare(task, arguments, Path(directory))))
+    for result in results:
+        print_table(result)
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    arguments.out.write_text(json.dumps({**provided, "results": results}, indent=2) + "\n")
+    print(f"\nwritten: {arguments.out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -242,12 +242,16 @@ def _trl_sft(
         """Counts tokens, and keeps the loss of a step as it is."""
 
         def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
-            counts["tokens"] += int(inputs["attention_mask"].sum()) if "attention_mask" in inputs else inputs["input_ids"].numel()
+            counts["tokens"] += (
+                int(inputs["attention_mask"].sum()) if "attention_mask" in inputs else inputs["input_ids"].numel()
+            )
             loss = super().training_step(model, inputs, num_items_in_batch)
             counts["loss"] += float(loss)
             return loss
 
-    return Counting(model, args=config, train_dataset=dataset.from_dict({"input_ids": sequences}), processing_class=tokenizer)
+    return Counting(
+        model, args=config, train_dataset=dataset.from_dict({"input_ids": sequences}), processing_class=tokenizer
+    )
 
 
 def _trl_rl(
@@ -287,7 +291,11 @@ def _trl_rl(
         return [reward(ids) for ids in completion_ids]
 
     return GRPOTrainer(
-        model, reward_funcs=rewards, args=config, train_dataset=dataset.from_dict({"prompt": prompts}), processing_class=tokenizer
+        model,
+        reward_funcs=rewards,
+        args=config,
+        train_dataset=dataset.from_dict({"prompt": prompts}),
+        processing_class=tokenizer,
     )
 
 

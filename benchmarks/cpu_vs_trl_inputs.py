@@ -91,21 +91,21 @@ def _make_model(directory: Path, work: Workload) -> None:
 def _set_end_probability(model: Any, wanted: float) -> None:
     """Let responses end, so that lengths vary as they do in a real rollout.
 
-    One channel of the residual stream is made nearly constant, and the end token's logit is read from it.
+    One channel is given to all embeddings alike, so that hidden states have a mean, along which the end token lies.
     """
     import torch
 
     with torch.no_grad():
         model.model.embed_tokens.weight[:, 0] = 1.0
-        ids = torch.randint(FIRST_WORD, model.config.vocab_size, (4, 64))
+        ids = torch.randint(FIRST_WORD, model.config.vocab_size, (8, 64))
         hidden = model.model(ids).last_hidden_state.flatten(0, 1)
-        head = model.lm_head.weight
-        head[END] = 0.0
-        low, high = 0.0, 100.0
-        for _ in range(40):
-            head[END, 0] = (low + high) / 2
+        direction = hidden.mean(0) / hidden.mean(0).square().sum()
+        head, low, high = model.lm_head.weight, 0.0, 20.0
+        for _ in range(30):
+            middle = (low + high) / 2
+            head[END] = middle * direction
             found = float(torch.softmax(hidden @ head.T, -1)[:, END].mean())
-            low, high = ((low + high) / 2, high) if found < wanted else (low, (low + high) / 2)
+            low, high = (middle, high) if found < wanted else (low, middle)
 
 
 def words_of(token_ids: list[int]) -> str:

@@ -214,7 +214,7 @@ class _Launch:
             blamed = failed[0] if first_failed is None else first_failed
             return f"{self._end_of(blamed)} {self._place(blamed)}. The end of its log:\n{self._log(blamed)}"
         missing = len(self.labels) - len(self.rows)
-        return f"{missing} comparisons were not written, though every rank ended well" if missing else None
+        return f"every rank ended well, but comparisons are missing: {missing}" if missing else None
 
     def _read_rows(self) -> None:
         written = self.directory / "rows"
@@ -230,13 +230,14 @@ class _Launch:
             self.ranks[number].send_signal(signal.SIGUSR1)
         time.sleep(1.0)
         stacks = {number: self._stack(number) for number in hanging}
-        # Ranks inside a collective wait for another one. If that is all of them, each is as suspect as the next.
-        blamed = [number for number in hanging if not _waits_for_others(stacks[number])] or hanging
+        blamed = [number for number in hanging if not _waits_for_others(stacks[number])]
         if failed:
             reason = "; ".join(f"{self._end_of(number)} {self._place(number)}" for number in failed)
         else:
             reason = f"not done after {timeout_seconds:g} s"
-        lines = [f"{reason}. Did not report: {_ranks(blamed)} ({self._place(blamed[0])})."]
+            blamed = blamed or hanging  # all wait for one another: each is as suspect as the next
+        silent = f" Did not report: {_ranks(blamed)} ({self._place(blamed[0])})." if blamed else ""
+        lines = [f"{reason}.{silent}"]
         for number in hanging:
             lines += [f"Rank {number} is at:", stacks[number] or "  (it does not answer)"]
         lines += [text for number in failed for text in (f"The end of the log of rank {number}:", self._log(number))]

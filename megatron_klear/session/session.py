@@ -75,7 +75,7 @@ class Session:
         if chat.num_tokens > self.arch.vocab_size:
             raise ConfigError(
                 [
-                    f"model.vocab_size: {self.arch.vocab_size} is smaller than the {chat.num_tokens} tokens of tokenizer.dir"
+                    f"model.vocab_size: is {self.arch.vocab_size}, but tokenizer.dir has {chat.num_tokens} tokens"
                 ]
             )
         self.context = parallel.start(settings.parallel, device=settings.run.device, seed=settings.run.seed)
