@@ -5,8 +5,8 @@
 
 Both sides train the same small random Qwen3 (made here) on the same sequences in the same order, in float32 with
 AdamW, clipping and no recomputation, with as many threads in all as `--cores`: this project as one data-parallel
-gloo process per core, TRL as one process with all threads and as one process per core, padded and padding-free. The best
-of TRL's ways is what this project is compared with. All are started before the first is timed, and then take turns
+gloo process per core, TRL as one process with all threads and as one process per core, padded and padding-free.
+This project is compared with the best of TRL's ways. All are started before the first is timed, and then take turns
 within a round, block by block, while the others wait, so that a busy machine slows all of them. The first step is
 a warm-up in which both sides' losses must agree.
 
@@ -222,9 +222,8 @@ def print_table(result: dict[str, Any]) -> None:
     """Print one line per contestant, and the ratio that counts."""
     step = "optimizer update" if result["task"] == "sft" else "rollout batch with its updates"
     print(f"\n{result['task']}: medians over {len(result['rows'][0]['blocks'])} blocks; a step is one {step}")
-    print(
-        f"{'processes x threads':<24}{'tokens/s':>10}{'s/step':>9}{'processor s/step':>18}{'peak RSS MiB':>14}{'speed':>8}"
-    )
+    heads = f"{'tokens/s':>10}{'s/step':>9}{'processor s/step':>18}{'peak RSS MiB':>14}{'speed':>8}"
+    print(f"{'processes x threads':<24}{heads}")
     ours = result["rows"][0]
     for row in result["rows"]:
         name = f"ours {row['processes']}x{row['threads']}" if row is ours else row["name"]

@@ -1,4 +1,4 @@
-"""Makes what both sides of benchmarks/cpu_vs_trl.py train: a tiny random Qwen3, its tokenizer, sequences and prompts."""
+"""What both sides of benchmarks/cpu_vs_trl.py train: a tiny random Qwen3, its tokenizer, sequences and prompts."""
 
 from __future__ import annotations
 
