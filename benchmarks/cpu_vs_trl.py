@@ -12,7 +12,8 @@ a warm-up in which both sides' losses must agree.
 
 An RL step is: 8 responses to each of 8 prompts, rewards, old logprobs, 4 optimizer updates of the clipped objective,
 and the new weights in use for generation. Its tokens are those of the responses. Memory is the sum over a
-contestant's processes of the largest resident set, libraries included.
+contestant's processes of the largest resident set; at the start it is that of libraries, model and optimizer, of
+which every process has its own.
 """
 
 from __future__ import annotations
@@ -54,6 +55,7 @@ class Contestant:
     processes: int
     threads: int
     options: dict[str, Any]
+    wait_policy: str
     running: list[tuple[subprocess.Popen[bytes], int, int]] = field(default_factory=list)
     unread: dict[int, bytes] = field(default_factory=dict)
     blocks: list[dict[str, float]] = field(default_factory=list)
@@ -75,6 +77,8 @@ class Contestant:
                 **os.environ,
                 "OMP_NUM_THREADS": str(self.threads),
                 "MKL_NUM_THREADS": str(self.threads),
+                # Threads that spin while they wait for one another lose much on a busy machine: TRL up to 5 times.
+                "OMP_WAIT_POLICY": self.wait_policy,
                 "TOKENIZERS_PARALLELISM": "false",
                 "HF_HUB_OFFLINE": "1",
                 "CUDA_VISIBLE_DEVICES": "",
@@ -119,7 +123,7 @@ class Contestant:
             answers.append(json.loads(text))
         merged = dict(answers[0])
         merged["seconds"] = max(a["seconds"] for a in answers)
-        for summed in ("processor_seconds", "peak_rss_mib", "tokens"):
+        for summed in ("processor_seconds", "ready_rss_mib", "peak_rss_mib", "tokens"):
             merged[summed] = sum(a[summed] for a in answers)
         merged["loss"] = statistics.fmean(a.get("loss", 0.0) for a in answers)
         return merged
@@ -143,9 +147,11 @@ class Contestant:
         return statistics.median(b["tokens"] / b["seconds"] for b in self.blocks)
 
 
-def contestants(task: str, cores: int) -> list[Contestant]:
+def contestants(task: str, cores: int, wait_policy: str) -> list[Contestant]:
     """This project first, then TRL's ways."""
-    ours = Contestant(name="ours", side="ours", processes=cores, threads=1, options={"token_budget": 2048})
+    shared: dict[str, Any] = {"wait_policy": wait_policy}
+    ours = Contestant(name="ours", side="ours", processes=cores, threads=1, options={"token_budget": 2048}, **shared)
+    found = [ours]
     ways: list[tuple[str, int, dict[str, Any]]]
     if task == "sft":
         ways = [
@@ -155,18 +161,15 @@ def contestants(task: str, cores: int) -> list[Contestant]:
         ]
     else:
         ways = [("trl", 1, {"batch": 16}), ("trl", cores, {"batch": 16})]
-    return [
-        ours,
-        *(
-            Contestant(name=f"{name} {n}x{cores // n}", side="trl", processes=n, threads=cores // n, options=options)
-            for name, n, options in ways
-        ),
-    ]
+    for name, n, options in ways:
+        theirs = {"name": f"{name} {n}x{cores // n}", "processes": n, "threads": cores // n, "options": options}
+        found.append(Contestant(side="trl", **theirs, **shared))
+    return found
 
 
 def compare(task: str, arguments: argparse.Namespace, inputs: Path) -> list[Contestant]:
     """Start all contestants, check that their losses agree, and let them take turns."""
-    chosen = contestants(task, arguments.cores)
+    chosen = contestants(task, arguments.cores, arguments.wait_policy)
     try:
         for one in chosen:
             print(f"{task}: starting {one.name}", file=sys.stderr, flush=True)
@@ -203,6 +206,7 @@ def summary(task: str, chosen: list[Contestant]) -> dict[str, Any]:
             "seconds_per_step": c.median("seconds"),
             "tokens_per_second": c.median("tokens"),
             "processor_seconds_per_step": statistics.median(b["processor_seconds"] / b["steps"] for b in c.blocks),
+            "ready_rss_mib": c.first["ready_rss_mib"],
             "peak_rss_mib": max(b["peak_rss_mib"] for b in c.blocks),
             "blocks": c.blocks,
         }
@@ -222,7 +226,7 @@ def print_table(result: dict[str, Any]) -> None:
     """Print one line per contestant, and the ratio that counts."""
     step = "optimizer update" if result["task"] == "sft" else "rollout batch with its updates"
     print(f"\n{result['task']}: medians over {len(result['rows'][0]['blocks'])} blocks; a step is one {step}")
-    heads = f"{'tokens/s':>10}{'s/step':>9}{'processor s/step':>18}{'peak RSS MiB':>14}{'speed':>8}"
+    heads = f"{'tokens/s':>10}{'s/step':>9}{'processor s/step':>18}{'peak RSS MiB':>14}{'at start':>10}{'speed':>8}"
     print(f"{'processes x threads':<24}{heads}")
     ours = result["rows"][0]
     for row in result["rows"]:
@@ -230,7 +234,7 @@ def print_table(result: dict[str, Any]) -> None:
         speed = row["tokens_per_second"] / ours["tokens_per_second"]
         print(
             f"{name:<24}{row['tokens_per_second']:>10.0f}{row['seconds_per_step']:>9.2f}"
-            f"{row['processor_seconds_per_step']:>18.2f}{row['peak_rss_mib']:>14.0f}{speed:>7.2f}x"
+            f"{row['processor_seconds_per_step']:>18.2f}{row['peak_rss_mib']:>14.0f}{row['ready_rss_mib']:>10.0f}{speed:>7.2f}x"
         )
     ratios = result["tokens_per_second_ratios"]
     verdict = "reached" if result["tokens_per_second_ratio"] >= AIM else "not reached"
@@ -257,6 +261,7 @@ def provenance(arguments: argparse.Namespace, work: Workload) -> dict[str, Any]:
         "machine": platform.machine(),
         "cpu_count": os.cpu_count(),
         "cores": arguments.cores,
+        "omp_wait_policy": arguments.wait_policy,
         "load_average_before": os.getloadavg()[0],
         "rounds": arguments.rounds,
         "sft_steps_per_block": arguments.block,
@@ -271,6 +276,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7, help="blocks of every contestant (default: %(default)s)")
     parser.add_argument("--block", type=int, default=4, help="SFT steps of a block; RL: 1 (default: %(default)s)")
     parser.add_argument("--cores", type=int, default=2, help="threads that each side may use (default: %(default)s)")
+    parser.add_argument("--wait-policy", choices=("PASSIVE", "ACTIVE"), default="PASSIVE", help="of OpenMP's threads")
     parser.add_argument("--timeout", type=float, default=300.0, help="seconds that a block may take at most")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "cpu_vs_trl.json")
     arguments = parser.parse_args()

@@ -28,7 +28,12 @@ class Starter:
     def __init__(self, commands: int, answers: int) -> None:
         self._commands, self._answers = os.fdopen(commands), os.fdopen(answers, "w")
         self.remaining = 1  # the first step is for warming up
+        self.ready_rss = 0.0
         self._begin()
+
+    def ready(self) -> None:
+        """Note the memory of libraries, model and optimizer, before any training."""
+        self.ready_rss = _peak_rss_mib()
 
     def _begin(self) -> None:
         self.tokens, self.checks = 0, {}
@@ -45,7 +50,8 @@ class Starter:
             "seconds": time.perf_counter() - self._wall,
             "processor_seconds": time.process_time() - self._processor,
             "tokens": self.tokens,
-            "peak_rss_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+            "ready_rss_mib": self.ready_rss,
+            "peak_rss_mib": _peak_rss_mib(),
             **self.checks,
         }
         self._answers.write(json.dumps(answer) + "\n")
@@ -55,6 +61,10 @@ class Starter:
             os._exit(0)
         self.remaining = int(line)
         self._begin()
+
+
+def _peak_rss_mib() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def ours(task: str, inputs: Path, work: dict[str, Any], options: dict[str, Any], starter: Starter) -> None:
@@ -90,6 +100,7 @@ def ours(task: str, inputs: Path, work: dict[str, Any], options: dict[str, Any],
         packing=PackingSettings(token_budget=options["token_budget"]),
     )
     trainer = Trainer(trainable, arch, whole, context)
+    starter.ready()
     if task == "sft":
         _our_sft(inputs, work, trainer, starter)
     else:
@@ -212,6 +223,7 @@ def trl(task: str, inputs: Path, work: dict[str, Any], options: dict[str, Any], 
     trainer = make(inputs, work, options, common, world, counts, (model, tokenizer, Dataset))
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(Blocks)
+    starter.ready()
     trainer.train()
 
 

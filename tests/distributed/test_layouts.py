@@ -99,7 +99,10 @@ def test_the_matrix_combines_axes_and_options() -> None:
 def test_the_matrix_splits_into_one_and_into_many_microbatches() -> None:
     counts = {
         plan_packs(
-            layout.lengths, token_budget=layout.token_budget, dp_size=layout.dp(n), multiple=sequence_multiple(layout.cp)
+            layout.lengths,
+            token_budget=layout.token_budget,
+            dp_size=layout.dp(n),
+            multiple=sequence_multiple(layout.cp),
         ).num_microbatches
         for n, layout in _all()
     }

@@ -27,7 +27,9 @@ def run_nothing(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """Launches answer at once: every layout passes, unless `change` says otherwise."""
     told: dict[str, Any] = {"launches": [], "change": lambda rows: rows, "failure": None}
 
-    def run(layouts: Sequence[Layout], processes: int, *, device: str, timeout_seconds: float, **_: Any) -> LaunchResult:
+    def run(
+        layouts: Sequence[Layout], processes: int, *, device: str, timeout_seconds: float, **_: Any
+    ) -> LaunchResult:
         told["launches"].append((processes, device, len(layouts), timeout_seconds))
         rows = tuple(comparison(layout.label(processes)) for layout in layouts)
         return LaunchResult(rows=told["change"](rows), failure=told["failure"])
@@ -105,9 +107,7 @@ def test_a_wrong_equation_ends_with_1(
     assert "1 of 2 equations passed, 41 of 41 layouts passed" in output
 
 
-def test_all_layouts_pass_and_each_has_a_row(
-    run_nothing: dict[str, Any], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_all_layouts_pass_and_each_has_a_row(run_nothing: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
     assert verify.main(["--layouts-only", "--device", "cpu", "--timeout", "77"]) == 0
     captured = capsys.readouterr()
     assert run_nothing["launches"] == [(1, "cpu", 10, 77.0), (2, "cpu", 13, 77.0), (4, "cpu", 18, 77.0)]

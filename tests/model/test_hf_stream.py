@@ -20,7 +20,9 @@ from megatron_klear.records import ParallelContext
 
 def theirs(arch: Architecture, seed: int = 0) -> dict[str, torch.Tensor]:
     """What transformers would save."""
-    state = {name: tensor.detach().contiguous() for name, tensor in reference_model(arch, seed=seed).state_dict().items()}
+    state = {
+        name: tensor.detach().contiguous() for name, tensor in reference_model(arch, seed=seed).state_dict().items()
+    }
     if arch.tie_embeddings:
         state.pop("lm_head.weight", None)
     return state

@@ -25,7 +25,9 @@ def test_formula(eps: float) -> None:
     for i in range(5):
         for j in range(3):
             mean_square = sum(float(value) ** 2 for value in x[i, j]) / 7
-            expected = [float(v) / (mean_square + eps) ** 0.5 * float(w) for v, w in zip(x[i, j], norm.weight, strict=True)]
+            expected = [
+                float(v) / (mean_square + eps) ** 0.5 * float(w) for v, w in zip(x[i, j], norm.weight, strict=True)
+            ]
             torch.testing.assert_close(norm(x)[i, j].tolist(), expected, rtol=1e-13, atol=1e-13)
 
 

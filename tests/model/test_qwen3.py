@@ -26,7 +26,9 @@ SHAPES: list[dict[str, Any]] = [
 ]
 
 
-def request(sequences: Sequence[TrainSequence], objective: PolicyObjective | None = None, **keywords: Any) -> HeadRequest:
+def request(
+    sequences: Sequence[TrainSequence], objective: PolicyObjective | None = None, **keywords: Any
+) -> HeadRequest:
     return HeadRequest(batch=pack(sequences), objective=objective, **keywords)
 
 
@@ -151,11 +153,17 @@ def test_how_sequences_are_packed_changes_nothing(
     def logprobs(together: Sequence[TrainSequence], **keywords: Any) -> list[np.ndarray]:
         batch = pack(together, **keywords)
         with torch.no_grad():
-            answer = forward_microbatch(model, HeadRequest(batch=batch, objective=None), context, transformer_engine=False)
+            answer = forward_microbatch(
+                model, HeadRequest(batch=batch, objective=None), context, transformer_engine=False
+            )
         return unpack([answer.logprobs], batch)
 
     alone = [logprobs([sequence])[0] for sequence in sequences]
-    for found in (logprobs(sequences), logprobs(sequences[::-1])[::-1], logprobs(sequences, pad_to=200, pad_token_id=9)):
+    for found in (
+        logprobs(sequences),
+        logprobs(sequences[::-1])[::-1],
+        logprobs(sequences, pad_to=200, pad_token_id=9),
+    ):
         for one, other in zip(alone, found, strict=True):
             np.testing.assert_allclose(other, one, rtol=1e-5, atol=1e-6)
 

@@ -80,7 +80,9 @@ def test_a_layout_that_does_not_divide_the_processes_is_refused(
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA is there")
 def test_cuda_where_there_is_none_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"run.device: cuda was asked for but no CUDA device is there; use auto or cpu"):
+    with pytest.raises(
+        ConfigError, match=r"run.device: cuda was asked for but no CUDA device is there; use auto or cpu"
+    ):
         parallel.start(ParallelSettings(), device="cuda")
     assert not dist.is_initialized()
 
@@ -101,6 +103,8 @@ def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setenv("LOCAL_RANK", "2")
-    with pytest.raises(ConfigError, match=r"local process 2 has no GPU of its own \(2 on this node\).*--nproc-per-node"):
+    with pytest.raises(
+        ConfigError, match=r"local process 2 has no GPU of its own \(2 on this node\).*--nproc-per-node"
+    ):
         parallel.start(ParallelSettings())
     assert not dist.is_initialized()
