@@ -19,10 +19,13 @@ export PATH=${KLEAR_VENV:-$root/.venv}/bin:$PATH
 
 say() { echo "quickstart: $*"; }
 
+# Two processes on CPUs; on a machine with a GPU, as many as there are GPUs but no more than two.
+ranks=$(python -c 'import torch; print(max(1, min(2, torch.cuda.device_count())) if torch.cuda.is_available() else 2)')
+
 train() {
     local entry=$1 config=$2
     shift 2
-    torchrun --standalone --nproc-per-node 2 -m "megatron_klear.$entry" "$config" "run.seed=$seed" "$@"
+    torchrun --standalone --nproc-per-node "$ranks" -m "megatron_klear.$entry" "$config" "run.seed=$seed" "$@"
 }
 
 if [[ ! -f $run/data/done ]]; then
@@ -31,11 +34,11 @@ if [[ ! -f $run/data/done ]]; then
     touch "$run/data/done"
 fi
 
-say "2/3 supervised fine-tuning (Eq. 8), two processes"
+say "2/3 supervised fine-tuning (Eq. 8), $ranks processes"
 train train_sft examples/quickstart_sft.yaml "run.dir=$run/sft" "data.sft=[$run/data/sft.jsonl]" \
     "data.heldout=[$run/data/heldout.jsonl]" "tokenizer.dir=$run/data/tokenizer"
 
-say "3/3 reinforcement learning with GPPO (Eq. 11), two processes"
+say "3/3 reinforcement learning with GPPO (Eq. 11), $ranks processes"
 train train_rl examples/quickstart_rl.yaml "run.dir=$run/rl" "data.prompts=[$run/data/prompts.jsonl]" \
     "data.heldout=[$run/data/heldout.jsonl]" "tokenizer.dir=$run/data/tokenizer" "checkpoint.start_from=$run/sft"
 

@@ -44,8 +44,7 @@ def train(session: Session, prompts: PromptData, cursor: DataCursor, heldout: Pr
                         )  # Eqs. 11, 12
                     )
             session.trainer.advance_schedule_to(step * session.updates_per_step)
-            if step % settings.rl.publish_every_steps == 0:
-                rollouts.publish(version=step)
+            rollouts.publish(version=step)
             evaluation.when_due(step)
             session.keep_examples(rollouts.examples(groups, step), step)
             session.finish_step(step, {**rollout_metrics(groups, kept), **divergence, **update_metrics(reports)})

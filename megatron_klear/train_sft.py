@@ -39,10 +39,27 @@ def train(session: Session, data: SftData, cursor: DataCursor, heldout: PromptDa
         evaluation.at_end()
 
 
+def require_positions(data: SftData, limit: int) -> None:
+    """Refuse conversations that are longer than the model has positions.
+
+    Raises:
+        DataError: names them and the setting.
+    """
+    from megatron_klear.errors import DataError
+
+    long = [f"{row.sequence_id} ({len(row.token_ids)})" for row in data.examples if len(row.token_ids) > limit]
+    if long:
+        raise DataError(
+            f"data.sft: {len(long)} conversations are longer than model.max_position_embeddings = {limit}: "
+            f"{', '.join(long[:8])}; to leave them out, set packing.token_budget={limit} packing.oversize=drop"
+        )
+
+
 def main(settings: Settings, stop: StopRequest) -> None:
     """Read the data, open the session, train, report."""
     from megatron_klear.data import DataCursor, load_chat_tokenizer, load_prompts, load_sft, require_disjoint
     from megatron_klear.packing import sequence_multiple
+    from megatron_klear.session.policy import require_gradable
     from megatron_klear.session.session import Session
 
     chat = load_chat_tokenizer(
@@ -55,12 +72,14 @@ def main(settings: Settings, stop: StopRequest) -> None:
         multiple=sequence_multiple(settings.parallel.cp),
         oversize=settings.packing.oversize,
     )
+    require_positions(data, settings.architecture.max_position_embeddings)
     heldout = None
     if settings.data.heldout:
         heldout = load_prompts(
             settings.data.heldout, chat, max_prompt_tokens=settings.data.max_prompt_tokens,
             oversize=settings.data.oversize, setting="data.heldout",
         )  # fmt: skip
+        require_gradable(heldout, "data.heldout")
         require_disjoint(heldout.keys(), {"data.sft": data.keys()})
     cursor = DataCursor(
         len(data),

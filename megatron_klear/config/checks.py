@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -215,12 +216,20 @@ def _check_files(settings: Settings, entry: Entry, architecture: Architecture | 
     run = Path(settings.run.dir)
     if run.exists() and not run.is_dir():
         problems.add("run.dir", f"{run} is a file, expected a directory")
+    elif not _writable(run):
+        problems.add("run.dir", f"{run} cannot be written by this user")
     elif not settings.run.resume and (run / "config.yaml").exists():
         problems.add("run.dir", f"{run} already holds a run; set run.resume=true to continue it, or another directory")
     start = settings.checkpoint.start_from
     if start is not None and not Path(start).is_dir():
         problems.add("checkpoint.start_from", f"no directory {start}")
     _check_tokenizer(settings, architecture, problems)
+
+
+def _writable(directory: Path) -> bool:
+    """Whether a directory, which may have to be made first, can be written to."""
+    existing = next((p for p in (directory, *directory.absolute().parents) if p.exists()), Path("/"))
+    return os.access(existing, os.W_OK | os.X_OK)
 
 
 def _file_problems(files: tuple[str, ...]) -> Iterator[str]:

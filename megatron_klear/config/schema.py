@@ -191,9 +191,6 @@ class RlSettings:
     minibatch_prompts: Prompts = 16
     """Prompts per optimizer update; divides `rl.prompts_per_step` (the paper: 16 for math, 32 for code)."""
 
-    publish_every_steps: Steps = 1
-    """Steps between sending the trained weights to the rollout engines."""
-
 
 @dataclass(frozen=True, kw_only=True, config=SECTION)
 class RolloutSettings:

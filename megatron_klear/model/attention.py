@@ -22,9 +22,12 @@ from megatron_klear.model.packed_layout import AttentionPlan, PackedLayout
 AttentionBackend = Literal["flash", "sdpa"]
 
 
-def pick_backend(setting: str, device: torch.device) -> AttentionBackend:
-    """The backend for a setting of `auto`, `flash`, `sdpa` or `cpu` on this device and installation."""
-    if setting in ("sdpa", "cpu"):
+def pick_backend(setting: str, device: torch.device, dtype: torch.dtype) -> AttentionBackend:
+    """The backend for a setting of `auto`, `flash`, `sdpa` or `cpu` on this device and installation.
+
+    flash-attn computes in half precision only, so float32 models get SDPA.
+    """
+    if setting in ("sdpa", "cpu") or dtype not in (torch.bfloat16, torch.float16):
         return "sdpa"
     if device.type == "cuda":
         try:
@@ -61,7 +64,7 @@ class PackedAttention(MegatronModule):
         self.cp_group = pg_collection.cp
         self.softmax_scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
         device = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
-        self.backend = pick_backend(getattr(config, "klear_attention", "auto"), device)
+        self.backend = pick_backend(getattr(config, "klear_attention", "auto"), device, config.params_dtype)
 
     def forward(
         self,

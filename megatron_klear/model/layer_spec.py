@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
@@ -10,6 +11,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_klear.config import ModelSettings
 from megatron_klear.errors import ConfigError
 from megatron_klear.model.attention import PackedAttention
 from megatron_klear.model.norm import RMSNorm
@@ -24,18 +26,22 @@ def transformer_engine_is_there() -> bool:
     return True
 
 
-def pick_layer_spec(setting: str) -> str:
-    """`te` or `local` for a `model.layer_spec` of auto, te or local.
+def pick_layer_spec(model: ModelSettings) -> str:
+    """`te` or `local` for the settings `model.layer_spec`, `model.attention` and `model.dtype`.
+
+    `auto` means Transformer Engine where it is installed and a GPU is used, unless another attention was asked for
+    by name, or the model is float32, which its fused attention does not compute.
 
     Raises:
         ConfigError: Transformer Engine was asked for and is not there.
     """
-    if setting == "local":
+    asked = [f"model.{name}" for name in ("layer_spec", "attention") if getattr(model, name) == "te"]
+    if not asked and (model.layer_spec == "local" or model.attention != "auto" or model.dtype == "float32"):
         return "local"
-    there = transformer_engine_is_there()
-    if setting == "te" and not there:
+    there = torch.cuda.is_available() and transformer_engine_is_there()
+    if asked and not there:
         raise ConfigError(
-            ["model.layer_spec: te was asked for but transformer_engine cannot be imported; install it or use auto"]
+            [f"{name}: te was asked for but transformer_engine or a GPU is missing; use auto" for name in asked]
         )
     return "te" if there else "local"
 

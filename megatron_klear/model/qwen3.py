@@ -227,7 +227,7 @@ def transformer_config(arch: Architecture, model: ModelSettings, parallel: Paral
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
         persist_layer_norm=False,
-        apply_rope_fusion=on_gpu and pick_layer_spec(model.layer_spec) == "te",
+        apply_rope_fusion=on_gpu and pick_layer_spec(model) == "te",
         attention_softmax_in_fp32=True,
         **_recompute(model.recompute, arch.num_layers, parallel.pp),
     )
@@ -259,7 +259,7 @@ def build_qwen3(
         context: this rank's place in it.
     """
     config = transformer_config(arch, model, parallel)
-    kind = pick_layer_spec(model.layer_spec)
+    kind = pick_layer_spec(model)
     with cuda_means_cpu():
         qwen3 = Qwen3Model(
             config=config,

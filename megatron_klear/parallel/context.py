@@ -106,18 +106,27 @@ def _axis(group: dist.ProcessGroup | None) -> ParallelAxis:
 
 
 def reset_layout() -> None:
-    """Forget the layout but stay with the other processes, so that `start` can build another one.
+    """Leave the layout but stay with the other processes, so that `start` can build another one (a collective).
 
     What was built on the old layout must no longer be used.
     """
     from megatron.core import parallel_state
 
-    if parallel_state.model_parallel_is_initialized():
-        parallel_state.destroy_model_parallel()
+    if not parallel_state.model_parallel_is_initialized():
+        return
+    dist.barrier()  # nobody still reads what another rank sent it
+    # Megatron forgets most of its groups without ending them: every layout would leave some fifty threads behind.
+    for group in reversed(parallel_state._global_process_group_list or ()):
+        if group is not None:
+            dist.destroy_process_group(group)
+    parallel_state.destroy_model_parallel()
 
 
 def stop() -> None:
     """Leave the process groups; safe to call twice or when nothing was started."""
-    reset_layout()
+    from megatron.core import parallel_state
+
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -58,6 +58,8 @@ class Evaluation:
         """Evaluate the final weights and write the result to `result.json`."""
         if not self.session.settings.evaluation.at_end or self.heldout is None:
             return
+        if self.session.was_done and (self.session.root / "result.json").is_file():
+            return  # the run was finished before it was started again
         accuracy = self._evaluate(self.session.step)
         if accuracy is not None and self.session.is_first:
             result = {
@@ -73,9 +75,10 @@ class Evaluation:
         if self.heldout is None or step == self._last_step:
             return None
         self._last_step = step
-        if self.rollouts.engine.policy_version < step or self.session.entry == "sft":
-            self.rollouts.publish(version=max(step, self.rollouts.engine.policy_version + 1))
-        accuracy = self.rollouts.evaluate(self.heldout.prompts, self.session.settings.evaluation, step=step)
+        with self.session.set_aside_phases():
+            if self.rollouts.engine.policy_version < step or self.session.entry == "sft":
+                self.rollouts.publish(version=max(step, self.rollouts.engine.policy_version + 1))
+            accuracy = self.rollouts.evaluate(self.heldout.prompts, self.session.settings.evaluation, step=step)
         values = {
             names.ACCURACY_HELDOUT: accuracy.mean,
             names.ACCURACY_HELDOUT_COUNT: accuracy.count,

@@ -12,7 +12,16 @@ from collections.abc import Callable, Sequence
 from types import FrameType
 
 from megatron_klear.config import Entry, Settings, parse_command_line
-from megatron_klear.errors import EXIT_DONE, EXIT_FAILED, EXIT_RESUMABLE, KlearError
+from megatron_klear.errors import (
+    EXIT_DONE,
+    EXIT_FAILED,
+    EXIT_RESUMABLE,
+    CheckpointError,
+    ConfigError,
+    DataError,
+    KlearError,
+    TrainingError,
+)
 from megatron_klear.observe import whereabouts
 
 _SHOWN_RANKS = 16
@@ -68,7 +77,9 @@ def run_entry(entry: Entry, body: Callable[[Settings, StopRequest], None], argv:
             print(f"{news}", file=sys.stderr)
         return EXIT_RESUMABLE
     except KlearError as error:
-        print(f"[rank {rank}] {error}" if rank else str(error), file=sys.stderr)
+        # Wrong input and failed checkpoints are met by all ranks alike; what one rank alone meets, it must say itself.
+        if rank == 0 or not isinstance(error, ConfigError | DataError | CheckpointError | TrainingError):
+            print(f"[rank {rank}] {error}" if rank else str(error), file=sys.stderr)
         return error.exit_status
     except Exception:
         # Whatever went wrong here, the others may be waiting for: say where each of them was last seen.

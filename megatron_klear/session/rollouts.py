@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from megatron_klear.algorithm import group_advantages
 from megatron_klear.config import EvaluationSettings
+from megatron_klear.errors import ConfigError
 from megatron_klear.model import hf_config, hf_named_tensors
 from megatron_klear.records import Grade, Prompt, RolloutGroup, ScoredGroup
 from megatron_klear.reward import AnswerFormat, GradeRequest, MathGraderPool, RewardRules
@@ -67,7 +68,11 @@ class Rollouts:
                 require_think=reward.require_think,
             ),
         )
-        stops = [session.chat.hf.convert_tokens_to_ids(token) for token in settings.rollout.stop_tokens]
+        known = session.chat.hf.get_vocab()
+        unknown = [token for token in settings.rollout.stop_tokens if token not in known]
+        if unknown:
+            raise ConfigError([f"rollout.stop_tokens: {t!r} is not one token of tokenizer.dir" for t in unknown])
+        stops = [known[token] for token in settings.rollout.stop_tokens]
         self.stop_token_ids = tuple(dict.fromkeys([*session.chat.stop_ids, *stops]))
 
     def __enter__(self) -> Self:

@@ -14,12 +14,11 @@ import torch
 import torch.distributed as dist
 
 from megatron_klear import parallel
-from megatron_klear.checkpoint.find import find_whole
-from megatron_klear.checkpoint.store import CheckpointStore
-from megatron_klear.checkpoint.weights import load_model_weights
+from megatron_klear.checkpoint import CheckpointStore, layout, load_weights
+from megatron_klear.checkpoint.collective import agree, together
 from megatron_klear.config import Entry, Settings, dump_settings
 from megatron_klear.data import ChatTokenizer
-from megatron_klear.errors import CheckpointError, ConfigError
+from megatron_klear.errors import ConfigError
 from megatron_klear.model import build_qwen3, load_hf_weights, open_hf_directory
 from megatron_klear.observe import (
     Heartbeat,
@@ -74,9 +73,7 @@ class Session:
         self.root = Path(settings.run.dir)
         if chat.num_tokens > self.arch.vocab_size:
             raise ConfigError(
-                [
-                    f"model.vocab_size: is {self.arch.vocab_size}, but tokenizer.dir has {chat.num_tokens} tokens"
-                ]
+                [f"model.vocab_size: is {self.arch.vocab_size}, but tokenizer.dir has {chat.num_tokens} tokens"]
             )
         self.context = parallel.start(settings.parallel, device=settings.run.device, seed=settings.run.seed)
         if self.context.device.type == "cpu":
@@ -84,8 +81,8 @@ class Session:
         self.is_first = self.context.world.rank == 0
         torch.manual_seed(settings.run.seed)
         self.model = build_qwen3(self.arch, settings.model, settings.parallel, self.context)
-        checkpoints = self._prepare_directory()
-        if not any(checkpoints.glob("step_*")):
+        checkpoints = self.root / "checkpoints"
+        if not self._prepare_directory(checkpoints):
             self._first_weights()
         trainable = make_trainable(
             self.model, settings.optimizer, settings.parallel, total_updates=total_steps * updates_per_step
@@ -103,6 +100,7 @@ class Session:
         self.resumed = self.store.resume()
         self.step = 0 if self.resumed is None else int(self.resumed["step"])
         self._saved_step = self.step
+        self.was_done = self.step >= total_steps
         self.heartbeat = Heartbeat(self.root, self.context.world.rank)
         self.phases = Phases(synchronize=torch.cuda.synchronize if self.context.device.type == "cuda" else None)
         self.metrics: Metrics = open_metrics(
@@ -120,47 +118,30 @@ class Session:
         )
         self.cursor: Any = None  # the entry's data cursor; its place is part of every checkpoint
 
-    def _prepare_directory(self) -> Path:
-        checkpoints = self.root / "checkpoints"
-        if self.is_first:
-            checkpoints.mkdir(parents=True, exist_ok=True)
-        dist.barrier()
-        if not self.settings.run.resume and any(checkpoints.glob("step_*")):
+    def _prepare_directory(self, checkpoints: Path) -> list[int]:
+        """Make the run directory; returns the steps of the checkpoints in it, the same on every rank."""
+        together("make the directory of", lambda: checkpoints.mkdir(parents=True, exist_ok=True), self.context,
+                 only_first=True)  # fmt: skip
+        together("see the directory of", lambda: layout.require_shared(checkpoints), self.context)
+        steps = agree("list", lambda: layout.finished_steps(checkpoints), self.context)
+        if steps and not self.settings.run.resume:
             raise ConfigError(
                 [f"run.resume: is false and {self.root} already holds checkpoints; choose another run.dir or resume"]
             )
-        dist.barrier()
         if self.is_first:
             (self.root / "config.yaml").write_text(dump_settings(self.settings))
-        return checkpoints
+        return steps
 
     def _first_weights(self) -> None:
         start_from, hf_dir = self.settings.checkpoint.start_from, self.settings.model.hf_dir
         if start_from is not None:
-            directory = self._start_directory(Path(start_from))
-            load_model_weights(self.model, directory, self.context)
+            load_weights(Path(start_from), self.model, self.context)
         elif hf_dir is not None:
             reader = open_hf_directory(Path(hf_dir), self.arch)
             load_hf_weights(self.model, self.arch, self.context, reader)
         origin = start_from or hf_dir or "random numbers (seed run.seed)"
         if self.is_first:
             log.info("first weights from %s", origin)
-
-    def _start_directory(self, path: Path) -> Path:
-        """The checkpoint that `checkpoint.start_from` means, found by the first rank."""
-        found: list[Any] = [None]
-        if self.is_first:
-            try:
-                directory, notes = find_whole(path)
-                for note in notes:
-                    log.warning("%s", note)
-                found = [directory]
-            except CheckpointError as error:
-                found = [f"checkpoint.start_from: {error}"]
-        dist.broadcast_object_list(found, src=0)
-        if isinstance(found[0], str):
-            raise ConfigError([found[0]])
-        return Path(found[0])
 
     def __enter__(self) -> Self:
         self.progress.__enter__()
@@ -196,7 +177,7 @@ class Session:
         self.step = step
         seconds = self.phases.take_metrics()
         tokens = float(values.get("throughput/tokens", 0.0))
-        busy = sum(seconds.values())
+        busy = sum(seconds.values())  # evaluation and saving are not in it: see set_aside_phases
         everything = {**values, **seconds, **memory_metrics()}
         everything.pop("throughput/tokens", None)
         if busy > 0 and tokens:
@@ -210,12 +191,22 @@ class Session:
         if stopping and step < self.total_steps:
             raise Preempted(f"stopped after step {step} of {self.total_steps}; start again on {self.root} to resume")
 
+    @contextlib.contextmanager
+    def set_aside_phases(self) -> Iterator[None]:
+        """Keep what happens inside (evaluation, saving) out of the step's times and throughput."""
+        step_phases = self.phases
+        self.phases = Phases()
+        try:
+            yield
+        finally:
+            self.phases = step_phases
+
     def save(self) -> None:
         """Save a checkpoint of the current step, unless there is one."""
         if self._saved_step == self.step:
             return
         cursor = None if self.cursor is None else self.cursor.state_dict()
-        with self.phase("save"):
+        with self.set_aside_phases(), self.phase("save"):
             self.store.save(self.step, {"entry": self.entry, "step": self.step, "cursor": cursor})
         self._saved_step = self.step
 
@@ -248,18 +239,23 @@ class Session:
             cursor.load_state(self.resumed["cursor"])
 
     def export(self) -> None:
-        """With `checkpoint.export_hf`, write the final weights as a Hugging Face directory, `hf` below the run's."""
-        if not self.settings.checkpoint.export_hf:
-            return
-        if self.is_first:
-            from megatron_klear.checkpoint.convert_to_hf import megatron_to_hf
+        """With `checkpoint.export_hf`, write the final weights as a Hugging Face directory, `hf` below the run's.
 
-            out = self.root / "hf"
-            if out.exists():  # of an earlier end of this run, before more steps were asked for
-                shutil.rmtree(out)
-            megatron_to_hf(self.root, out, tokenizer=Path(self.settings.tokenizer.dir))
-            log.info("exported: %s", out)
-        dist.barrier()
+        Raises:
+            CheckpointError: on every rank, when it cannot be written; the checkpoints are untouched.
+        """
+        if self.settings.checkpoint.export_hf:
+            together("export (checkpoint.export_hf)", self._export, self.context, only_first=True)
+
+    def _export(self) -> None:
+        from megatron_klear.checkpoint.convert_to_hf import megatron_to_hf
+
+        out, fresh = self.root / "hf", self.root / ".hf_new"
+        shutil.rmtree(fresh, ignore_errors=True)
+        megatron_to_hf(self.root, fresh, tokenizer=Path(self.settings.tokenizer.dir))
+        shutil.rmtree(out, ignore_errors=True)  # of an earlier end of this run, before more steps were asked for
+        fresh.rename(out)
+        log.info("exported: %s", out)
 
     def write_report(self) -> None:
         """Write report.html and report.png on the first rank; a report that fails does not fail the run."""
@@ -269,8 +265,9 @@ class Session:
         sft_run = Path(start_from) if start_from and (Path(start_from) / "metrics.jsonl").is_file() else None
         try:
             log.info("report: %s", write_report(self.root, sft_run))
-        except (OSError, ValueError, RuntimeError) as error:
-            log.warning("no report: %s", error)
+        except Exception as error:  # drawing is the last thing a finished run does; its results are all on disk
+            log.warning("no report (%s: %s); try python -m megatron_klear.observe %s",
+                        type(error).__name__, error, self.root)  # fmt: skip
 
     def _any_rank(self, flag: bool) -> bool:
         told = torch.tensor([float(flag)], device=self.context.device)

@@ -337,11 +337,14 @@ def test_a_full_disk_fails_on_all_ranks_and_loses_nothing(ranks: Ranks, copy: Pa
 
 
 def test_a_run_killed_at_random_moments_ends_with_the_same_weights(ranks: Ranks, tmp_path: Path) -> None:
-    last = 7
-    expected = ranks(tmp_path / "whole", [["run", last], ["weights"]], keep=2, random_start=False)[1]
-    root, chance, kills = tmp_path / "killed", random.Random(20), 0
-    for _ in range(40):
-        kill = [chance.randrange(2), chance.uniform(0.0, 0.25)] if kills < 4 else None
+    last, wanted_kills = 14, 4
+    *_, expected, directory = ranks(tmp_path / "whole", [["run", last], ["weights"]], keep=2, random_start=False)
+    times = sorted(path.stat().st_mtime for path in directory.glob("saved_*"))
+    step_seconds = (times[-1] - times[0]) / (last - 1)
+    root, chance, kills = tmp_path / "killed", random.Random(), 0
+    for _ in range(20):
+        # At any instant of the two steps that follow the beginning of the first save, most of which is saving.
+        kill = [chance.randrange(2), chance.uniform(0.0, 2 * step_seconds)] if kills < wanted_kills else None
         done = ranks.launch(root, [["resume"], ["run", last], ["weights"]], keep=2, random_start=False, kill=kill)
         whole = layout.finished_steps(root)
         saved = [int(p.name.removeprefix("saved_")) for p in done["directory"].glob("saved_*")]
@@ -356,7 +359,7 @@ def test_a_run_killed_at_random_moments_ends_with_the_same_weights(ranks: Ranks,
         assert done["codes"][kill[0]] == -9
         assert done["codes"][1 - kill[0]] == 1, "the other rank must fail, and not wait"
         assert done["after"] < 20
-    assert kills >= 4
+    assert kills == wanted_kills
     assert done["codes"] == [0, 0]
     answers = json.loads((done["directory"] / "rank0.json").read_text())
     assert answers[2] == expected

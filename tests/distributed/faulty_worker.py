@@ -97,12 +97,12 @@ def keys_of_others_without_gradient() -> Any:
 def tied_embedding_not_summed() -> Any:
     """Tied embeddings on two pipeline stages, each with its own gradient."""
     finalize = sys.modules["megatron.core.distributed.finalize_model_grads"]  # the package names a function so
-    return mock.patch.object(finalize, "_allreduce_word_embedding_grads", lambda *a, **k: None)
+    return mock.patch.object(finalize, "_allreduce_word_embedding_grads", return_value=None)
 
 
 def weights_left_on_other_ranks() -> Any:
     """Updated weights read before they were gathered."""
-    return mock.patch.object(qwen3.Qwen3Model, "settle", lambda self: None)
+    return mock.patch.object(qwen3.Qwen3Model, "settle", return_value=None)
 
 
 def decay_on_norms() -> Any:

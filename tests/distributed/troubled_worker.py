@@ -1,4 +1,4 @@
-"""A rank that gets into trouble: `troubled_worker.py TROUBLE JOB.json`. Keeps to the worker's protocol, without torch."""
+"""A rank that gets into trouble: `troubled_worker.py TROUBLE JOB.json`. Keeps the worker's protocol, without torch."""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import sys
 from types import SimpleNamespace
@@ -23,7 +24,7 @@ LENGTHS = {1: (5, 1, 40, 3, 33), 2: (4, 40, 8), 4: (16, 8, 48)}
 
 
 def make_attention(cp_size: int, backend: str = "sdpa", **keywords: Any) -> PackedAttention:
-    config = SimpleNamespace(kv_channels=DIM, klear_attention="sdpa")
+    config = SimpleNamespace(kv_channels=DIM, klear_attention="sdpa", params_dtype=torch.bfloat16)
     groups = SimpleNamespace(cp=SimpleNamespace(size=lambda: cp_size))
     made = PackedAttention(config, 1, AttnMaskType.causal, "self", pg_collection=groups, **keywords)  # type: ignore[arg-type]
     made.backend = backend  # type: ignore[assignment]
@@ -33,7 +34,7 @@ def make_attention(cp_size: int, backend: str = "sdpa", **keywords: Any) -> Pack
 def by_hand(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, offsets: np.ndarray, scale: float) -> torch.Tensor:
     """Softmax attention written out: token by token, head by head."""
     rows = []
-    for start, end in zip(offsets[:-1], offsets[1:], strict=True):
+    for start, end in itertools.pairwise(offsets):
         for token in range(start, end):
             heads = []
             for head in range(HEADS):
@@ -128,26 +129,32 @@ def test_a_pack_without_a_layout_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("setting", "device", "installed", "expected"),
+    ("setting", "device", "dtype", "installed", "expected"),
     [
-        ("auto", "cpu", True, "sdpa"),
-        ("flash", "cpu", True, "sdpa"),
-        ("auto", "cuda", True, "flash"),
-        ("auto", "cuda", False, "sdpa"),
-        ("flash", "cuda", True, "flash"),
-        ("sdpa", "cuda", True, "sdpa"),
-        ("cpu", "cuda", True, "sdpa"),
+        ("auto", "cpu", torch.bfloat16, True, "sdpa"),
+        ("flash", "cpu", torch.bfloat16, True, "sdpa"),
+        ("auto", "cuda", torch.bfloat16, True, "flash"),
+        ("auto", "cuda", torch.bfloat16, False, "sdpa"),
+        ("auto", "cuda", torch.float32, True, "sdpa"),
+        ("flash", "cuda", torch.bfloat16, True, "flash"),
+        ("sdpa", "cuda", torch.bfloat16, True, "sdpa"),
+        ("cpu", "cuda", torch.bfloat16, True, "sdpa"),
     ],
 )
 def test_the_backend_is_what_is_there(
-    setting: str, device: str, installed: bool, expected: str, monkeypatch: pytest.MonkeyPatch
+    setting: str,
+    device: str,
+    dtype: torch.dtype,
+    installed: bool,
+    expected: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # None in sys.modules makes an import fail.
     monkeypatch.setitem(sys.modules, "flash_attn", SimpleNamespace() if installed else None)
-    assert pick_backend(setting, torch.device(device)) == expected
+    assert pick_backend(setting, torch.device(device), dtype) == expected
 
 
 def test_flash_asked_for_and_missing_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "flash_attn", None)
     with pytest.raises(ImportError):
-        pick_backend("flash", torch.device("cuda"))
+        pick_backend("flash", torch.device("cuda"), torch.bfloat16)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -73,7 +74,7 @@ def test_updates_on_the_same_rows_lower_the_sft_loss(
     trainer = make_trainer(lr=5e-3)
     rows = sft_minibatch([(s.sequence_id, s.token_ids, s.lm_weight > 0) for s in sequences])
     losses = [trainer.update(rows, OBJECTIVE, step=step).loss for step in range(1, 7)]
-    assert all(later < earlier for earlier, later in zip(losses, losses[1:], strict=False)), losses
+    assert all(later < earlier for earlier, later in itertools.pairwise(losses)), losses
     assert losses[-1] < 0.85 * losses[0]
 
 
