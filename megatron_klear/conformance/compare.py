@@ -6,9 +6,10 @@ process, no packing, differs from float64 by some amount; a layout may differ by
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -31,9 +32,9 @@ from megatron_klear.conformance.matrix import Comparison, Layout
 from megatron_klear.conformance.reference import (
     ReferenceResult,
     all_logprobs,
-    compute_reference,
     reference_model,
     reference_sequences,
+    train_reference,
     with_old_logprobs,
 )
 from megatron_klear.model import build_qwen3, hf_named_tensors, load_hf_weights
@@ -46,8 +47,22 @@ OPTIMIZER = OptimizerSettings(lr=1e-2, weight_decay=0.1, adam_eps=1e-3, clip_gra
 The gradient's norm is above `clip_grad`, so clipping takes part.
 """
 
-Reference = tuple[list[TrainSequence], ReferenceResult, ReferenceResult]
-"""Sequences, the result in float64, and the result in the layout's data type."""
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Reference:
+    """What a layout starts from and what must come of it.
+
+    Attributes:
+        weights: float32, by Hugging Face name.
+        sequences: to train on.
+        exact: the result in float64.
+        plain: the result in the layout's data type.
+    """
+
+    weights: dict[str, torch.Tensor]
+    sequences: list[TrainSequence]
+    exact: ReferenceResult
+    plain: ReferenceResult
 
 
 def architecture(tied: bool) -> Architecture:
@@ -74,7 +89,7 @@ def objective_of(layout: Layout) -> PolicyObjective:
 
 
 class References:
-    """Reference results, computed once each, on rank 0 only."""
+    """References, computed once each, by rank 0 for all."""
 
     def __init__(self) -> None:
         self._known: dict[tuple[Any, ...], Reference] = {}
@@ -93,7 +108,7 @@ class References:
         if key not in self._known:
             shared: list[Reference | None] = [None]
             if not dist.is_initialized() or dist.get_rank() == 0:
-                shared = [compute_references(layout)]
+                shared = [compute_reference(layout)]
             if dist.is_initialized() and dist.get_world_size() > 1:
                 dist.broadcast_object_list(shared)
             assert shared[0] is not None
@@ -101,25 +116,24 @@ class References:
         return self._known[key]
 
 
-def compute_references(layout: Layout) -> Reference:
-    """Sequences whose ratios lie in all clip regions, and both results."""
+def compute_reference(layout: Layout) -> Reference:
+    """Random weights, sequences whose ratios lie in all clip regions, and both results."""
     arch, objective = architecture(layout.tied), objective_of(layout)
     sequences = reference_sequences(arch, layout.lengths, kind=layout.kind)
+    weights = {name: tensor.clone() for name, tensor in reference_model(arch).state_dict().items()}
     exact_model = reference_model(arch).double()
     sequences = with_old_logprobs(sequences, all_logprobs(exact_model, sequences, layout.temperature))
     plain_model = reference_model(arch).to(getattr(torch, layout.dtype))
     exact, plain = (
-        compute_reference(
-            model, sequences, objective, OPTIMIZER, temperature=layout.temperature, updates=layout.updates
-        )
+        train_reference(model, sequences, objective, OPTIMIZER, temperature=layout.temperature, updates=layout.updates)
         for model in (exact_model, plain_model)
     )
-    return sequences, exact, plain
+    return Reference(weights=weights, sequences=sequences, exact=exact, plain=plain)
 
 
-def layout_trainer(layout: Layout, *, device: str = "auto", timeout_seconds: float = 120.0) -> Trainer:
-    """A trainer of the reference's weights in a layout, on the processes of this launch; every rank calls it."""
-    sizes = ParallelSettings(
+def parallel_settings(layout: Layout, timeout_seconds: float) -> ParallelSettings:
+    """The layout as settings."""
+    return ParallelSettings(
         tp=layout.tp,
         pp=layout.pp,
         cp=layout.cp,
@@ -129,7 +143,12 @@ def layout_trainer(layout: Layout, *, device: str = "auto", timeout_seconds: flo
         overlap_param_gather=layout.overlap and layout.distributed_optimizer,
         timeout_seconds=timeout_seconds,
     )
-    context = parallel.start(sizes, device=device)
+
+
+def layout_trainer(
+    layout: Layout, sizes: ParallelSettings, context: ParallelContext, weights: Mapping[str, torch.Tensor]
+) -> Trainer:
+    """A trainer in a layout, starting from the given weights."""
     arch = architecture(layout.tied)
     model_settings = ModelSettings(
         **asdict(arch),
@@ -146,7 +165,7 @@ def layout_trainer(layout: Layout, *, device: str = "auto", timeout_seconds: flo
         packing=PackingSettings(token_budget=layout.token_budget),
     )
     model = build_qwen3(arch, model_settings, sizes, context)
-    load_hf_weights(model, arch, context, reference_model(arch).state_dict().__getitem__)
+    load_hf_weights(model, arch, context, weights.__getitem__)
     return Trainer(make_trainable(model, OPTIMIZER, sizes, total_updates=10), arch, settings, context)
 
 
@@ -162,9 +181,19 @@ def compare_layout(
         timeout_seconds: how long a collective waits for a missing rank.
     """
     began = time.monotonic()
-    trainer = layout_trainer(layout, device=device, timeout_seconds=timeout_seconds)
-    context = trainer.context
-    sequences, exact, plain = references.get(layout)
+    sizes = parallel_settings(layout, timeout_seconds)
+    context = parallel.start(sizes, device=device)
+    reference = references.get(layout)
+    trainer = layout_trainer(layout, sizes, context, reference.weights)
+    comparison = _compare(layout, trainer, reference, began)
+    del trainer, context
+    gc.collect()  # models refer to themselves in circles and would keep the layout's groups alive, threads and all
+    parallel.reset_layout()
+    return comparison
+
+
+def _compare(layout: Layout, trainer: Trainer, reference: Reference, began: float) -> Comparison:
+    sequences, exact, plain, context = reference.sequences, reference.exact, reference.plain, trainer.context
     for step in range(1, layout.updates + 1):
         before = trainer.token_logprobs(sequences, temperature=layout.temperature)
         report = trainer.update(sequences, objective_of(layout), step=step, temperature=layout.temperature)
@@ -172,7 +201,7 @@ def compare_layout(
     grads = _gradients(trainer, report.grad_norm)
     after = trainer.token_logprobs(sequences, temperature=layout.temperature)
     eps = torch.finfo(getattr(torch, layout.dtype)).eps
-    comparison = Comparison(
+    return Comparison(
         label=layout.label(context.world.size),
         processes=context.world.size,
         device=context.device.type,
@@ -186,8 +215,6 @@ def compare_layout(
         updated=_worst(updated.items(), exact.updated, plain.updated, eps),
         seconds=time.monotonic() - began,
     )
-    parallel.reset_layout()
-    return comparison
 
 
 def _gradients(trainer: Trainer, grad_norm: float) -> dict[str, torch.Tensor]:

@@ -152,7 +152,7 @@ class ReferenceResult:
     updated: dict[str, torch.Tensor]
 
 
-def compute_reference(
+def train_reference(
     model: Any,
     sequences: Sequence[TrainSequence],
     objective: PolicyObjective,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import faulthandler
+import gc
 import json
 import os
 import signal
@@ -56,6 +57,7 @@ def _compare_all(job: dict[str, Any], directory: Path, compare: Compare | None) 
     torch.set_num_threads(1)
     torch.set_float32_matmul_precision("highest")  # no TF32: it would be judged against float32
     compare = compare or compare_layout
+    gc.freeze()  # modules stay; what layouts leave behind is then collected in a moment
     rank, references = int(os.environ["RANK"]), References()
     with (directory / f"progress{rank}").open("w", buffering=1) as progress, (directory / "rows").open("a") as rows:
         for number, fields in enumerate(job["layouts"]):

@@ -337,11 +337,11 @@ def test_a_full_disk_fails_on_all_ranks_and_loses_nothing(ranks: Ranks, copy: Pa
 
 
 def test_a_run_killed_at_random_moments_ends_with_the_same_weights(ranks: Ranks, tmp_path: Path) -> None:
-    last, wanted_kills = 14, 4
+    last, wanted_kills = 10, 3
     *_, expected, directory = ranks(tmp_path / "whole", [["run", last], ["weights"]], keep=2, random_start=False)
     times = sorted(path.stat().st_mtime for path in directory.glob("saved_*"))
     step_seconds = (times[-1] - times[0]) / (last - 1)
-    root, chance, kills = tmp_path / "killed", random.Random(), 0
+    root, chance, kills = tmp_path / "killed", random.Random(20), 0
     for _ in range(20):
         # At any instant of the two steps that follow the beginning of the first save, most of which is saving.
         kill = [chance.randrange(2), chance.uniform(0.0, 2 * step_seconds)] if kills < wanted_kills else None

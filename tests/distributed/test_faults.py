@@ -29,7 +29,7 @@ FAULTS: dict[str, tuple[Layout, set[str]]] = {
 @pytest.fixture(scope="module")
 def launched() -> LaunchResult:
     layouts = [layout for layout, _ in FAULTS.values()]
-    return run_layouts(layouts, 2, timeout_seconds=240, worker=(str(WORKER), ",".join(FAULTS)))
+    return run_layouts(layouts, 2, timeout_seconds=540, worker=(str(WORKER), ",".join(FAULTS)))
 
 
 def test_every_fault_was_put_in(launched: LaunchResult) -> None:

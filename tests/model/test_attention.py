@@ -99,7 +99,8 @@ def test_the_scale_can_be_given(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_flash_attention_is_called_with_the_right_segments(cp_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """flash-attn needs a GPU; a loop with its signature and its documented meaning stands in for it."""
 
-    def varlen(q: Any, k: Any, v: Any, cu_q: Any, cu_k: Any, max_q: int, max_k: int, *, softmax_scale: float, causal: bool) -> Any:  # fmt: skip  # noqa: E501
+    def varlen(q: Any, k: Any, v: Any, *segments: Any, softmax_scale: float, causal: bool) -> torch.Tensor:
+        cu_q, cu_k, max_q, max_k = segments
         assert causal
         assert cu_q.dtype == cu_k.dtype == torch.int32
         rows = []

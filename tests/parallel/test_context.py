@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import psutil
 import pytest
 import torch
 import torch.distributed as dist
@@ -40,6 +41,20 @@ def test_a_reset_layout_can_be_built_anew_among_the_same_processes() -> None:
     second = parallel.start(ParallelSettings())
     assert second.world.group is first.world.group
     assert second.tp.group is not first.tp.group
+
+
+def test_layouts_that_were_left_leave_no_threads_behind() -> None:
+    counts = []
+    for _ in range(4):
+        parallel.start(ParallelSettings())
+        parallel.reset_layout()
+        counts.append(psutil.Process().num_threads())
+    assert counts[-1] <= counts[0] + 2, counts
+
+
+def test_resetting_without_a_layout_is_harmless() -> None:
+    parallel.reset_layout()
+    assert not dist.is_initialized()
 
 
 def test_stopping_twice_or_without_a_start_is_harmless() -> None:
@@ -103,8 +118,6 @@ def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setenv("LOCAL_RANK", "2")
-    with pytest.raises(
-        ConfigError, match=r"local process 2 has no GPU of its own \(2 on this node\).*--nproc-per-node"
-    ):
+    with pytest.raises(ConfigError, match=r"process 2 has no GPU of its own \(2 on this node\).*--nproc-per-node"):
         parallel.start(ParallelSettings())
     assert not dist.is_initialized()
