@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             result = _run_showing_progress(launch, options.timeout)
             layouts += layout_rows(launch, result)
             if result.failure is not None:
-                failures.append(f"Layouts on {launch.processes} processes ({launch.device}): {result.failure}")
+                failures.append(f"Layouts on {_ranks_of(launch)}: {result.failure}")
     console = make_console(sys.stdout)
     plain = not console.is_terminal
     if equations:
@@ -100,7 +100,11 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "if there are enough and on the CPU otherwise (default)",
     )
     parser.add_argument(
-        "--timeout", type=_seconds, default=600.0, metavar="SECONDS", help="for each group of processes (default: 600)"
+        "--timeout",
+        type=_seconds,
+        default=600.0,
+        metavar="SECONDS",
+        help="for each group of processes; more on a busy or slow machine (default: 600)",
     )
     only = parser.add_mutually_exclusive_group()
     only.add_argument("--equations-only", action="store_true", help="leave out the layouts")
@@ -175,11 +179,14 @@ def layout_rows(launch: Launch, result: LaunchResult) -> list[LayoutRow]:
     ]
 
 
+def _ranks_of(launch: Launch) -> str:
+    return f"{launch.processes} process{'es' if launch.processes > 1 else ''} ({launch.device})"
+
+
 def _run_showing_progress(launch: Launch, timeout_seconds: float) -> LaunchResult:
     """Run a launch; on a terminal with a count that goes up, elsewhere with one line on stderr."""
     console = make_console(sys.stderr)
-    plural = "es" if launch.processes > 1 else ""
-    what = f"{len(launch.layouts)} layouts on {launch.processes} process{plural} ({launch.device})"
+    what = f"{len(launch.layouts)} layouts on {_ranks_of(launch)}"
     done = 0
     if not console.is_terminal:
         print(f"verify: {what} ...", file=sys.stderr, flush=True)

@@ -145,6 +145,7 @@ class Trainer:
             token_budget=self.settings.packing.token_budget,
             dp_size=context.dp.size,
             multiple=sequence_multiple(context.cp.size),
+            names=[s.sequence_id for s in sequences],
         )
         mine = [tuple(indices) for indices in plan.microbatches[context.dp.rank]]
         sharded = context.tp.size if self.settings.parallel.sequence_parallel else 1
