@@ -7,6 +7,7 @@ whenever they change; the ranks that are left after a failure read all of them.
 from __future__ import annotations
 
 import json
+import os
 import time
 from pathlib import Path
 
@@ -28,8 +29,11 @@ class Heartbeat:
 
     def beat(self, step: int, phase: str) -> None:
         """Note that this rank now does `phase` of `step`; a full disk is no reason to stop."""
+        # Replaced whole: a rank that is stopped in the middle of writing must not seem never to have reported.
+        fresh = self._path.with_suffix(".new")
         try:
-            self._path.write_text(json.dumps({"step": step, "phase": phase, "time": time.time()}) + "\n")
+            fresh.write_text(json.dumps({"step": step, "phase": phase, "time": time.time()}) + "\n")
+            os.replace(fresh, self._path)
         except OSError:
             return
 

@@ -17,6 +17,13 @@ def test_longest_silent_rank_comes_first_and_missing_ones_before_it(tmp_path, mo
     ]
 
 
+def test_stopped_while_writing_keeps_the_note_before(tmp_path):
+    heart = Heartbeat(tmp_path, 0)
+    heart.beat(4, "train")
+    (tmp_path / "logs" / "rank_00000.new").write_text('{"step": 5, "pha')
+    assert whereabouts(tmp_path, 1)[0].startswith("rank 0: in step 4, train, no news for")
+
+
 def test_unreadable_note_counts_as_never_reported(tmp_path):
     Heartbeat(tmp_path, 0).beat(1, "train")
     (tmp_path / "logs" / "rank_00000.json").write_text('{"step": 1')
