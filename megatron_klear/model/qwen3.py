@@ -271,7 +271,7 @@ def build_qwen3(
             parallel_output=True,
             share_embeddings_and_output_weights=arch.tie_embeddings,
             position_embedding_type="rope",
-            rotary_base=int(arch.rope_theta),
+            rotary_base=arch.rope_theta,  # hinted int by Megatron, which would cut off fractions
         )
     qwen3.layer_kind = kind
     if qwen3.post_process:

@@ -23,6 +23,7 @@ SHAPES: list[dict[str, Any]] = [
     {"tie_embeddings": True},
     {"num_layers": 3, "num_query_groups": 4, "head_dim": 4, "rope_theta": 1e4},
     {"num_query_groups": 1, "vocab_size": 64, "rms_norm_eps": 1e-3},
+    {"rope_theta": 2.75},
 ]
 
 
