@@ -59,7 +59,7 @@ def plan_launches(
         if device != "cuda" and (device == "cpu" or count == 1 or num_gpus < count):
             launches.append(Launch(processes=count, device="cpu", layouts=LAYOUTS[count]))
         if device != "cpu" and num_gpus >= count:
-            further = GPU_ONLY_LAYOUTS if count == 1 and transformer_engine else ()
+            further = GPU_ONLY_LAYOUTS[count] if transformer_engine else ()
             launches.append(Launch(processes=count, device="cuda", layouts=(*LAYOUTS[count], *further)))
     return tuple(launches)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 SLACK = 8.0
 """Layouts add and round in other orders than one process does; they may not be worse by more than this factor."""
@@ -111,6 +111,7 @@ LAYOUTS: Mapping[int, tuple[Layout, ...]] = {
         Layout(tp=2, cp=2, kind="sft", tied=True),
         Layout(tp=2, sequence_parallel=True, pp=2, kind="sft", tied=True, recompute="full"),
         Layout(pp=2, cp=2, tied=True, token_budget=64),
+        Layout(pp=2, cp=2, kind="sft", recompute="selective"),
         Layout(tp=4, kind="sft"),
         Layout(tp=4, sequence_parallel=True, objective="clip"),
         Layout(pp=4),
@@ -118,6 +119,8 @@ LAYOUTS: Mapping[int, tuple[Layout, ...]] = {
         Layout(cp=4, kind="sft"),
         Layout(cp=4, tied=True, recompute="selective"),
         Layout(cp=2, token_budget=64, distributed_optimizer=True),
+        Layout(cp=2, kind="sft", tied=True, token_budget=64),
+        Layout(tp=2, kind="sft", token_budget=64, distributed_optimizer=True),
         Layout(tp=2, sequence_parallel=True, distributed_optimizer=True, tied=True),
         Layout(tp=2, sequence_parallel=True, distributed_optimizer=True, overlap=True, updates=2, dtype="bfloat16"),
         Layout(pp=2, distributed_optimizer=True, kind="sft", tied=True),
@@ -128,8 +131,26 @@ LAYOUTS: Mapping[int, tuple[Layout, ...]] = {
 }
 """Layouts by number of processes."""
 
-GPU_ONLY_LAYOUTS = (Layout(dtype="bfloat16", layer_spec="te"), Layout(dtype="bfloat16", layer_spec="te", kind="sft"))
-"""Further layouts of one process for a GPU with Transformer Engine, whose packed attention knows no float32."""
+
+def _engine(**sizes: Any) -> Layout:
+    return Layout(dtype="bfloat16", layer_spec="te", **sizes)
+
+
+GPU_ONLY_LAYOUTS: Mapping[int, tuple[Layout, ...]] = {
+    1: (_engine(), _engine(kind="sft")),
+    2: (
+        _engine(tp=2, sequence_parallel=True),
+        _engine(pp=2, tied=True),
+        _engine(cp=2),
+        _engine(cp=2, kind="sft", recompute="full"),
+    ),
+    4: (
+        _engine(tp=2, sequence_parallel=True, cp=2),
+        _engine(pp=2, cp=2, kind="sft", tied=True),
+        _engine(tp=2, sequence_parallel=True, distributed_optimizer=True, overlap=True, updates=2),
+    ),
+}
+"""Further layouts by number of processes, for GPUs with Transformer Engine, whose packed attention knows no float32."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

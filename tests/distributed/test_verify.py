@@ -104,21 +104,21 @@ def test_a_wrong_equation_ends_with_1(
     assert verify.main(["--device", "cpu"]) == 1
     output = capsys.readouterr().out
     assert "| a sum | Eq. 99 | cpu |   nan |   1e-13 |   FAIL |" in output
-    assert "1 of 2 equations passed, 41 of 41 layouts passed" in output
+    assert "1 of 2 equations passed, 44 of 44 layouts passed" in output
 
 
 def test_all_layouts_pass_and_each_has_a_row(run_nothing: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
     assert verify.main(["--layouts-only", "--device", "cpu", "--timeout", "77"]) == 0
     captured = capsys.readouterr()
-    assert run_nothing["launches"] == [(1, "cpu", 10, 77.0), (2, "cpu", 13, 77.0), (4, "cpu", 18, 77.0)]
+    assert run_nothing["launches"] == [(1, "cpu", 10, 77.0), (2, "cpu", 13, 77.0), (4, "cpu", 21, 77.0)]
     for processes, layouts in LAYOUTS.items():
         for layout in layouts:
             (row,) = [line for line in captured.out.splitlines() if line.startswith(f"| {layout.label(processes)}  ")
                       or line.startswith(f"| {layout.label(processes)} |")]  # fmt: skip
             assert row.split("|")[2].strip() == f"{processes} cpu"
             assert [cell.strip() for cell in row.split("|")[3:8]] == ["1.25"] * 5
-    assert "verify: 41 of 41 layouts passed, " in captured.out
-    assert "18 layouts on 4 processes (cpu)" in captured.err
+    assert "verify: 44 of 44 layouts passed, " in captured.out
+    assert "21 layouts on 4 processes (cpu)" in captured.err
 
 
 @pytest.mark.parametrize("error", [SLACK * 1.01, math.inf, math.nan])
@@ -162,6 +162,19 @@ def test_gpus_are_used_where_there_are_enough(device: str, gpus: int, expected: 
     assert all(launch.layouts == LAYOUTS[launch.processes] for launch in plan)
 
 
-def test_transformer_engine_adds_layouts_on_one_gpu_only() -> None:
-    plan = plan_launches([1, 2], "auto", num_gpus=2, transformer_engine=True)
-    assert [set(GPU_ONLY_LAYOUTS) <= set(launch.layouts) for launch in plan] == [False, True, False]
+def test_transformer_engine_adds_layouts_wherever_gpus_are_used() -> None:
+    plan = plan_launches([1, 2, 4], "auto", num_gpus=2, transformer_engine=True)
+    assert [(launch.processes, launch.device) for launch in plan] == [(1, "cpu"), (1, "cuda"), (2, "cuda"), (4, "cpu")]
+    for launch in plan:
+        added = GPU_ONLY_LAYOUTS[launch.processes] if launch.device == "cuda" else ()
+        assert launch.layouts == (*LAYOUTS[launch.processes], *added)
+
+
+def test_transformer_engine_meets_every_axis_and_both_losses() -> None:
+    layouts = [(n, layout) for n, rows in GPU_ONLY_LAYOUTS.items() for layout in rows]
+    assert {layout.layer_spec for _, layout in layouts} == {"te"}
+    assert {layout.kind for _, layout in layouts} == {"sft", "rl"}
+    assert all(n == layout.tp * layout.pp * layout.cp * layout.dp(n) for n, layout in layouts)
+    for sizes in ({layout.tp for _, layout in layouts}, {layout.pp for _, layout in layouts},
+                  {layout.cp for _, layout in layouts}, {layout.dp(n) for n, layout in layouts}):  # fmt: skip
+        assert sizes == {1, 2}
