@@ -1,0 +1,116 @@
+"""Which groups are trained on, how they are split, and what their old logprobs are compared with."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from megatron_klear.config import AlgorithmSettings, RlSettings
+from megatron_klear.data import PromptData
+from megatron_klear.errors import DataError
+from megatron_klear.observe import names
+from megatron_klear.records import ScoredGroup
+from megatron_klear.session.policy import filtered, minibatches, objective, old_logprobs, require_gradable
+
+MakeGroup = Callable[..., ScoredGroup]
+
+REWARDS: dict[str, list[float | None]] = {
+    "mixed": [1, -1, -1],
+    "right": [1, 1, 1],
+    "wrong": [-1, -1, -1],
+    "lost": [None, None, None],
+    "alone": [None, 1, None],
+    "half": [1, None, -1],
+    "partial": [0.25, 0.25, 0.5],
+}
+
+
+@pytest.mark.parametrize(
+    ("filtering", "kept"),
+    [(True, ["mixed", "half", "partial"]), (False, ["mixed", "right", "wrong", "alone", "half", "partial"])],
+)
+def test_groups_without_signal_or_without_any_grade_are_left_out(
+    make_group: MakeGroup, filtering: bool, kept: list[str]
+) -> None:
+    groups = [make_group(name, rewards) for name, rewards in REWARDS.items()]
+    found = filtered(groups, AlgorithmSettings(filter_zero_advantage=filtering))
+    assert [g.group.prompt.prompt_id for g in found] == kept
+
+
+def test_an_advantage_that_is_no_number_is_kept_for_the_finiteness_check(make_group: MakeGroup) -> None:
+    group = make_group("mixed", [1, -1])
+    broken = replace(group, advantages=np.array([math.nan, 0.0], dtype=np.float32))
+    assert filtered([broken], AlgorithmSettings()) == [broken]
+
+
+@pytest.mark.parametrize(
+    ("groups", "sizes"), [(0, []), (1, [1]), (4, [4]), (5, [3, 2]), (8, [4, 4]), (9, [3, 3, 3]), (16, [4, 4, 4, 4])]
+)
+def test_what_the_filter_left_makes_as_few_updates_as_fit_and_even_ones(
+    make_group: MakeGroup, groups: int, sizes: list[int]
+) -> None:
+    made = [make_group(f"g{i}", [1, -1]) for i in range(groups)]
+    parts = list(minibatches(made, RlSettings(prompts_per_step=16, minibatch_prompts=4)))
+    assert [len(part) for part in parts] == sizes
+    assert [group for part in parts for group in part] == made
+
+
+def test_every_setting_of_the_objective_arrives() -> None:
+    settings = AlgorithmSettings(kind="cispo", epsilon_low=0.1, epsilon_high=0.4, beta_low=0.5, beta_high=2.0)
+    found = objective(settings)
+    for name in ("kind", "epsilon_low", "epsilon_high", "beta_low", "beta_high"):
+        assert getattr(found, name) == getattr(settings, name)
+
+
+def test_old_logprobs_are_the_trainers_and_the_engines_lie_this_far_off(make_group: MakeGroup) -> None:
+    """k3 = exp(x) - 1 - x with x = log pi_trainer - log pi_engine, over response tokens alone."""
+    groups = [make_group("a", [1, -1]), make_group("b", [None, 1, -1])]
+    rng = np.random.default_rng(0)
+    asked: dict[str, Any] = {}
+    differences: list[float] = []
+    sampled = {
+        f"{g.group.prompt.prompt_id}#{j}": rollout.rollout_logprobs
+        for g in groups
+        for j, rollout in enumerate(g.group.rollouts)
+    }
+
+    def token_logprobs(sequences: list[Any], *, temperature: float) -> list[np.ndarray]:
+        asked.update(ids=[s.sequence_id for s in sequences], temperature=temperature)
+        scored = []
+        for s in sequences:
+            engine = sampled[s.sequence_id]
+            x = rng.normal(0, 0.1, len(engine))
+            differences.extend(x)
+            prompt = np.full(len(s.token_ids) - len(engine), -7.0)  # the engine says nothing of these
+            scored.append(np.concatenate([prompt, engine + x]).astype(np.float32))
+        return scored
+
+    session: Any = SimpleNamespace(
+        trainer=SimpleNamespace(token_logprobs=token_logprobs),
+        settings=SimpleNamespace(rollout=SimpleNamespace(temperature=0.7)),
+        phase=lambda name: contextlib.nullcontext(),
+    )
+    by_name, metrics = old_logprobs(session, groups)
+    assert asked == {"ids": ["a#0", "a#1", "b#1", "b#2"], "temperature": 0.7}
+    assert list(by_name) == asked["ids"]
+    k3 = [math.exp(x) - 1 - x for x in differences]
+    assert metrics[names.KL_ROLLOUT_TRAINER] == pytest.approx(sum(k3) / len(k3), rel=1e-4)
+    # float32 logprobs of about 4 are 2.4e-7 apart.
+    assert metrics[names.MISMATCH_MAX_ABS] == pytest.approx(max(map(abs, differences)), abs=1e-6)
+    assert old_logprobs(session, []) == ({}, {})
+
+
+def test_prompts_that_nothing_grades_are_refused_by_name(make_group: MakeGroup) -> None:
+    math_prompt = make_group("m", [1, -1]).group.prompt
+    code = replace(math_prompt, prompt_id="c", domain="code")
+    data = PromptData(prompts=(math_prompt, code), dropped_ids=(), fingerprint="")
+    with pytest.raises(DataError, match=r"data.prompts: 1 prompts are of domain code \(c\.\.\.\), which has no grader"):
+        require_gradable(data, "data.prompts")
+    require_gradable(PromptData(prompts=(math_prompt,), dropped_ids=(), fingerprint=""), "data.prompts")
