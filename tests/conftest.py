@@ -1,4 +1,4 @@
-"""What holds for every test: one thread per process, no network, and GPU tests only where there is a GPU."""
+"""What holds for every test: one thread per process, no network, and a GPU for those alone that are marked `gpu`."""
 
 from __future__ import annotations
 
@@ -14,6 +14,15 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("MPLBACKEND", "Agg")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Hide GPUs unless the tests marked `gpu` are asked for, as `pytest -m gpu`.
+
+    The others prove numbers on the CPU, and Megatron-Core would take a GPU wherever torch sees one.
+    """
+    if config.getoption("markexpr") != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip tests marked `gpu` where torch sees no CUDA device."""
     marked = [item for item in items if item.get_closest_marker("gpu")]
@@ -23,4 +32,4 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
     if not torch.cuda.is_available():
         for item in marked:
-            item.add_marker(pytest.mark.skip(reason="needs a CUDA device and torch sees none on this machine"))
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device, and `-m gpu`: torch sees none"))

@@ -28,6 +28,12 @@ check "ruff check" "$bin/ruff" check .
 check "ruff format" "$bin/ruff" format --check --quiet .
 check "mypy" "$bin/mypy"
 check "import directions" env PYTHONPATH=kernels "$bin/lint-imports" --no-logo
+# Tests on GPUs are a run of their own: in the other one GPUs are hidden (tests/conftest.py).
+if [[ $(nvidia-smi -L 2>/dev/null) == *GPU* ]]; then
+    "$bin/python" -m pytest -m gpu "$@"
+    status=$?
+    ((status == 0 || status == 5)) || failed+=("pytest -m gpu")  # 5: none among those that were asked for
+fi
 # Last, so that its own summary closes the output.
 "$bin/python" -m pytest --durations=15 --durations-min=2 "$@" || failed+=("pytest")
 

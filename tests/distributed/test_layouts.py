@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from megatron_klear.conformance.compare import architecture, compute_reference
-from megatron_klear.conformance.launch import LaunchResult, run_layouts
+from megatron_klear.conformance.launch import LaunchResult, plan_launches, run_layouts
 from megatron_klear.conformance.matrix import LAYOUTS, Layout
+from megatron_klear.model.layer_spec import transformer_engine_is_there
 from megatron_klear.packing import plan_packs, sequence_multiple
 
 LARGEST_ERROR = 8.0
@@ -52,6 +53,24 @@ def test_layout_computes_what_one_process_does(
     assert np.all(errors <= LARGEST_ERROR), row
     assert errors.max() > 0, f"nothing differs from float64 at all, so nothing was compared: {row}"
     assert row.passed
+
+
+@pytest.mark.gpu
+def test_layouts_hold_on_as_many_gpus_as_there_are() -> None:
+    """NCCL, bfloat16 and float32, and Transformer Engine's layers where it is installed."""
+    launches = plan_launches(
+        [n for n in LAYOUTS if n <= torch.cuda.device_count()],
+        "cuda",
+        num_gpus=torch.cuda.device_count(),
+        transformer_engine=transformer_engine_is_there(),
+    )
+    assert launches
+    for launch in launches:
+        result = run_layouts(launch.layouts, launch.processes, device="cuda", timeout_seconds=900)
+        assert result.failure is None, result.failure
+        assert len(result.rows) == len(launch.layouts)
+        assert {row.device for row in result.rows} == {"cuda"}
+        assert not [row for row in result.rows if not row.passed]
 
 
 def _all() -> list[tuple[int, Layout]]:
