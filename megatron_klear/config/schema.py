@@ -189,7 +189,8 @@ class RlSettings:
     """Prompts per rollout batch (the paper: 128)."""
 
     minibatch_prompts: Prompts = 16
-    """Prompts per optimizer update; divides `rl.prompts_per_step` (the paper: 16 for math, 32 for code)."""
+    """Most prompts per optimizer update; divides `rl.prompts_per_step` (the paper: 16 for math, 32 for code). What the
+    zero-advantage filter leaves of a step is spread evenly over as few updates as hold it."""
 
 
 @dataclass(frozen=True, kw_only=True, config=SECTION)
@@ -267,7 +268,7 @@ class AlgorithmSettings:
     """alpha of Eq. 14: weight of the language modelling loss on correct responses; 0 turns it off."""
 
     filter_zero_advantage: bool = True
-    """Leave out groups whose responses all got the same reward (section 5.2.5)."""
+    """Leave out groups whose responses all got the same reward (section 5.2.5), of the language modelling loss too."""
 
     advantage_std: bool = True
     """Divide a group's advantages by the standard deviation of its rewards (Eq. 4)."""

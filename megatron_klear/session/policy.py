@@ -46,7 +46,10 @@ def objective(settings: AlgorithmSettings) -> PolicyObjective:
 
 
 def filtered(groups: Sequence[ScoredGroup], settings: AlgorithmSettings) -> list[ScoredGroup]:
-    """Groups to train on: those with a graded response and, under the filter, with a nonzero advantage (5.2.5)."""
+    """Groups to train on: those with a graded response and, under the filter, with a nonzero advantage (5.2.5).
+
+    Correct responses of a group that is left out are not in the Phi of Eq. 13 either.
+    """
     return [
         group
         for group in groups
@@ -56,7 +59,10 @@ def filtered(groups: Sequence[ScoredGroup], settings: AlgorithmSettings) -> list
 
 
 def minibatches(groups: Sequence[ScoredGroup], settings: RlSettings) -> Iterator[list[ScoredGroup]]:
-    """Split a step's groups into minibatches of `rl.minibatch_prompts` prompts, evenly where the filter took some."""
+    """Split a step's groups into minibatches of at most `rl.minibatch_prompts` prompts, as few and as even as can be.
+
+    Each minibatch's denominators are its own, so an update weighs the same however many groups the filter left for it.
+    """
     count = -(-len(groups) // settings.minibatch_prompts)
     for part in np.array_split(np.arange(len(groups)), count) if count else []:
         yield [groups[i] for i in part]
