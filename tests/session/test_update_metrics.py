@@ -1,8 +1,7 @@
-"""Numbers of a step, worked out by hand."""
+"""Numbers of a step's updates, worked out by hand."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,11 +9,8 @@ import torch
 
 from megatron_klear.algorithm import ClipRegions
 from megatron_klear.observe import names
-from megatron_klear.records import ScoredGroup
-from megatron_klear.session.metrics import rollout_metrics, update_metrics
+from megatron_klear.session.metrics import update_metrics
 from megatron_klear.trainer import UpdateReport
-
-MakeGroup = Callable[..., ScoredGroup]
 
 
 def report(**changes: Any) -> UpdateReport:
@@ -49,22 +45,3 @@ def test_sft_has_no_policy_and_a_step_without_updates_has_nothing() -> None:
     assert names.LOSS_POLICY not in found
     assert not [name for name in found if name.startswith("clip")]
     assert update_metrics([]) == {}
-
-
-def test_a_rollout_batch(make_group: MakeGroup) -> None:
-    groups = [make_group("a", [1, -1, None], lengths=[3, 10, 2]), make_group("b", [-1, -1, -1], lengths=[4, 4, 7])]
-    found = rollout_metrics(groups, groups[:1])
-    assert found[names.REWARD_MEAN] == pytest.approx(-3 / 5), "ungraded responses have no reward"
-    assert found[names.REWARD_STD] == pytest.approx(0.8)
-    assert found[names.ACCURACY_TRAIN] == pytest.approx(1 / 5)
-    assert found[names.RESPONSE_LENGTH_MEAN] == pytest.approx(5.0)
-    assert found[names.RESPONSE_LENGTH_MAX] == 10
-    assert found[names.RESPONSE_TRUNCATED_FRACTION] == pytest.approx(1 / 6)
-    assert (found[names.FILTER_GROUPS_KEPT], found[names.FILTER_GROUPS_TOTAL]) == (1, 2)
-    grades = {outcome: found[names.grades(outcome)] for outcome in names.OUTCOMES}
-    assert grades == {"correct": 1, "wrong": 4, "partial": 0, "malformed": 0, "ungraded": 1}
-
-
-def test_a_batch_that_nothing_could_grade(make_group: MakeGroup) -> None:
-    found = rollout_metrics([make_group("a", [None, None])], [])
-    assert found[names.REWARD_MEAN] == found[names.REWARD_STD] == found[names.ACCURACY_TRAIN] == 0.0
