@@ -23,6 +23,9 @@ from megatron_klear.errors import (
     TrainingError,
 )
 from megatron_klear.observe import whereabouts
+from megatron_klear.session.resuming import changes_at_resume
+
+log = logging.getLogger(__name__)
 
 _SHOWN_RANKS = 16
 
@@ -71,6 +74,8 @@ def run_entry(entry: Entry, body: Callable[[Settings, StopRequest], None], argv:
         logging.getLogger(noisy).setLevel(logging.ERROR)
     stop = StopRequest()
     try:
+        for change in changes_at_resume(settings, entry):
+            log.info("the run goes on with another %s", change)
         body(settings, stop)
     except Preempted as news:
         if rank == 0:
