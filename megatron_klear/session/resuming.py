@@ -48,8 +48,8 @@ def changes_at_resume(settings: Settings, entry: Entry) -> list[str]:
     if trained_by != entry:
         raise ConfigError(
             [
-                f"run.dir: {settings.run.dir} holds a run of train_{trained_by}; choose another directory, and to start "
-                f"from its weights set checkpoint.start_from={settings.run.dir}"
+                f"run.dir: {settings.run.dir} holds a run of train_{trained_by}; choose another directory, and to "
+                f"start from its weights set checkpoint.start_from={settings.run.dir}"
             ]
         )
     now = _flat(yaml.safe_load(dump_settings(settings)))
