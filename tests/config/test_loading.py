@@ -49,7 +49,7 @@ def test_an_environment_variable_can_be_used(load, monkeypatch, tmp_path):
 
 def test_values_that_a_file_leaves_to_its_user_must_be_given(config_file, load):
     text = config_file.read_text()
-    config_file.write_text(text.replace(f"dir: {config_file.parent}/run\n", "dir: ???\n") + "optimizer: {lr: ???}\n")
+    config_file.write_text(text.replace(f"dir: {config_file.parent}/run\n", "dir: ???\n") + "optimizer:\n  lr: ???\n")
     with pytest.raises(ConfigError) as caught:
         load()
     lr, run = sorted(caught.value.problems)
