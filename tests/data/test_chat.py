@@ -137,6 +137,7 @@ PROMPT = "{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\\n' }}{%- en
         (PLAIN.replace("<|im_end|>", "") + PROMPT, "it does not close an assistant turn with a control token"),
         ("{{ messages.nothing.here }}", "refuses the conversation"),
         ("{% if %}", "refuses the conversation"),
+        ("{{ 1 / 0 }}", "refuses the conversation: division by zero"),
     ],
 )
 def test_templates_that_cannot_be_trained_with_are_refused(
