@@ -52,7 +52,7 @@ def run_entry(entry: Entry, body: Callable[[Settings, StopRequest], None], argv:
     """Parse the command line, run the entry's body, and return the exit status.
 
     Settings are judged before `body` imports torch. Of errors made for people only the message is shown, by the first
-    rank when all ranks meet the same one.
+    rank (of a machine, where machines may differ) when all ranks meet the same one.
 
     Args:
         entry: which entry runs.
@@ -82,8 +82,11 @@ def run_entry(entry: Entry, body: Callable[[Settings, StopRequest], None], argv:
             print(f"{news}", file=sys.stderr)
         return EXIT_RESUMABLE
     except KlearError as error:
-        # Wrong input and failed checkpoints are met by all ranks alike; what one rank alone meets, it must say itself.
-        if rank == 0 or not isinstance(error, ConfigError | DataError | CheckpointError | TrainingError):
+        # Failed checkpoints and diverged numbers are met by all ranks alike, wrong input by all of a machine; what one
+        # rank alone meets, it must say itself.
+        shared = isinstance(error, CheckpointError | TrainingError)
+        shared_here = isinstance(error, ConfigError | DataError) and os.environ.get("LOCAL_RANK") != "0"
+        if rank == 0 or not (shared or shared_here):
             print(f"[rank {rank}] {error}" if rank else str(error), file=sys.stderr)
         return error.exit_status
     except Exception:
