@@ -57,13 +57,21 @@ class ChatTokenizer:
         end_of_turn: text of the token that closes an assistant turn.
         end_of_turn_id: its id.
         think_start_id, think_end_id: ids of the think markers.
-        stop_ids: ids that end a response at rollout time: end of turn and end of text.
+        stop_ids: ids that end a response at rollout time: end of turn, end of text, and those asked for.
         pad_token_id: a valid id for padding.
         num_tokens: one above the largest id.
         markers: control tokens of the template; text that holds one would break the turn structure.
     """
 
-    def __init__(self, tokenizer: Any, *, think_start: str, think_end: str, directory: str = "") -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        *,
+        think_start: str,
+        think_end: str,
+        stop_tokens: Sequence[str] = (),
+        directory: str = "",
+    ) -> None:
         self.hf = tokenizer
         self.think_start, self.think_end = think_start, think_end
         problems = Problems(f"the tokenizer of tokenizer.dir = {directory}")
@@ -72,6 +80,10 @@ class ChatTokenizer:
         self.think_end_id = self._single_token("tokenizer.think_end", think_end, problems)
         if not tokenizer.chat_template:
             problems.add("chat template", "there is none, so turns cannot be told apart; use a chat model's tokenizer")
+        known = tokenizer.get_vocab()
+        for token in stop_tokens:
+            if token not in known:
+                problems.add("rollout.stop_tokens", f"{token!r} is not one token of this tokenizer")
         problems.raise_if_any()
         self.end_of_turn = ""
         self.markers: tuple[str, ...] = ()
@@ -79,7 +91,8 @@ class ChatTokenizer:
         problems.raise_if_any()
         self.end_of_turn_id = self._known_id(self.end_of_turn)
         eos = tokenizer.eos_token_id
-        self.stop_ids = tuple(dict.fromkeys(i for i in (self.end_of_turn_id, eos) if i is not None))
+        more = [int(known[token]) for token in stop_tokens]
+        self.stop_ids = tuple(dict.fromkeys(i for i in (self.end_of_turn_id, eos, *more) if i is not None))
         pad = tokenizer.pad_token_id
         self.pad_token_id = int(self.end_of_turn_id if pad is None else pad)
 
@@ -221,6 +234,7 @@ def load_chat_tokenizer(
     *,
     think_start: str = "<think>",
     think_end: str = "</think>",
+    stop_tokens: Sequence[str] = (),
     vocab_size: int | None = None,
 ) -> ChatTokenizer:
     """Load a tokenizer from a directory and check that its conversations can be trained on.
@@ -228,11 +242,12 @@ def load_chat_tokenizer(
     Args:
         directory: Hugging Face tokenizer directory (tokenizer.dir); nothing is downloaded.
         think_start, think_end: think markers (tokenizer.think_start, tokenizer.think_end).
+        stop_tokens: texts of tokens that also end a response (rollout.stop_tokens).
         vocab_size: rows of the model's embedding, if known; the tokenizer must not go beyond it.
 
     Raises:
-        DataError: the directory holds no usable tokenizer, a think marker is not a single token, or the chat
-            template does not mark assistant turns.
+        DataError: the directory holds no usable tokenizer, a think marker or stop token is not a single token, or the
+            chat template does not mark assistant turns.
     """
     path = Path(directory)
     if not path.is_dir():
@@ -246,7 +261,9 @@ def load_chat_tokenizer(
         tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
     except Exception as error:  # whatever a damaged file makes the library raise
         raise DataError(f"tokenizer.dir = {directory}: the tokenizer cannot be loaded: {error}") from error
-    chat = ChatTokenizer(tokenizer, think_start=think_start, think_end=think_end, directory=str(directory))
+    chat = ChatTokenizer(
+        tokenizer, think_start=think_start, think_end=think_end, stop_tokens=stop_tokens, directory=str(directory)
+    )
     if vocab_size is not None and chat.num_tokens > vocab_size:
         raise DataError(
             f"tokenizer.dir = {directory}: its largest token id is {chat.num_tokens - 1}, but the model has "

@@ -18,7 +18,7 @@ from megatron_klear.checkpoint import CheckpointStore, layout, load_weights
 from megatron_klear.checkpoint.collective import agree, together
 from megatron_klear.config import Entry, Settings, dump_settings
 from megatron_klear.data import ChatTokenizer
-from megatron_klear.errors import ConfigError
+from megatron_klear.errors import CheckpointError, ConfigError
 from megatron_klear.model import build_qwen3, load_hf_weights, open_hf_directory
 from megatron_klear.observe import (
     Heartbeat,
@@ -30,6 +30,7 @@ from megatron_klear.observe import (
     open_metrics,
     write_report,
 )
+from megatron_klear.observe.replace import replace_file
 from megatron_klear.session.launch import Preempted, StopRequest
 from megatron_klear.trainer import Trainer, make_trainable
 
@@ -101,14 +102,8 @@ class Session:
         self.step = 0 if self.resumed is None else int(self.resumed["step"])
         self._saved_step = self.step
         self.was_done = self.step >= total_steps
-        self.heartbeat = Heartbeat(self.root, self.context.world.rank)
         self.phases = Phases(synchronize=torch.cuda.synchronize if self.context.device.type == "cuda" else None)
-        self.metrics: Metrics = open_metrics(
-            self.root,
-            rank=self.context.world.rank,
-            tensorboard=settings.observe.tensorboard,
-            resume_step=None if self.resumed is None else self.step,
-        )
+        together("open the files of", self._open_files, self.context)
         self.progress = Progress(
             _TITLES[entry],
             total_steps,
@@ -128,17 +123,30 @@ class Session:
             raise ConfigError(
                 [f"run.resume: is false and {self.root} already holds checkpoints; choose another run.dir or resume"]
             )
-        if self.is_first:
-            (self.root / "config.yaml").write_text(dump_settings(self.settings))
         return steps
+
+    def _open_files(self) -> None:
+        if self.is_first:
+            replace_file(self.root / "config.yaml", dump_settings(self.settings))
+        self.heartbeat = Heartbeat(self.root, self.context.world.rank)
+        self.metrics: Metrics = open_metrics(
+            self.root,
+            rank=self.context.world.rank,
+            tensorboard=self.settings.observe.tensorboard,
+            resume_step=None if self.resumed is None else self.step,
+        )
 
     def _first_weights(self) -> None:
         start_from, hf_dir = self.settings.checkpoint.start_from, self.settings.model.hf_dir
-        if start_from is not None:
-            load_weights(Path(start_from), self.model, self.context)
-        elif hf_dir is not None:
-            reader = open_hf_directory(Path(hf_dir), self.arch)
-            load_hf_weights(self.model, self.arch, self.context, reader)
+        setting = "model.hf_dir" if start_from is None else "checkpoint.start_from"
+        try:
+            if start_from is not None:
+                load_weights(Path(start_from), self.model, self.context)
+            elif hf_dir is not None:
+                reader = open_hf_directory(Path(hf_dir), self.arch)
+                load_hf_weights(self.model, self.arch, self.context, reader)
+        except CheckpointError as error:  # nothing has begun: the setting names weights that cannot be used
+            raise ConfigError([f"{setting}: {error}"]) from error
         origin = start_from or hf_dir or "random numbers (seed run.seed)"
         if self.is_first:
             log.info("first weights from %s", origin)
@@ -215,6 +223,9 @@ class Session:
         if not self.is_first:
             return
         context, arch = self.context, self.arch
+        steps = f"steps {self.step + 1} to {self.total_steps}"
+        if self.was_done:
+            steps = f"all {self.total_steps} steps are done already, up to step {self.step}"
         count = sum(p.numel() for p in self.model.parameters())
         log.info(
             "%s on %s: %s; %d layers, hidden %d, %s parameters on this rank; %s layers on %s",
@@ -222,9 +233,8 @@ class Session:
             self.model.layer_kind, context.device,
         )  # fmt: skip
         log.info(
-            "%d processes: tp %d, pp %d, cp %d, dp %d; steps %d to %d",
-            context.world.size, context.tp.size, context.pp.size, context.cp.size, context.dp.size,
-            self.step + 1, self.total_steps,
+            "%d processes: tp %d, pp %d, cp %d, dp %d; %s",
+            context.world.size, context.tp.size, context.pp.size, context.cp.size, context.dp.size, steps,
         )  # fmt: skip
 
     def keep_examples(self, rows: list[dict[str, Any]], step: int) -> None:

@@ -102,6 +102,17 @@ def test_what_the_tokenizer_tells_of_itself(thinking: ChatTokenizer) -> None:
     assert 0 <= thinking.pad_token_id < thinking.num_tokens
 
 
+def test_stop_tokens_are_those_of_the_tokenizer_and_those_asked_for(make_tokenizer: Callable[..., Path]) -> None:
+    directory = make_tokenizer()
+    chat = load_chat_tokenizer(directory, stop_tokens=["w", "<|im_end|>"])
+    assert [chat.decode([i]) for i in chat.stop_ids] == ["<|im_end|>", "<|endoftext|>", "w"]
+    with pytest.raises(DataError) as caught:
+        load_chat_tokenizer(directory, stop_tokens=["foo", "w", "bar"])
+    for token in ("foo", "bar"):
+        assert f"rollout.stop_tokens: '{token}' is not one token of this tokenizer" in str(caught.value)
+    assert "2 problems" in str(caught.value)
+
+
 def test_text_that_holds_control_tokens_is_refused(thinking: ChatTokenizer) -> None:
     broken = turns("1+1?", "2<|im_end|>\n<|im_start|>user\nmore")
     good = turns("1+1?", ANSWER)
