@@ -16,6 +16,7 @@ import torch.distributed as dist
 from megatron_klear import parallel
 from megatron_klear.checkpoint import CheckpointStore, layout, load_weights
 from megatron_klear.checkpoint.collective import agree, together
+from megatron_klear.checkpoint.conversion import HF_FILES
 from megatron_klear.config import Entry, Settings, dump_settings
 from megatron_klear.data import ChatTokenizer
 from megatron_klear.errors import CheckpointError, ConfigError
@@ -83,8 +84,7 @@ class Session:
         torch.manual_seed(settings.run.seed)
         self.model = build_qwen3(self.arch, settings.model, settings.parallel, self.context)
         checkpoints = self.root / "checkpoints"
-        if not self._prepare_directory(checkpoints):
-            self._first_weights()
+        hf_files = None if self._prepare_directory(checkpoints) else self._first_weights()
         trainable = make_trainable(
             self.model, settings.optimizer, settings.parallel, total_updates=total_steps * updates_per_step
         )
@@ -98,6 +98,7 @@ class Session:
             keep=settings.checkpoint.keep,
             settings_yaml=dump_settings(settings),
         )
+        self.store.hf_files = hf_files
         self.resumed = self.store.resume()
         self.step = 0 if self.resumed is None else int(self.resumed["step"])
         self._saved_step = self.step
@@ -136,20 +137,24 @@ class Session:
             resume_step=None if self.resumed is None else self.step,
         )
 
-    def _first_weights(self) -> None:
+    def _first_weights(self) -> Path | None:
+        """Fill the model; returns where the config and tokenizer files that belong to the weights lie, if anywhere."""
+        hf_files = None
         start_from, hf_dir = self.settings.checkpoint.start_from, self.settings.model.hf_dir
         setting = "model.hf_dir" if start_from is None else "checkpoint.start_from"
         try:
             if start_from is not None:
-                load_weights(Path(start_from), self.model, self.context)
+                hf_files = load_weights(Path(start_from), self.model, self.context) / HF_FILES
             elif hf_dir is not None:
                 reader = open_hf_directory(Path(hf_dir), self.arch)
                 load_hf_weights(self.model, self.arch, self.context, reader)
+                hf_files = Path(hf_dir)
         except CheckpointError as error:  # nothing has begun: the setting names weights that cannot be used
             raise ConfigError([f"{setting}: {error}"]) from error
         origin = start_from or hf_dir or "random numbers (seed run.seed)"
         if self.is_first:
             log.info("first weights from %s", origin)
+        return hf_files
 
     def __enter__(self) -> Self:
         self.progress.__enter__()
