@@ -14,7 +14,9 @@ SCRIPT = Path(__file__).parents[2] / "examples" / "quickstart.sh"
 def quickstart(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     # A set-up would fail at once: no such Python.
     environment = {**os.environ, "KLEAR_VENV": str(tmp_path / "venv"), "KLEAR_PYTHON": "/nowhere/python"}
-    return subprocess.run(["bash", str(SCRIPT), *arguments], env=environment, capture_output=True, text=True, timeout=60)
+    return subprocess.run(
+        ["bash", str(SCRIPT), *arguments], env=environment, capture_output=True, text=True, timeout=60
+    )
 
 
 def test_help_tells_the_arguments_and_sets_nothing_up(tmp_path):
