@@ -45,6 +45,9 @@ class StopRequest:
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.received and number == signal.SIGINT:
             raise KeyboardInterrupt
+        if not self.received and os.environ.get("RANK", "0") == "0":
+            # Not print: the signal may have come in the middle of one.
+            os.write(2, b"asked to stop: saving after this step, then leaving (Ctrl-C: at once, without saving)\n")
         self.received = True
 
 
@@ -80,6 +83,10 @@ def run_entry(entry: Entry, body: Callable[[Settings, StopRequest], None], argv:
     except Preempted as news:
         if rank == 0:
             print(f"{news}", file=sys.stderr)
+        return EXIT_RESUMABLE
+    except KeyboardInterrupt:
+        if rank == 0:
+            print("interrupted; start again to go on from the newest checkpoint, if there is one", file=sys.stderr)
         return EXIT_RESUMABLE
     except KlearError as error:
         # Failed checkpoints and diverged numbers are met by all ranks alike, wrong input by all of a machine; what one

@@ -104,7 +104,7 @@ class Session:
         self._saved_step = self.step
         self.was_done = self.step >= total_steps
         self.phases = Phases(synchronize=torch.cuda.synchronize if self.context.device.type == "cuda" else None)
-        together("open the files of", self._open_files, self.context)
+        together("open the files of the run", self._open_files, self.context)
         self.progress = Progress(
             _TITLES[entry],
             total_steps,
@@ -116,10 +116,10 @@ class Session:
 
     def _prepare_directory(self, checkpoints: Path) -> list[int]:
         """Make the run directory; returns the steps of the checkpoints in it, the same on every rank."""
-        together("make the directory of", lambda: checkpoints.mkdir(parents=True, exist_ok=True), self.context,
+        together("make the run directory", lambda: checkpoints.mkdir(parents=True, exist_ok=True), self.context,
                  only_first=True)  # fmt: skip
-        together("see the directory of", lambda: layout.require_shared(checkpoints), self.context)
-        steps = agree("list", lambda: layout.finished_steps(checkpoints), self.context)
+        together("see the run directory", lambda: layout.require_shared(checkpoints), self.context)
+        steps = agree("list the checkpoints of the run", lambda: layout.finished_steps(checkpoints), self.context)
         if steps and not self.settings.run.resume:
             raise ConfigError(
                 [f"run.resume: is false and {self.root} already holds checkpoints; choose another run.dir or resume"]

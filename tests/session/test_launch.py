@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+
 import pytest
 
 from megatron_klear.config import RunSettings, Settings, TokenizerSettings
@@ -16,7 +18,7 @@ def status(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(launch, "parse_command_line", lambda argv, entry: settings)
     monkeypatch.setattr(launch, "StopRequest", object)  # it would take the signals of the test run
 
-    def call(error: Exception | None, rank: int = 0, local_rank: int = 0) -> tuple[int, str]:
+    def call(error: BaseException | None, rank: int = 0, local_rank: int = 0) -> tuple[int, str]:
         monkeypatch.setenv("RANK", str(rank))
         monkeypatch.setenv("LOCAL_RANK", str(local_rank))
 
@@ -37,6 +39,31 @@ def test_exit_statuses(status):
     code, text = status(ConfigError(["run.dir: no"]))
     assert code == 2
     assert "run.dir: no" in text
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_the_first_request_to_stop_is_noted_and_answered(capfd, monkeypatch, number):
+    monkeypatch.setenv("RANK", "0")
+    before = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        stop = launch.StopRequest()
+        assert not stop.received
+        signal.raise_signal(number)
+        assert stop.received
+        signal.raise_signal(signal.SIGTERM)  # changes nothing
+        assert capfd.readouterr().err.count("saving after this step") == 1
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    finally:
+        for n, handler in before.items():
+            signal.signal(n, handler)
+
+
+def test_interrupted_at_once_can_be_resumed(status):
+    code, text = status(KeyboardInterrupt())
+    assert code == 75
+    assert "newest checkpoint" in text
+    assert "Traceback" not in text
 
 
 def test_a_mistake_of_the_program_shows_its_trace(status):
