@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from types import TracebackType
 from typing import Self
 
-from megatron_klear.checkpoint.collective import agree
+from megatron_klear.checkpoint.collective import agree, together
 from megatron_klear.data import PromptData
 from megatron_klear.observe import names
 from megatron_klear.observe.replace import replace_file
@@ -65,15 +66,18 @@ class Evaluation:
         if self.session.was_done and agree("read result.json", self._is_told, self.session.context):
             return  # the run was finished before it was started again
         accuracy = self._evaluate(self.session.step)
-        if accuracy is not None and self.session.is_first:
-            result = {
-                "entry": self.session.entry,
-                "step": self.session.step,
-                "accuracy": accuracy.mean if accuracy.count else None,
-                "stderr": accuracy.stderr,
-                "count": accuracy.count,
-            }
-            replace_file(self.session.root / RESULT_FILE, json.dumps(result, indent=1) + "\n")
+        if accuracy is None:
+            return
+        result = {
+            "entry": self.session.entry,
+            "step": self.session.step,
+            "accuracy": accuracy.mean if accuracy.count else None,
+            "stderr": accuracy.stderr,
+            "count": accuracy.count,
+        }
+        text = json.dumps(result, indent=1) + "\n"
+        write = partial(replace_file, self.session.root / RESULT_FILE, text)
+        together("write the result of the run", write, self.session.context, only_first=True)
 
     def _is_told(self) -> bool:
         """Whether `result.json` is of the run's last step; more steps may have been asked for since it was written."""

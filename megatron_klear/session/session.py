@@ -33,6 +33,7 @@ from megatron_klear.observe import (
 )
 from megatron_klear.observe.replace import replace_file
 from megatron_klear.session.launch import Preempted, StopRequest
+from megatron_klear.session.run_lock import RunLock
 from megatron_klear.trainer import Trainer, make_trainable
 
 log = logging.getLogger(__name__)
@@ -80,6 +81,7 @@ class Session:
         self.context = parallel.start(settings.parallel, device=settings.run.device, seed=settings.run.seed)
         if self.context.device.type == "cpu":
             torch.set_num_threads(max(1, torch.get_num_threads() // self.context.world.size))
+        self._lock: RunLock | None = None  # on the first rank
         self.is_first = self.context.world.rank == 0
         torch.manual_seed(settings.run.seed)
         self.model = build_qwen3(self.arch, settings.model, settings.parallel, self.context)
@@ -119,12 +121,19 @@ class Session:
         together("make the run directory", lambda: checkpoints.mkdir(parents=True, exist_ok=True), self.context,
                  only_first=True)  # fmt: skip
         together("see the run directory", lambda: layout.require_shared(checkpoints), self.context)
+        holder = agree("lock the run directory", self._lock_directory, self.context)
+        if holder:
+            raise ConfigError([f"run.dir: {self.root} is in use by {holder}; wait for it, end it, or choose another"])
         steps = agree("list the checkpoints of the run", lambda: layout.finished_steps(checkpoints), self.context)
         if steps and not self.settings.run.resume:
             raise ConfigError(
                 [f"run.resume: is false and {self.root} already holds checkpoints; choose another run.dir or resume"]
             )
         return steps
+
+    def _lock_directory(self) -> str:
+        self._lock = RunLock(self.root)
+        return self._lock.holder
 
     def _open_files(self) -> None:
         if self.is_first:
@@ -165,6 +174,8 @@ class Session:
     ) -> None:
         self.progress.__exit__(kind, error, trace)
         self.metrics.close()
+        if self._lock is not None:
+            self._lock.release()
         if kind is None:
             parallel.stop()
 

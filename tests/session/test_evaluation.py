@@ -54,7 +54,6 @@ def evaluated(tmp_path, context, monkeypatch):
             step=step,
             was_done=was_done,
             root=tmp_path,
-            is_first=True,
             context=context,
             settings=SimpleNamespace(evaluation=EvaluationSettings()),
             set_aside_phases=contextlib.nullcontext,
