@@ -7,6 +7,7 @@ border and the prompt's tokens are a prefix of the conversation's by constructio
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,9 @@ from megatron_klear.data.problems import Problems
 from megatron_klear.data.rows import Message
 from megatron_klear.errors import DataError
 from megatron_klear.records import IntArray
+
+_UNUSUAL = "Zz\u00e9\u0416\u4e2d\u0e01\u2211\U0001f600\U000e0001\t"
+"""Characters of many scripts; a tokenizer that keeps all of them keeps any."""
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 
@@ -80,6 +84,11 @@ class ChatTokenizer:
         self.think_end_id = self._single_token("tokenizer.think_end", think_end, problems)
         if not tokenizer.chat_template:
             problems.add("chat template", "there is none, so turns cannot be told apart; use a chat model's tokenizer")
+        try:
+            # Byte-level tokenizers, as Qwen3's, can spell everything: nothing to look for in every text.
+            self._keeps_all = self.decode(self.encode(_UNUSUAL)) == _UNUSUAL
+        except Exception as error:  # what its Rust code raises is nothing more special
+            problems.add("characters", f"it fails on characters that it has no token for: {error}")
         known = tokenizer.get_vocab()
         for token in stop_tokens:
             if token not in known:
@@ -109,10 +118,14 @@ class ChatTokenizer:
         """Tokenize a conversation up to and including the generation prompt; int64 [L].
 
         Raises:
-            ConversationError: the template refuses the conversation, or a message holds one of its markers.
+            ConversationError: the template refuses the conversation, or a message holds one of its markers or
+                characters that the tokenizer has no token for.
         """
         self._refuse_markers(messages)
-        return self.encode(self._render(messages, prompt=True))
+        text = self._render(messages, prompt=True)
+        token_ids = self.encode(text)
+        self._refuse_losses(text, token_ids)
+        return token_ids
 
     def encode_conversations(
         self, conversations: Sequence[Sequence[Message]]
@@ -131,9 +144,19 @@ class ChatTokenizer:
         texts = [span.text for spans in answers if isinstance(spans, list) for span in spans]
         tokens = iter(self.hf(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else [])
         return [
-            answer if isinstance(answer, ConversationError) else _joined([(next(tokens), s.trained) for s in answer])
+            answer if isinstance(answer, ConversationError) else self._encoded(answer, [next(tokens) for _ in answer])
             for answer in answers
         ]
+
+    def _encoded(
+        self, spans: Sequence[TextSpan], tokens: Sequence[Sequence[int]]
+    ) -> EncodedConversation | ConversationError:
+        try:
+            for span, ids in zip(spans, tokens, strict=True):
+                self._refuse_losses(span.text, ids)
+        except ConversationError as error:
+            return error
+        return _joined([(ids, span.trained) for span, ids in zip(spans, tokens, strict=True)])
 
     def spans(self, messages: Sequence[Message]) -> list[TextSpan]:
         """Cut the rendered conversation into what the assistant wrote and what it did not, up to its last token.
@@ -177,6 +200,15 @@ class ChatTokenizer:
                     raise ConversationError(
                         f"message {number} holds the chat marker {found[0]}, which would end its turn"
                     )
+
+    def _refuse_losses(self, text: str, token_ids: Sequence[int] | NDArray[np.integer]) -> None:
+        """Refuse text with characters that have no token, which some tokenizers pass over without a word."""
+        if self._keeps_all:
+            return
+        lost = sorted(_characters(text) - _characters(self.decode(token_ids)))
+        if lost:
+            shown = " ".join(repr(char) for char in lost[:8]) + (" ..." if len(lost) > 8 else "")
+            raise ConversationError(f"the tokenizer of tokenizer.dir has no token for {shown}")
 
     def _single_token(self, setting: str, marker: str, problems: Problems) -> int:
         ids = self.hf(marker, add_special_tokens=False)["input_ids"]
@@ -270,6 +302,11 @@ def load_chat_tokenizer(
             f"{vocab_size} embeddings; set model.vocab_size to at least {chat.num_tokens} or take the model's tokenizer"
         )
     return chat
+
+
+def _characters(text: str) -> set[str]:
+    """The characters of a text but for spaces, without regard to case and Unicode variants."""
+    return {char for char in unicodedata.normalize("NFKC", text).casefold() if not char.isspace()}
 
 
 def _joined(pieces: Sequence[tuple[Sequence[int], bool]]) -> EncodedConversation:
