@@ -8,8 +8,22 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 root=$PWD
+
+if [[ ${1:-} == -h || ${1:-} == --help ]]; then
+    sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' examples/quickstart.sh
+    exit 0
+fi
 seed=${1:-1}
 run=${2:-runs/quickstart}
+if (($# > 2)) || [[ ! $seed =~ ^[0-9]{1,4}$ ]]; then
+    echo "quickstart: got '$*', expected [SEED [DIR]] with a SEED from 0 to 1999; --help says more" >&2
+    exit 2
+fi
+before=$(cat "$run/data/done" 2>/dev/null || true)
+if [[ -n $before && $before != "$seed" ]]; then
+    echo "quickstart: $run was begun with seed $before, not $seed; name another directory: bash examples/quickstart.sh $seed DIR" >&2
+    exit 2
+fi
 
 # One thread for each of the two processes.
 export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
@@ -31,7 +45,7 @@ train() {
 if [[ ! -f $run/data/done ]]; then
     say "1/3 making problems and their worked solutions in $run/data"
     python examples/quickstart_data.py --out "$run/data" --seed "$seed"
-    touch "$run/data/done"
+    echo "$seed" >"$run/data/done"
 fi
 
 say "2/3 supervised fine-tuning (Eq. 8), $ranks processes"

@@ -21,6 +21,8 @@ def main() -> int:
         path = run / kind / "result.json"
         try:
             found[kind] = json.loads(path.read_text(encoding="utf-8"))
+            if found[kind]["accuracy"] is None:
+                raise ValueError("no answer could be graded")
         except (OSError, ValueError) as error:
             print(f"{path}: no result ({error}); run bash examples/quickstart.sh again, it resumes", file=sys.stderr)
             return 1

@@ -63,8 +63,9 @@ def main(settings: Settings, stop: StopRequest) -> None:
     from megatron_klear.session.session import Session
 
     chat = load_chat_tokenizer(
-        settings.tokenizer.dir, think_start=settings.tokenizer.think_start, think_end=settings.tokenizer.think_end
-    )
+        settings.tokenizer.dir, think_start=settings.tokenizer.think_start, think_end=settings.tokenizer.think_end,
+        stop_tokens=settings.rollout.stop_tokens,
+    )  # fmt: skip
     data = load_sft(
         settings.data.sft,
         chat,

@@ -48,7 +48,8 @@ _TO_HF = """\
 Write a Hugging Face directory (safetensors, config.json, tokenizer and generation files) from a checkpoint.
 
 The checkpoint's checksums are verified first; a damaged one is refused, or passed over if DIR is a whole run.
-Optimizer state in it is left out. OUT appears when it is complete."""
+Optimizer state in it is left out (its bytes are verified all the same: they lie in the same files as the
+weights). OUT appears when it is complete."""
 
 
 def _positive(kind: type) -> object:

@@ -71,8 +71,7 @@ def hf_to_megatron(hf_dir: Path, out: Path, *, vocab_multiple: int = 128, dtype:
                 common={},
                 written=lambda chunk: progress.advance(1, chunk.num_bytes),
             )
-        files = (hf_directory.CONFIG, *hf_directory.TOKENIZER_FILES, *hf_directory.OTHER_FILES)
-        carried = hf_directory.copy_files(hf_dir, files, target / HF_FILES)
+        carried = hf_directory.copy_files(hf_dir, hf_directory.CARRIED_FILES, target / HF_FILES)
         _describe(target, arch, vocab_multiple, {chunk.dtype for chunk in chunks})
         names = layout.files_of(target)
         with ConversionProgress("reading back", len(names), total_size(target, names), noun="files") as progress:

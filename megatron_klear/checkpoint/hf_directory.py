@@ -32,6 +32,9 @@ TOKENIZER_FILES = (
     "added_tokens.json",
 )
 OTHER_FILES = ("generation_config.json", "LICENSE")
+CARRIED_FILES = (CONFIG, *TOKENIZER_FILES, *OTHER_FILES)
+"""What travels with the weights through checkpoints, for the way back."""
+
 _MOST_LISTED = 40
 
 

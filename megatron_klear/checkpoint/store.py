@@ -20,8 +20,9 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch.distributed.checkpoint import CheckpointException
 
-from megatron_klear.checkpoint import layout, optimizer_state
+from megatron_klear.checkpoint import hf_directory, layout, optimizer_state
 from megatron_klear.checkpoint.collective import agree, damage_of, together
+from megatron_klear.checkpoint.conversion import HF_FILES
 from megatron_klear.checkpoint.find import find_whole
 from megatron_klear.checkpoint.weights import load_model_weights
 from megatron_klear.checkpoint.writing import write_sharded
@@ -55,6 +56,10 @@ class CheckpointStore:
         context: the layout.
         keep: newest checkpoints to keep.
         settings_yaml: resolved settings, stored beside the weights.
+
+    Attributes:
+        hf_files: directory with the config, tokenizer and generation files that the run's first weights came with,
+            None if there is none. They go into every checkpoint, since the first one is removed in time.
     """
 
     def __init__(
@@ -75,6 +80,7 @@ class CheckpointStore:
         self.context = context
         self.keep = keep
         self.settings_yaml = settings_yaml
+        self.hf_files: Path | None = None
         optimizer_state.prepare(optimizer)
 
     def save(self, step: int, run_state: RunState) -> Path:
@@ -104,10 +110,12 @@ class CheckpointStore:
                 f"{error}. Nothing was saved in {self.root}; earlier checkpoints there are untouched. When this is "
                 "mended, start again to resume from the newest one."
             ) from error
+        saved = layout.step_directory(self.root, step)
         if context.world.rank == 0:
+            self._take_hf_files(saved)
             self._remove_old()
         dist.barrier()
-        return layout.step_directory(self.root, step)
+        return saved
 
     def resume(self) -> RunState | None:
         """Restore the newest whole checkpoint in place and return its run state; None when there is none.
@@ -139,6 +147,7 @@ class CheckpointStore:
                 self.optimizer.reload_model_params()
         else:
             self._load(directory)
+        self._take_hf_files(directory)
         if self.context.world.rank == 0:
             log.info("first weights from %s" if weights_only else "resuming from %s", directory)
         return None if weights_only else state
@@ -180,6 +189,12 @@ class CheckpointStore:
     def _describe(self, target: Path, run_state: RunState) -> None:
         (target / layout.RUN_STATE).write_text(json.dumps(run_state, indent=1) + "\n")
         (target / layout.SETTINGS).write_text(self.settings_yaml)
+        if self.hf_files is not None:
+            hf_directory.copy_files(self.hf_files, hf_directory.CARRIED_FILES, target / HF_FILES)
+
+    def _take_hf_files(self, checkpoint: Path) -> None:
+        if (checkpoint / HF_FILES).is_dir():
+            self.hf_files = checkpoint / HF_FILES
 
     def _write_checksums(self, target: Path) -> None:
         """Every rank reads a share of the files; rank 0 writes the manifest."""

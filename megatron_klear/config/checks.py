@@ -194,7 +194,10 @@ def _check_training(settings: Settings, entry: Entry, problems: Problems) -> Non
 
 
 def _check_rewards(settings: Settings, problems: Problems) -> None:
-    reward = settings.reward
+    reward, start, end = settings.reward, settings.tokenizer.think_start, settings.tokenizer.think_end
+    if start in end or end in start:
+        text = f"got {end!r} beside tokenizer.think_start = {start!r}; they must differ, neither inside the other"
+        problems.add("tokenizer.think_end", text, "tokenizer.think_start")
     if reward.wrong >= reward.correct:
         text = f"got {reward.wrong}, must be below reward.correct = {reward.correct}"
         problems.add("reward.wrong", text, "reward.correct")
@@ -221,9 +224,19 @@ def _check_files(settings: Settings, entry: Entry, architecture: Architecture | 
     elif not settings.run.resume and (run / "config.yaml").exists():
         problems.add("run.dir", f"{run} already holds a run; set run.resume=true to continue it, or another directory")
     start = settings.checkpoint.start_from
-    if start is not None and not Path(start).is_dir():
-        problems.add("checkpoint.start_from", f"no directory {start}")
+    if start is not None and not _checkpoints_in(run):  # a run that has begun does not need it any more
+        if not Path(start).is_dir():
+            problems.add("checkpoint.start_from", f"no directory {start}")
+        elif not _checkpoints_in(Path(start)):
+            problems.add("checkpoint.start_from", f"no checkpoint in {start}; name a run directory or a checkpoint")
     _check_tokenizer(settings, architecture, problems)
+
+
+def _checkpoints_in(directory: Path) -> bool:
+    """Whether a directory is a checkpoint, or has one in it or in its `checkpoints`; not whether that is whole."""
+    if (directory / "manifest.json").is_file() or (directory / ".metadata").is_file():
+        return True
+    return any(any(place.glob("step_*")) for place in (directory, directory / "checkpoints"))
 
 
 def _writable(directory: Path) -> bool:

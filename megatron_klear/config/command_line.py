@@ -26,12 +26,13 @@ def parse_command_line(argv: Sequence[str], entry: Entry, world_size: int | None
         world_size: number of ranks; by default the environment variable WORLD_SIZE that torchrun sets, or 1.
 
     Raises:
-        SystemExit: 0 after help, 2 after problems. Of all ranks only the first prints.
+        SystemExit: 0 after help, 2 after problems. Help is printed by the first rank, problems by the first rank of
+            every machine: a file may be missing on one of them only.
     """
-    speaks = os.environ.get("RANK", "0") == "0"
+    rank = os.environ.get("RANK", "0")
     usage = f"usage: python -m megatron_klear.train_{entry} CONFIG.yaml [section.field=value ...]"
     if any(argument in ("-h", "--help") for argument in argv):
-        if speaks:
+        if rank == "0":
             print(f"{usage}\n       torchrun --nproc-per-node N -m megatron_klear.train_{entry} ...\n")
             print(f"{_PURPOSE[entry]}\nValues are YAML: data.prompts=[a.jsonl,b.jsonl] model.hf_dir=null\n")
             print(settings_help(entry))
@@ -44,8 +45,8 @@ def parse_command_line(argv: Sequence[str], entry: Entry, world_size: int | None
             raise ConfigError([f"CONFIG.yaml: the settings file must come first ({usage})"])
         return load_settings(argv[0], argv[1:], entry=entry, world_size=world_size or _world_size())
     except ConfigError as error:
-        if speaks:
-            print(error, file=sys.stderr)
+        if os.environ.get("LOCAL_RANK", rank) == "0":
+            print(error if rank == "0" else f"[rank {rank}] {error}", file=sys.stderr)
         raise SystemExit(EXIT_BAD_INPUT) from None
 
 

@@ -22,6 +22,8 @@ from megatron_klear.errors import ConfigError
 
 _ADAPTER: TypeAdapter[Settings] = TypeAdapter(Settings)
 _Tree = dict[str, dict[str, Any]]
+_MISSING = "???"
+"""OmegaConf's mark of a value that whoever uses a settings file must give."""
 
 
 def load_settings(path: str | Path, overrides: Sequence[str] = (), *, entry: Entry, world_size: int) -> Settings:
@@ -106,8 +108,12 @@ def _known_keys(content: Mapping[str, Any], problems: list[str]) -> _Tree:
             problems.append(f"{name}: unknown section{_suggestion(name, value)}")
         elif isinstance(value, dict):
             for key, item in value.items():
-                if f"{name}.{key}" in FIELDS:
+                path = f"{name}.{key}"
+                if path in FIELDS and item != _MISSING:
                     tree[name][str(key)] = item
+                elif path in FIELDS:
+                    if not FIELDS[path].required:  # of those that are, it is said anyway
+                        problems.append(f"{path}: is ???, so it must be given")
                 else:
                     problems.append(f"{name}.{key}: unknown setting{_suggestion(f'{name}.{key}', item)}")
         elif value is not None:

@@ -7,6 +7,7 @@ border and the prompt's tokens are a prefix of the conversation's by constructio
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,9 @@ from megatron_klear.data.problems import Problems
 from megatron_klear.data.rows import Message
 from megatron_klear.errors import DataError
 from megatron_klear.records import IntArray
+
+_UNUSUAL = "Zz\u00e9\u0416\u4e2d\u0e01\u2211\U0001f600\U000e0001\t"
+"""Characters of many scripts; a tokenizer that keeps all of them keeps any."""
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 
@@ -57,13 +61,21 @@ class ChatTokenizer:
         end_of_turn: text of the token that closes an assistant turn.
         end_of_turn_id: its id.
         think_start_id, think_end_id: ids of the think markers.
-        stop_ids: ids that end a response at rollout time: end of turn and end of text.
+        stop_ids: ids that end a response at rollout time: end of turn, end of text, and those asked for.
         pad_token_id: a valid id for padding.
         num_tokens: one above the largest id.
         markers: control tokens of the template; text that holds one would break the turn structure.
     """
 
-    def __init__(self, tokenizer: Any, *, think_start: str, think_end: str, directory: str = "") -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        *,
+        think_start: str,
+        think_end: str,
+        stop_tokens: Sequence[str] = (),
+        directory: str = "",
+    ) -> None:
         self.hf = tokenizer
         self.think_start, self.think_end = think_start, think_end
         problems = Problems(f"the tokenizer of tokenizer.dir = {directory}")
@@ -72,6 +84,15 @@ class ChatTokenizer:
         self.think_end_id = self._single_token("tokenizer.think_end", think_end, problems)
         if not tokenizer.chat_template:
             problems.add("chat template", "there is none, so turns cannot be told apart; use a chat model's tokenizer")
+        try:
+            # Byte-level tokenizers, as Qwen3's, can spell everything: nothing to look for in every text.
+            self._keeps_all = self.decode(self.encode(_UNUSUAL)) == _UNUSUAL
+        except Exception as error:  # what its Rust code raises is nothing more special
+            problems.add("characters", f"it fails on characters that it has no token for: {error}")
+        known = tokenizer.get_vocab()
+        for token in stop_tokens:
+            if token not in known:
+                problems.add("rollout.stop_tokens", f"{token!r} is not one token of this tokenizer")
         problems.raise_if_any()
         self.end_of_turn = ""
         self.markers: tuple[str, ...] = ()
@@ -79,7 +100,8 @@ class ChatTokenizer:
         problems.raise_if_any()
         self.end_of_turn_id = self._known_id(self.end_of_turn)
         eos = tokenizer.eos_token_id
-        self.stop_ids = tuple(dict.fromkeys(i for i in (self.end_of_turn_id, eos) if i is not None))
+        more = [int(known[token]) for token in stop_tokens]
+        self.stop_ids = tuple(dict.fromkeys(i for i in (self.end_of_turn_id, eos, *more) if i is not None))
         pad = tokenizer.pad_token_id
         self.pad_token_id = int(self.end_of_turn_id if pad is None else pad)
 
@@ -96,10 +118,14 @@ class ChatTokenizer:
         """Tokenize a conversation up to and including the generation prompt; int64 [L].
 
         Raises:
-            ConversationError: the template refuses the conversation, or a message holds one of its markers.
+            ConversationError: the template refuses the conversation, or a message holds one of its markers or
+                characters that the tokenizer has no token for.
         """
         self._refuse_markers(messages)
-        return self.encode(self._render(messages, prompt=True))
+        text = self._render(messages, prompt=True)
+        token_ids = self.encode(text)
+        self._refuse_losses(text, token_ids)
+        return token_ids
 
     def encode_conversations(
         self, conversations: Sequence[Sequence[Message]]
@@ -118,9 +144,19 @@ class ChatTokenizer:
         texts = [span.text for spans in answers if isinstance(spans, list) for span in spans]
         tokens = iter(self.hf(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else [])
         return [
-            answer if isinstance(answer, ConversationError) else _joined([(next(tokens), s.trained) for s in answer])
+            answer if isinstance(answer, ConversationError) else self._encoded(answer, [next(tokens) for _ in answer])
             for answer in answers
         ]
+
+    def _encoded(
+        self, spans: Sequence[TextSpan], tokens: Sequence[Sequence[int]]
+    ) -> EncodedConversation | ConversationError:
+        try:
+            for span, ids in zip(spans, tokens, strict=True):
+                self._refuse_losses(span.text, ids)
+        except ConversationError as error:
+            return error
+        return _joined([(ids, span.trained) for span, ids in zip(spans, tokens, strict=True)])
 
     def spans(self, messages: Sequence[Message]) -> list[TextSpan]:
         """Cut the rendered conversation into what the assistant wrote and what it did not, up to its last token.
@@ -150,11 +186,9 @@ class ChatTokenizer:
         return spans
 
     def _render(self, messages: Sequence[Message], *, prompt: bool = False) -> str:
-        import jinja2
-
         try:
             text = self.hf.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=prompt)
-        except (jinja2.TemplateError, TypeError, KeyError, IndexError, AttributeError, ValueError) as error:
+        except Exception as error:  # a template is a program from outside
             raise ConversationError(f"the chat template refuses the conversation: {error}") from error
         return str(text)
 
@@ -166,6 +200,15 @@ class ChatTokenizer:
                     raise ConversationError(
                         f"message {number} holds the chat marker {found[0]}, which would end its turn"
                     )
+
+    def _refuse_losses(self, text: str, token_ids: Sequence[int] | NDArray[np.integer]) -> None:
+        """Refuse text with characters that have no token, which some tokenizers pass over without a word."""
+        if self._keeps_all:
+            return
+        lost = sorted(_characters(text) - _characters(self.decode(token_ids)))
+        if lost:
+            shown = " ".join(repr(char) for char in lost[:8]) + (" ..." if len(lost) > 8 else "")
+            raise ConversationError(f"the tokenizer of tokenizer.dir has no token for {shown}")
 
     def _single_token(self, setting: str, marker: str, problems: Problems) -> int:
         ids = self.hf(marker, add_special_tokens=False)["input_ids"]
@@ -223,6 +266,7 @@ def load_chat_tokenizer(
     *,
     think_start: str = "<think>",
     think_end: str = "</think>",
+    stop_tokens: Sequence[str] = (),
     vocab_size: int | None = None,
 ) -> ChatTokenizer:
     """Load a tokenizer from a directory and check that its conversations can be trained on.
@@ -230,11 +274,12 @@ def load_chat_tokenizer(
     Args:
         directory: Hugging Face tokenizer directory (tokenizer.dir); nothing is downloaded.
         think_start, think_end: think markers (tokenizer.think_start, tokenizer.think_end).
+        stop_tokens: texts of tokens that also end a response (rollout.stop_tokens).
         vocab_size: rows of the model's embedding, if known; the tokenizer must not go beyond it.
 
     Raises:
-        DataError: the directory holds no usable tokenizer, a think marker is not a single token, or the chat
-            template does not mark assistant turns.
+        DataError: the directory holds no usable tokenizer, a think marker or stop token is not a single token, or the
+            chat template does not mark assistant turns.
     """
     path = Path(directory)
     if not path.is_dir():
@@ -248,13 +293,20 @@ def load_chat_tokenizer(
         tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
     except Exception as error:  # whatever a damaged file makes the library raise
         raise DataError(f"tokenizer.dir = {directory}: the tokenizer cannot be loaded: {error}") from error
-    chat = ChatTokenizer(tokenizer, think_start=think_start, think_end=think_end, directory=str(directory))
+    chat = ChatTokenizer(
+        tokenizer, think_start=think_start, think_end=think_end, stop_tokens=stop_tokens, directory=str(directory)
+    )
     if vocab_size is not None and chat.num_tokens > vocab_size:
         raise DataError(
             f"tokenizer.dir = {directory}: its largest token id is {chat.num_tokens - 1}, but the model has "
             f"{vocab_size} embeddings; set model.vocab_size to at least {chat.num_tokens} or take the model's tokenizer"
         )
     return chat
+
+
+def _characters(text: str) -> set[str]:
+    """The characters of a text but for spaces, without regard to case and Unicode variants."""
+    return {char for char in unicodedata.normalize("NFKC", text).casefold() if not char.isspace()}
 
 
 def _joined(pieces: Sequence[tuple[Sequence[int], bool]]) -> EncodedConversation:

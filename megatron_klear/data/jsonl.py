@@ -49,6 +49,9 @@ def _objects_of(
             problems.add(where, f"is not UTF-8 (byte {error.start + 1} of the line)")
         except json.JSONDecodeError as error:
             problems.add(where, f"is not JSON: {error.msg} at column {error.colno}")
+        except ValueError:
+            # Python's limit against numbers that take minutes to read.
+            problems.add(where, "is not usable JSON: a number has too many digits")
         except RecursionError:
             problems.add(where, "is not usable JSON: nested too deeply")
         else:

@@ -126,6 +126,8 @@ def _id_and_messages(value: JsonObject, last_role: str) -> tuple[str, tuple[Mess
         got = "none" if "messages" not in value else "an empty list" if listed == [] else json_type(listed)
         return str(row_id), (), [*wrong, f"messages must be a non-empty list, got {got}"]
     faults = [text for number, message in enumerate(listed, start=1) for text in _message_faults(number, message)]
+    if not faults and next((m["role"] for m in listed if m["role"] != "system"), "") == "assistant":
+        faults.append("the first message must be of role user (or system), got assistant")
     if not faults and listed[-1]["role"] != last_role:
         faults.append(f"the last message must be of role {last_role}, got {listed[-1]['role']}")
     if faults:

@@ -136,7 +136,7 @@ def open_hf_directory(directory: Path, arch: Architecture) -> Callable[[str], to
     Raises:
         CheckpointError: files are missing, or tensors are missing, unexpected or misshapen; lists all of them.
     """
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
     files = sorted(directory.glob("*.safetensors"))
     if not files:
@@ -144,10 +144,13 @@ def open_hf_directory(directory: Path, arch: Architecture) -> Callable[[str], to
     where: dict[str, Path] = {}
     shapes: dict[str, tuple[int, ...]] = {}
     for file in files:
-        with safe_open(file, framework="pt") as opened:
-            for name in opened.keys():  # noqa: SIM118  (a safetensors handle, not a dict)
-                where[name] = file
-                shapes[name] = tuple(opened.get_slice(name).get_shape())
+        try:
+            with safe_open(file, framework="pt") as opened:
+                for name in opened.keys():  # noqa: SIM118  (a safetensors handle, not a dict)
+                    where[name] = file
+                    shapes[name] = tuple(opened.get_slice(name).get_shape())
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{file}: not a safetensors file, or cut short: {error}") from error
     problems = compare_hf_tensors(shapes, arch)
     if problems:
         raise CheckpointError(f"{directory} does not hold this model:\n" + "\n".join(f"  - {p}" for p in problems))

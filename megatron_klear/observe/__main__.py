@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from megatron_klear.errors import EXIT_BAD_INPUT, EXIT_DONE
+from megatron_klear.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -21,9 +21,16 @@ def main(argv: list[str] | None = None) -> int:
         if folder is not None and not folder.is_dir():
             print(f"{folder} is not a directory; name the run directory (the setting run.dir)", file=sys.stderr)
             return EXIT_BAD_INPUT
+        if folder is not None and not any((folder / name).is_file() for name in ("metrics.jsonl", "config.yaml")):
+            print(f"{folder} holds no run: neither metrics.jsonl nor config.yaml is there", file=sys.stderr)
+            return EXIT_BAD_INPUT
     from megatron_klear.observe.report import write_report
 
-    print(write_report(options.run_dir, options.sft))
+    try:
+        print(write_report(options.run_dir, options.sft))
+    except OSError as error:
+        print(f"the report cannot be written: {error}", file=sys.stderr)
+        return EXIT_FAILED
     return EXIT_DONE
 
 

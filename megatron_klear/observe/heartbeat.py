@@ -7,7 +7,9 @@ whenever they change; the ranks that are left after a failure read all of them.
 from __future__ import annotations
 
 import json
+import math
 import os
+import socket
 import time
 from pathlib import Path
 
@@ -32,14 +34,17 @@ class Heartbeat:
         # Replaced whole: a rank that is stopped in the middle of writing must not seem never to have reported.
         fresh = self._path.with_suffix(".new")
         try:
-            fresh.write_text(json.dumps({"step": step, "phase": phase, "time": time.time()}) + "\n")
+            note = {"step": step, "phase": phase, "time": time.time(), "host": socket.gethostname(), "pid": os.getpid()}
+            fresh.write_text(json.dumps(note) + "\n")
             os.replace(fresh, self._path)
         except OSError:
             return
 
 
 def whereabouts(run_dir: str | Path, world_size: int) -> list[str]:
-    """One line per rank, longest silent first: who to look at when a run hangs or a collective times out.
+    """One line per rank, dead ones first, then the longest silent: who to look at when a run fails or hangs.
+
+    Whether a rank's process has ended is known of those on this machine.
 
     Args:
         run_dir: the run directory.
@@ -53,7 +58,20 @@ def whereabouts(run_dir: str | Path, world_size: int) -> list[str]:
             note = json.loads(path.read_text())
             silent = now - float(note["time"])
             text = f"rank {rank}: in step {note['step']}, {note['phase']}, no news for {silent:.0f} s"
+            if note.get("host") == socket.gethostname() and not _is_running(int(note["pid"])):
+                silent, text = math.inf, f"{text}; its process has ended"
         except (OSError, ValueError, KeyError, TypeError):
-            silent, text = float("inf"), f"rank {rank}: never reported"
+            silent, text = math.inf, f"rank {rank}: never reported"
         seen.append((silent, text))
     return [text for _, text in sorted(seen, key=lambda pair: -pair[0])]
+
+
+def _is_running(pid: int) -> bool:
+    """Whether a process of this machine lives; one that its parent has yet to collect does not."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return not Path("/proc/self/stat").exists()  # a system that does not tell
+    except (OSError, IndexError):
+        return True
+    return state not in ("Z", "X")

@@ -18,6 +18,7 @@ from megatron_klear.observe.examples import read_examples
 from megatron_klear.observe.metrics import METRICS_FILE, read_metrics
 from megatron_klear.observe.page import TEMPLATE, style_sheet
 from megatron_klear.observe.plots import SMOOTH_FROM, chart_svgs, write_summary_png
+from megatron_klear.observe.replace import replace_file
 from megatron_klear.observe.series import PhaseLog, split_phases
 from megatron_klear.observe.summary import accuracies, headline, last_values, pick_rollouts, tiles
 from megatron_klear.observe.theme import DARK_PALETTE, LIGHT_PALETTE
@@ -67,7 +68,7 @@ def write_report(run_dir: str | Path, sft_run_dir: str | Path | None = None) -> 
     }
     page = run_dir / REPORT_FILE
     run_dir.mkdir(parents=True, exist_ok=True)
-    _replace(page, _render(values).encode("utf-8", "replace"))
+    replace_file(page, _render(values))
     picture = run_dir / f".{PICTURE_FILE}.part"
     write_summary_png(charts, picture, title=f"{title} report: {run_dir.resolve().name}")
     os.replace(picture, run_dir / PICTURE_FILE)
@@ -155,9 +156,3 @@ def _render(values: dict[str, Any]) -> str:
 
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     return environment.from_string(TEMPLATE).render(values)
-
-
-def _replace(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.part")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)

@@ -59,9 +59,11 @@ def _choose_device(device: str) -> torch.device:
              "hide the GPUs with CUDA_VISIBLE_DEVICES= instead"]
         )  # fmt: skip
     if torch.cuda.is_available():
-        if local_rank >= torch.cuda.device_count():
+        # The same answer on all processes of a node, of which only the first tells it.
+        local_size = max(int(os.environ.get("LOCAL_WORLD_SIZE", "1")), local_rank + 1)
+        if local_size > torch.cuda.device_count():
             raise ConfigError(
-                [f"run: local process {local_rank} has no GPU of its own ({torch.cuda.device_count()} on this node); "
+                [f"run: {local_size} processes were started on this node, which has {torch.cuda.device_count()} GPUs; "
                  "launch with --nproc-per-node equal to the number of GPUs"]
             )  # fmt: skip
         return torch.device("cuda", local_rank)

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from types import TracebackType
 from typing import Self
 
+from megatron_klear.checkpoint.collective import agree, together
 from megatron_klear.data import PromptData
 from megatron_klear.observe import names
+from megatron_klear.observe.replace import replace_file
 from megatron_klear.session.rollouts import Accuracy, Rollouts
 from megatron_klear.session.session import Session
+
+RESULT_FILE = "result.json"
 
 
 class Evaluation:
@@ -58,18 +63,29 @@ class Evaluation:
         """Evaluate the final weights and write the result to `result.json`."""
         if not self.session.settings.evaluation.at_end or self.heldout is None:
             return
-        if self.session.was_done and (self.session.root / "result.json").is_file():
+        if self.session.was_done and agree("read result.json", self._is_told, self.session.context):
             return  # the run was finished before it was started again
         accuracy = self._evaluate(self.session.step)
-        if accuracy is not None and self.session.is_first:
-            result = {
-                "entry": self.session.entry,
-                "step": self.session.step,
-                "accuracy": accuracy.mean,
-                "stderr": accuracy.stderr,
-                "count": accuracy.count,
-            }
-            (self.session.root / "result.json").write_text(json.dumps(result, indent=1) + "\n")
+        if accuracy is None:
+            return
+        result = {
+            "entry": self.session.entry,
+            "step": self.session.step,
+            "accuracy": accuracy.mean if accuracy.count else None,
+            "stderr": accuracy.stderr,
+            "count": accuracy.count,
+        }
+        text = json.dumps(result, indent=1) + "\n"
+        write = partial(replace_file, self.session.root / RESULT_FILE, text)
+        together("write the result of the run", write, self.session.context, only_first=True)
+
+    def _is_told(self) -> bool:
+        """Whether `result.json` is of the run's last step; more steps may have been asked for since it was written."""
+        try:
+            told = json.loads((self.session.root / RESULT_FILE).read_text(encoding="utf-8"))
+            return bool(told["step"] == self.session.step)
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
 
     def _evaluate(self, step: int) -> Accuracy | None:
         if self.heldout is None or step == self._last_step:

@@ -23,6 +23,9 @@ from megatron_klear.errors import (
     TrainingError,
 )
 from megatron_klear.observe import whereabouts
+from megatron_klear.session.resuming import changes_at_resume
+
+log = logging.getLogger(__name__)
 
 _SHOWN_RANKS = 16
 
@@ -42,6 +45,9 @@ class StopRequest:
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.received and number == signal.SIGINT:
             raise KeyboardInterrupt
+        if not self.received and os.environ.get("RANK", "0") == "0":
+            # Not print: the signal may have come in the middle of one.
+            os.write(2, b"asked to stop: saving after this step, then leaving (Ctrl-C: at once, without saving)\n")
         self.received = True
 
 
@@ -49,7 +55,7 @@ def run_entry(entry: Entry, body: Callable[[Settings, StopRequest], None], argv:
     """Parse the command line, run the entry's body, and return the exit status.
 
     Settings are judged before `body` imports torch. Of errors made for people only the message is shown, by the first
-    rank when all ranks meet the same one.
+    rank (of a machine, where machines may differ) when all ranks meet the same one.
 
     Args:
         entry: which entry runs.
@@ -71,14 +77,23 @@ def run_entry(entry: Entry, body: Callable[[Settings, StopRequest], None], argv:
         logging.getLogger(noisy).setLevel(logging.ERROR)
     stop = StopRequest()
     try:
+        for change in changes_at_resume(settings, entry):
+            log.info("the run goes on with another %s", change)
         body(settings, stop)
     except Preempted as news:
         if rank == 0:
             print(f"{news}", file=sys.stderr)
         return EXIT_RESUMABLE
+    except KeyboardInterrupt:
+        if rank == 0:
+            print("interrupted; start again to go on from the newest checkpoint, if there is one", file=sys.stderr)
+        return EXIT_RESUMABLE
     except KlearError as error:
-        # Wrong input and failed checkpoints are met by all ranks alike; what one rank alone meets, it must say itself.
-        if rank == 0 or not isinstance(error, ConfigError | DataError | CheckpointError | TrainingError):
+        # Failed checkpoints and diverged numbers are met by all ranks alike, wrong input by all of a machine; what one
+        # rank alone meets, it must say itself.
+        shared = isinstance(error, CheckpointError | TrainingError)
+        shared_here = isinstance(error, ConfigError | DataError) and os.environ.get("LOCAL_RANK") != "0"
+        if rank == 0 or not (shared or shared_here):
             print(f"[rank {rank}] {error}" if rank else str(error), file=sys.stderr)
         return error.exit_status
     except Exception:

@@ -40,16 +40,21 @@ def update_metrics(reports: Sequence[UpdateReport]) -> dict[str, float]:
 
 
 def rollout_metrics(groups: Sequence[ScoredGroup], kept: Sequence[ScoredGroup]) -> dict[str, float]:
-    """Rewards, outcomes and lengths of a rollout batch."""
+    """Outcomes and lengths of a rollout batch, and rewards where any response was graded."""
     rewards = np.concatenate([g.rewards[g.graded] for g in groups])
     graded = sum(int(g.graded.sum()) for g in groups)
     rollouts = [r for g in groups for r in g.group.rollouts]
     lengths = [len(r.response_ids) for r in rollouts]
     counts = count_outcomes(grade for g in groups for grade in g.grades)
+    judged = {}
+    if graded:  # graders that fail must not look like a policy that does
+        judged = {
+            names.REWARD_MEAN: float(rewards.mean()),
+            names.REWARD_STD: float(rewards.std()),
+            names.ACCURACY_TRAIN: sum(int(g.is_correct.sum()) for g in groups) / graded,
+        }
     return {
-        names.REWARD_MEAN: float(rewards.mean()) if graded else 0.0,
-        names.REWARD_STD: float(rewards.std()) if graded else 0.0,
-        names.ACCURACY_TRAIN: sum(int(g.is_correct.sum()) for g in groups) / max(graded, 1),
+        **judged,
         names.RESPONSE_LENGTH_MEAN: float(np.mean(lengths)),
         names.RESPONSE_LENGTH_MAX: float(max(lengths)),
         names.RESPONSE_TRUNCATED_FRACTION: float(np.mean([r.finish_reason == "length" for r in rollouts])),

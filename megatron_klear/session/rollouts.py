@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +15,6 @@ import torch.distributed as dist
 
 from megatron_klear.algorithm import group_advantages
 from megatron_klear.config import EvaluationSettings
-from megatron_klear.errors import ConfigError
 from megatron_klear.model import hf_config, hf_named_tensors
 from megatron_klear.records import Grade, Prompt, RolloutGroup, ScoredGroup
 from megatron_klear.reward import AnswerFormat, GradeRequest, MathGraderPool, RewardRules
@@ -27,7 +27,7 @@ class Accuracy:
     """Share of correct answers among the graded ones to held-out problems.
 
     Attributes:
-        mean: over all answers.
+        mean: over all answers; NaN when none was graded.
         stderr: standard error over problems.
         count: graded answers.
         groups: the answers, for people to read.
@@ -68,12 +68,7 @@ class Rollouts:
                 require_think=reward.require_think,
             ),
         )
-        known = session.chat.hf.get_vocab()
-        unknown = [token for token in settings.rollout.stop_tokens if token not in known]
-        if unknown:
-            raise ConfigError([f"rollout.stop_tokens: {t!r} is not one token of tokenizer.dir" for t in unknown])
-        stops = [known[token] for token in settings.rollout.stop_tokens]
-        self.stop_token_ids = tuple(dict.fromkeys([*session.chat.stop_ids, *stops]))
+        self.stop_token_ids = session.chat.stop_ids
 
     def __enter__(self) -> Self:
         return self
@@ -126,7 +121,7 @@ class Rollouts:
         correct = int(sum(g.is_correct.sum() for g in groups))
         spread = float(per_problem.std(ddof=1)) if len(per_problem) > 1 else 0.0
         return Accuracy(
-            mean=correct / count if count else 0.0,
+            mean=correct / count if count else math.nan,
             stderr=spread / max(len(per_problem), 1) ** 0.5,
             count=count,
             groups=tuple(groups),

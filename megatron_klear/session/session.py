@@ -16,9 +16,10 @@ import torch.distributed as dist
 from megatron_klear import parallel
 from megatron_klear.checkpoint import CheckpointStore, layout, load_weights
 from megatron_klear.checkpoint.collective import agree, together
+from megatron_klear.checkpoint.conversion import HF_FILES
 from megatron_klear.config import Entry, Settings, dump_settings
 from megatron_klear.data import ChatTokenizer
-from megatron_klear.errors import ConfigError
+from megatron_klear.errors import CheckpointError, ConfigError
 from megatron_klear.model import build_qwen3, load_hf_weights, open_hf_directory
 from megatron_klear.observe import (
     Heartbeat,
@@ -30,7 +31,9 @@ from megatron_klear.observe import (
     open_metrics,
     write_report,
 )
+from megatron_klear.observe.replace import replace_file
 from megatron_klear.session.launch import Preempted, StopRequest
+from megatron_klear.session.run_lock import RunLock
 from megatron_klear.trainer import Trainer, make_trainable
 
 log = logging.getLogger(__name__)
@@ -78,12 +81,12 @@ class Session:
         self.context = parallel.start(settings.parallel, device=settings.run.device, seed=settings.run.seed)
         if self.context.device.type == "cpu":
             torch.set_num_threads(max(1, torch.get_num_threads() // self.context.world.size))
+        self._lock: RunLock | None = None  # on the first rank
         self.is_first = self.context.world.rank == 0
         torch.manual_seed(settings.run.seed)
         self.model = build_qwen3(self.arch, settings.model, settings.parallel, self.context)
         checkpoints = self.root / "checkpoints"
-        if not self._prepare_directory(checkpoints):
-            self._first_weights()
+        hf_files = None if self._prepare_directory(checkpoints) else self._first_weights()
         trainable = make_trainable(
             self.model, settings.optimizer, settings.parallel, total_updates=total_steps * updates_per_step
         )
@@ -97,18 +100,13 @@ class Session:
             keep=settings.checkpoint.keep,
             settings_yaml=dump_settings(settings),
         )
+        self.store.hf_files = hf_files
         self.resumed = self.store.resume()
         self.step = 0 if self.resumed is None else int(self.resumed["step"])
         self._saved_step = self.step
         self.was_done = self.step >= total_steps
-        self.heartbeat = Heartbeat(self.root, self.context.world.rank)
         self.phases = Phases(synchronize=torch.cuda.synchronize if self.context.device.type == "cuda" else None)
-        self.metrics: Metrics = open_metrics(
-            self.root,
-            rank=self.context.world.rank,
-            tensorboard=settings.observe.tensorboard,
-            resume_step=None if self.resumed is None else self.step,
-        )
+        together("open the files of the run", self._open_files, self.context)
         self.progress = Progress(
             _TITLES[entry],
             total_steps,
@@ -120,28 +118,52 @@ class Session:
 
     def _prepare_directory(self, checkpoints: Path) -> list[int]:
         """Make the run directory; returns the steps of the checkpoints in it, the same on every rank."""
-        together("make the directory of", lambda: checkpoints.mkdir(parents=True, exist_ok=True), self.context,
+        together("make the run directory", lambda: checkpoints.mkdir(parents=True, exist_ok=True), self.context,
                  only_first=True)  # fmt: skip
-        together("see the directory of", lambda: layout.require_shared(checkpoints), self.context)
-        steps = agree("list", lambda: layout.finished_steps(checkpoints), self.context)
+        together("see the run directory", lambda: layout.require_shared(checkpoints), self.context)
+        holder = agree("lock the run directory", self._lock_directory, self.context)
+        if holder:
+            raise ConfigError([f"run.dir: {self.root} is in use by {holder}; wait for it, end it, or choose another"])
+        steps = agree("list the checkpoints of the run", lambda: layout.finished_steps(checkpoints), self.context)
         if steps and not self.settings.run.resume:
             raise ConfigError(
                 [f"run.resume: is false and {self.root} already holds checkpoints; choose another run.dir or resume"]
             )
-        if self.is_first:
-            (self.root / "config.yaml").write_text(dump_settings(self.settings))
         return steps
 
-    def _first_weights(self) -> None:
+    def _lock_directory(self) -> str:
+        self._lock = RunLock(self.root)
+        return self._lock.holder
+
+    def _open_files(self) -> None:
+        if self.is_first:
+            replace_file(self.root / "config.yaml", dump_settings(self.settings))
+        self.heartbeat = Heartbeat(self.root, self.context.world.rank)
+        self.metrics: Metrics = open_metrics(
+            self.root,
+            rank=self.context.world.rank,
+            tensorboard=self.settings.observe.tensorboard,
+            resume_step=None if self.resumed is None else self.step,
+        )
+
+    def _first_weights(self) -> Path | None:
+        """Fill the model; returns where the config and tokenizer files that belong to the weights lie, if anywhere."""
+        hf_files = None
         start_from, hf_dir = self.settings.checkpoint.start_from, self.settings.model.hf_dir
-        if start_from is not None:
-            load_weights(Path(start_from), self.model, self.context)
-        elif hf_dir is not None:
-            reader = open_hf_directory(Path(hf_dir), self.arch)
-            load_hf_weights(self.model, self.arch, self.context, reader)
+        setting = "model.hf_dir" if start_from is None else "checkpoint.start_from"
+        try:
+            if start_from is not None:
+                hf_files = load_weights(Path(start_from), self.model, self.context) / HF_FILES
+            elif hf_dir is not None:
+                reader = open_hf_directory(Path(hf_dir), self.arch)
+                load_hf_weights(self.model, self.arch, self.context, reader)
+                hf_files = Path(hf_dir)
+        except CheckpointError as error:  # nothing has begun: the setting names weights that cannot be used
+            raise ConfigError([f"{setting}: {error}"]) from error
         origin = start_from or hf_dir or "random numbers (seed run.seed)"
         if self.is_first:
             log.info("first weights from %s", origin)
+        return hf_files
 
     def __enter__(self) -> Self:
         self.progress.__enter__()
@@ -152,6 +174,8 @@ class Session:
     ) -> None:
         self.progress.__exit__(kind, error, trace)
         self.metrics.close()
+        if self._lock is not None:
+            self._lock.release()
         if kind is None:
             parallel.stop()
 
@@ -215,6 +239,9 @@ class Session:
         if not self.is_first:
             return
         context, arch = self.context, self.arch
+        steps = f"steps {self.step + 1} to {self.total_steps}"
+        if self.was_done:
+            steps = f"all {self.total_steps} steps are done already, up to step {self.step}"
         count = sum(p.numel() for p in self.model.parameters())
         log.info(
             "%s on %s: %s; %d layers, hidden %d, %s parameters on this rank; %s layers on %s",
@@ -222,9 +249,8 @@ class Session:
             self.model.layer_kind, context.device,
         )  # fmt: skip
         log.info(
-            "%d processes: tp %d, pp %d, cp %d, dp %d; steps %d to %d",
-            context.world.size, context.tp.size, context.pp.size, context.cp.size, context.dp.size,
-            self.step + 1, self.total_steps,
+            "%d processes: tp %d, pp %d, cp %d, dp %d; %s",
+            context.world.size, context.tp.size, context.pp.size, context.cp.size, context.dp.size, steps,
         )  # fmt: skip
 
     def keep_examples(self, rows: list[dict[str, Any]], step: int) -> None:

@@ -425,3 +425,19 @@ def test_converted_weights_start_a_run(
     assert {**answers[6], "noise": 0} == {**answers[2], "noise": 0}  # also in the optimizer's float32 copies
     state, weights, _ = ranks(root, [["resume"], ["weights"]], model=model)
     assert (state["step"], weights) == (1, answers[8])
+
+
+def test_files_that_came_with_the_weights_outlive_the_first_checkpoint(
+    ranks: Ranks, make_hf: Callable[..., Path], tmp_path: Path
+) -> None:
+    source = make_hf(tmp_path / "hf")
+    hf_to_megatron(source, tmp_path)
+    root = tmp_path / "checkpoints"
+    carried = {path.name: path.read_bytes() for path in (root / "step_00000000" / "hf_files").iterdir()}
+    assert "config.json" in carried
+
+    ranks(root, [["resume"], ["save", 1], ["save", 2]], keep=1)
+    ranks(root, [["resume"], ["save", 3]], keep=1)
+    assert layout.finished_steps(root) == [3]
+    assert {path.name: path.read_bytes() for path in (newest(root) / "hf_files").iterdir()} == carried
+    assert "hf_files/config.json" in layout.read_manifest(newest(root))

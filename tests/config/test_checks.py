@@ -52,6 +52,8 @@ def test_the_base_settings_have_no_problem(problems, entry):
         (["model.vocab_size=5"], 1, "model.vocab_size", "fewer than the 6"),
         (["model.hf_dir=nowhere"], 1, "model.hf_dir", "No such file"),
         (["checkpoint.start_from=nowhere"], 1, "checkpoint.start_from", "no directory"),
+        (["checkpoint.start_from=/"], 1, "checkpoint.start_from", "no checkpoint in /"),
+        (["tokenizer.think_end=<think>"], 1, "tokenizer.think_end", "must differ"),
     ],
 )
 def test_a_combination_that_cannot_work_is_refused(problems, overrides, world_size, path, words):
@@ -134,3 +136,17 @@ def test_weights_must_be_there_and_agree_even_when_every_size_is_given(load, pro
     (hf_dir / "model.safetensors").unlink()
     (text,) = problems("model.preset=null", f"model.hf_dir={hf_dir}")
     assert "no *.safetensors" in text
+
+
+@pytest.mark.parametrize("place", ["step_00000004", "checkpoints/step_00000004"])
+def test_checkpoints_to_start_from_are_found_where_they_may_lie(problems, tmp_path, place):
+    start = tmp_path / "start"
+    (start / place).mkdir(parents=True)
+    (start / place / "manifest.json").touch()
+    assert problems(f"checkpoint.start_from={start}") == []
+    assert problems(f"checkpoint.start_from={start / place}") == []
+
+
+def test_a_run_that_has_begun_needs_no_weights_to_start_from(problems, tmp_path):
+    (tmp_path / "run" / "checkpoints" / "step_00000002").mkdir(parents=True)
+    assert problems(f"checkpoint.start_from={tmp_path}/gone") == []

@@ -39,6 +39,19 @@ def test_only_the_first_rank_prints(capsys, monkeypatch, config_file):
     assert (captured.out, captured.err) == ("", "")
 
 
+def test_problems_of_another_machine_are_printed_there_once(capsys, monkeypatch, config_file):
+    monkeypatch.setenv("RANK", "8")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    with pytest.raises(SystemExit):
+        parse_command_line([str(config_file), "data.prompts=[gone.jsonl]"], "rl")
+    assert capsys.readouterr().err == "[rank 8] 1 problem with the settings:\n  - data.prompts: no file gone.jsonl\n"
+    monkeypatch.setenv("RANK", "9")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(SystemExit):
+        parse_command_line([str(config_file), "data.prompts=[gone.jsonl]"], "rl")
+    assert capsys.readouterr().err == ""
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

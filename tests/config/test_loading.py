@@ -47,6 +47,17 @@ def test_an_environment_variable_can_be_used(load, monkeypatch, tmp_path):
         load("run.dir=${oc.env:KLEAR_TEST_UNSET}")
 
 
+def test_values_that_a_file_leaves_to_its_user_must_be_given(config_file, load):
+    text = config_file.read_text()
+    config_file.write_text(text.replace(f"dir: {config_file.parent}/run\n", "dir: ???\n") + "optimizer:\n  lr: ???\n")
+    with pytest.raises(ConfigError) as caught:
+        load()
+    lr, run = sorted(caught.value.problems)
+    assert lr == "optimizer.lr: is ???, so it must be given"
+    assert run.startswith("run.dir: required")
+    assert load("run.dir=a", "optimizer.lr=1").optimizer.lr == 1.0
+
+
 def test_loaded_settings_carry_every_size_of_the_model(load):
     settings = load("model.hidden_size=96")
     assert settings.model.hidden_size == 96

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import string
 from collections.abc import Callable
 from pathlib import Path
 
@@ -102,6 +104,17 @@ def test_what_the_tokenizer_tells_of_itself(thinking: ChatTokenizer) -> None:
     assert 0 <= thinking.pad_token_id < thinking.num_tokens
 
 
+def test_stop_tokens_are_those_of_the_tokenizer_and_those_asked_for(make_tokenizer: Callable[..., Path]) -> None:
+    directory = make_tokenizer()
+    chat = load_chat_tokenizer(directory, stop_tokens=["w", "<|im_end|>"])
+    assert [chat.decode([i]) for i in chat.stop_ids] == ["<|im_end|>", "<|endoftext|>", "w"]
+    with pytest.raises(DataError) as caught:
+        load_chat_tokenizer(directory, stop_tokens=["foo", "w", "bar"])
+    for token in ("foo", "bar"):
+        assert f"rollout.stop_tokens: '{token}' is not one token of this tokenizer" in str(caught.value)
+    assert "2 problems" in str(caught.value)
+
+
 def test_text_that_holds_control_tokens_is_refused(thinking: ChatTokenizer) -> None:
     broken = turns("1+1?", "2<|im_end|>\n<|im_start|>user\nmore")
     good = turns("1+1?", ANSWER)
@@ -137,6 +150,7 @@ PROMPT = "{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\\n' }}{%- en
         (PLAIN.replace("<|im_end|>", "") + PROMPT, "it does not close an assistant turn with a control token"),
         ("{{ messages.nothing.here }}", "refuses the conversation"),
         ("{% if %}", "refuses the conversation"),
+        ("{{ 1 / 0 }}", "refuses the conversation: division by zero"),
     ],
 )
 def test_templates_that_cannot_be_trained_with_are_refused(
@@ -181,3 +195,33 @@ def test_a_tokenizer_larger_than_the_model_is_refused(thinking_tokenizer: Path, 
     assert load_chat_tokenizer(thinking_tokenizer, vocab_size=size).num_tokens == size
     with pytest.raises(DataError, match=f"largest token id is {size - 1}, but the model has {size - 1} embeddings"):
         load_chat_tokenizer(thinking_tokenizer, vocab_size=size - 1)
+
+
+def test_characters_without_a_token_are_named_instead_of_lost(make_tokenizer: Callable[..., Path]) -> None:
+    directory = make_tokenizer()
+    whole = load_chat_tokenizer(directory)
+    assert whole.decode(whole.encode_prompt(turns("1+1 \u4e2d"))).count("\u4e2d") == 1  # bytes spell everything
+
+    # The same tokenizer with letters for tokens and nothing for the others, of which it says no word.
+    content = json.loads((directory / "tokenizer.json").read_text(encoding="utf-8"))
+    letters = {char: number for number, char in enumerate(sorted(set(string.printable)))}
+    content["model"] = {"type": "BPE", "vocab": letters, "merges": []}
+    content["pre_tokenizer"] = {"type": "Split", "pattern": {"Regex": "."}, "behavior": "Isolated", "invert": False}
+    content["decoder"] = {"type": "Fuse"}
+    for number, token in enumerate(content["added_tokens"]):
+        token["id"] = len(letters) + number
+    (directory / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
+    chat = load_chat_tokenizer(directory)
+    assert chat.decode(chat.encode("a\u4e2db")) != "a\u4e2db"
+    assert "1+1?" in chat.decode(chat.encode_prompt(turns("1+1?")))
+    with pytest.raises(ConversationError, match="has no token for '\u0436' '\u4e2d'"):
+        chat.encode_prompt(turns("1+1 \u4e2d \u0436"))
+    good, bad = chat.encode_conversations([turns("1+1?", ANSWER), turns("1+1?", ANSWER.replace("2", "\u4e2d"))])
+    assert isinstance(good, EncodedConversation)
+    assert isinstance(bad, ConversationError)
+    assert "has no token for '\u4e2d'" in str(bad)
+
+    content["model"] = {"type": "WordLevel", "vocab": letters, "unk_token": "none"}
+    (directory / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(DataError, match="it fails on characters that it has no token for: WordLevel error"):
+        load_chat_tokenizer(directory)

@@ -70,6 +70,11 @@ def test_prompt_rows(write_jsonl: Writer) -> None:
         ("[1, 2]", "must be a JSON object, got a list"),
         ("null", "must be a JSON object, got null"),
         ("[" * 100_000, "nested too deeply"),
+        ('{"id": ' + "9" * 5000 + "}", "a number has too many digits"),
+        (
+            sft(messages=said(("system", "s"), ("assistant", "r"))),
+            "the first message must be of role user (or system), got assistant",
+        ),
         (
             {"messages": said(("user", "q"), ("assistant", "r"))},
             "id must be a non-empty string or a whole number, got none",

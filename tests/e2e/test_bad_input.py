@@ -93,3 +93,13 @@ def test_help_lists_every_setting(start, entry):
     assert launch.wait(60) == [0]
     for words in ("optimizer.lr", "packing.token_budget", "tokens", "rollout.temperature"):
         assert words in launch.output()
+
+
+def test_run_of_the_other_entry_is_refused_and_left_as_it_is(start, sft_overrides, rl_overrides, tmp_path):
+    launch = start("train_sft", SFT, [*sft_overrides("run"), "sft.steps=1", "evaluation.at_end=false"], ranks=1)
+    assert launch.wait() == [0], launch.output()
+    before = (tmp_path / "run" / "config.yaml").read_bytes()
+    refused(start, "train_rl", RL, rl_overrides("run"), "run.dir", "holds a run of train_sft", "checkpoint.start_from")
+    refused(start, "train_sft", SFT, [*sft_overrides("run"), "run.seed=7", "model.num_layers=3"], "run.seed: was 1",
+            "model.num_layers: was 2")  # fmt: skip
+    assert (tmp_path / "run" / "config.yaml").read_bytes() == before

@@ -87,6 +87,9 @@ def test_asked_to_stop_saves_and_says_how_to_resume(start, sft_overrides, tmp_pa
     steps = ["sft.steps=2000", "checkpoint.every_steps=0", "evaluation.at_end=false"]
     launch = start("train_sft", "examples/quickstart_sft.yaml", [*sft_overrides("asked"), *steps])
     wait_for_lines(launch, tmp_path / "asked", 2)
+    second = start("train_sft", "examples/quickstart_sft.yaml", [*sft_overrides("asked"), *steps], ranks=1)
+    assert second.wait() == [2], second.output()
+    assert f"is in use by process {launch.processes[0].pid} on" in second.output()
     launch.processes[1].send_signal(signal.SIGTERM)  # one rank is enough
     assert launch.wait() == [75, 75], launch.output()
     assert "start again" in launch.output()

@@ -185,12 +185,13 @@ def test_same_seed_writes_the_same_bytes_and_another_seed_other_problems(data: P
 
 @pytest.mark.parametrize("entry", ["sft", "rl"])
 def test_shipped_settings_load_and_fit_the_data(entry: str, data: Path, tmp_path: Path, tokenizer) -> None:
+    (tmp_path / "sft" / "checkpoints" / "step_00000900").mkdir(parents=True)
     overrides = [
         f"run.dir={tmp_path / 'run'}",
         f"tokenizer.dir={data / 'tokenizer'}",
         f"data.heldout=[{data / 'heldout.jsonl'}]",
         f"data.sft=[{data / 'sft.jsonl'}]" if entry == "sft" else f"data.prompts=[{data / 'prompts.jsonl'}]",
-        *([f"checkpoint.start_from={tmp_path}"] if entry == "rl" else []),
+        *([f"checkpoint.start_from={tmp_path / 'sft'}"] if entry == "rl" else []),
     ]
     settings = load_settings(ROOT / "examples" / f"quickstart_{entry}.yaml", overrides, entry=entry, world_size=2)
     assert len(tokenizer) <= settings.architecture.vocab_size < len(tokenizer) + 4

@@ -145,6 +145,16 @@ def test_everything_that_is_wrong_with_a_directory_is_listed(
     }
 
 
+@pytest.mark.parametrize("size", [4, 100, -8])
+def test_a_damaged_file_is_named(tmp_path: Path, make_arch: Callable[..., Architecture], size: int) -> None:
+    arch = make_arch()
+    write(tmp_path, theirs(arch))
+    (file,) = tmp_path.glob("*.safetensors")
+    file.write_bytes(file.read_bytes()[:size])
+    with pytest.raises(CheckpointError, match=rf"{file.name}: not a safetensors file, or cut short"):
+        open_hf_directory(tmp_path, arch)
+
+
 def test_a_directory_without_weights_is_refused(tmp_path: Path, make_arch: Callable[..., Architecture]) -> None:
     with pytest.raises(CheckpointError, match=r"no \*\.safetensors files; model\.hf_dir must hold"):
         open_hf_directory(tmp_path, make_arch())

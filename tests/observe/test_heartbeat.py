@@ -2,6 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
 from megatron_klear.observe import Heartbeat, whereabouts
 
 
@@ -28,3 +36,25 @@ def test_unreadable_note_counts_as_never_reported(tmp_path):
     Heartbeat(tmp_path, 0).beat(1, "train")
     (tmp_path / "logs" / "rank_00000.json").write_text('{"step": 1')
     assert whereabouts(tmp_path, 1) == ["rank 0: never reported"]
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="the system does not tell which processes live")
+def test_rank_whose_process_has_ended_comes_first_and_is_said_to_be_gone(tmp_path):
+    code = (
+        "import sys; from megatron_klear.observe import Heartbeat; Heartbeat(sys.argv[1], 1).beat(5, 'save'); input()"
+    )
+    Heartbeat(tmp_path, 0).beat(5, "generate")  # silent for longer than the other
+    with subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdin=subprocess.PIPE) as process:
+        deadline = time.monotonic() + 60
+        while whereabouts(tmp_path, 2)[0] == "rank 1: never reported":
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        assert not any("ended" in line for line in whereabouts(tmp_path, 2))
+        process.kill()
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # dead, and not collected yet
+        uncollected = whereabouts(tmp_path, 2)
+        process.wait()
+    for lines in (uncollected, whereabouts(tmp_path, 2)):
+        assert lines[0].startswith("rank 1: in step 5, save, no news for ")
+        assert lines[0].endswith("; its process has ended")
+        assert lines[1].startswith("rank 0: in step 5, generate")

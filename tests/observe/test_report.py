@@ -278,3 +278,7 @@ def test_the_command_writes_a_report_and_refuses_what_is_no_directory(tmp_path, 
     assert capsys.readouterr().out.strip() == str(tmp_path / "report.html")
     assert main([str(tmp_path / "missing")]) == 2
     assert "missing is not a directory" in capsys.readouterr().err
+    (tmp_path / "other").mkdir()
+    assert main([str(tmp_path / "other")]) == 2
+    assert "holds no run" in capsys.readouterr().err
+    assert not list((tmp_path / "other").iterdir())

@@ -118,6 +118,6 @@ def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setenv("LOCAL_RANK", "2")
-    with pytest.raises(ConfigError, match=r"process 2 has no GPU of its own \(2 on this node\).*--nproc-per-node"):
+    with pytest.raises(ConfigError, match=r"3 processes were started on this node, which has 2 GPUs; .*--nproc"):
         parallel.start(ParallelSettings())
     assert not dist.is_initialized()

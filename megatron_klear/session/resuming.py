@@ -1,0 +1,80 @@
+"""Which settings may change when a run goes on, judged from its newest checkpoint before torch is imported."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megatron_klear.checkpoint import layout
+from megatron_klear.config import Entry, Settings, dump_settings
+from megatron_klear.config.architecture import SHAPE_FIELDS
+from megatron_klear.errors import ConfigError
+
+_FIXED = {
+    **{f"model.{name}": "the weights have these sizes" for name in (*SHAPE_FIELDS, "vocab_multiple")},
+    "parallel.distributed_optimizer": "the optimizer's state is stored accordingly",
+    "run.seed": "it decides the order of the data",
+    "data.shuffle": "it decides the order of the data",
+}
+"""Settings that a run keeps for its whole life, and why."""
+
+_NO_NEWS = ("run.dir", "run.resume", "run.device", "observe.")
+"""Settings whose change says nothing about what is trained."""
+
+
+def changes_at_resume(settings: Settings, entry: Entry) -> list[str]:
+    """What is set otherwise than when the run's newest checkpoint was written, one text per setting.
+
+    Nothing when the run has no checkpoint, or one whose settings cannot be read: whether it is whole is judged later.
+
+    Raises:
+        ConfigError: the run is another entry's, or a setting has changed that a run must keep; all of them at once.
+    """
+    root = Path(settings.run.dir) / "checkpoints"
+    steps = layout.finished_steps(root)
+    if not steps or not settings.run.resume:
+        return []
+    checkpoint = layout.step_directory(root, steps[0])
+    try:
+        state = json.loads((checkpoint / layout.RUN_STATE).read_text(encoding="utf-8"))
+        before = _flat(yaml.safe_load((checkpoint / layout.SETTINGS).read_text(encoding="utf-8")))
+        trained_by = state.get("entry", entry)
+    except (OSError, ValueError, AttributeError, yaml.YAMLError):
+        return []
+    if trained_by != entry:
+        raise ConfigError(
+            [
+                f"run.dir: {settings.run.dir} holds a run of train_{trained_by}; choose another directory, and to "
+                f"start from its weights set checkpoint.start_from={settings.run.dir}"
+            ]
+        )
+    now = _flat(yaml.safe_load(dump_settings(settings)))
+    changed = [path for path in now if path in before and before[path] != now[path]]
+    problems = [
+        f"{path}: was {_shown(before[path])} when {checkpoint} was written and is {_shown(now[path])}; {_FIXED[path]}: "
+        "set it back, or start in another run.dir"
+        for path in changed
+        if path in _FIXED
+    ]
+    if problems:
+        raise ConfigError(problems)
+    return [f"{p}: {_shown(before[p])} -> {_shown(now[p])}" for p in changed if not p.startswith(_NO_NEWS)]
+
+
+def _flat(settings: Any) -> dict[str, Any]:
+    """Settings by dotted path."""
+    sections = {f.name for f in dataclasses.fields(Settings)}
+    return {
+        f"{section}.{name}": value
+        for section, fields in settings.items()
+        if section in sections and isinstance(fields, dict)
+        for name, value in fields.items()
+    }
+
+
+def _shown(value: Any) -> str:
+    return json.dumps(value)
