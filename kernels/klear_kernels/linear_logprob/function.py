@@ -76,7 +76,7 @@ def linear_logprob(
         with_entropy=with_entropy,
         chunk_tokens=chunk_tokens,
         ignore_index=ignore_index,
-        backend=choose_backend("linear_logprob", backend, hidden.device),
+        backend=choose_backend("linear_logprob", backend, hidden.device, hidden.dtype),
     )
     return LogprobOutput(*_LinearLogprob.apply(hidden, weight, labels, options))
 

@@ -99,7 +99,7 @@ def linear_policy_loss(
         with_entropy=with_entropy,
         chunk_tokens=chunk_tokens,
         ignore_index=ignore_index,
-        backend=choose_backend("linear_policy_loss", backend, hidden.device),
+        backend=choose_backend("linear_policy_loss", backend, hidden.device, hidden.dtype),
     )
     terms = PolicyTerms(
         old_logprobs=old_logprobs,
