@@ -15,6 +15,8 @@ from types import ModuleType
 
 import torch
 
+from klear_kernels import cuda_extension
+
 Refusal = Callable[[torch.device, torch.dtype], str | None]
 """Says why a backend cannot run on a device with inputs of a dtype; None where it can."""
 
@@ -38,6 +40,17 @@ def _triton_refusal(device: torch.device, dtype: torch.dtype) -> str | None:
     return _triton_import_error()
 
 
+def _cuda_refusal(device: torch.device, dtype: torch.dtype) -> str | None:
+    if dtype != torch.bfloat16:
+        return f"it multiplies bfloat16, the inputs are {str(dtype).removeprefix('torch.')}"
+    if device.type != "cuda":
+        return f"it runs on cuda devices, the inputs are on {device.type}"
+    major, minor = torch.cuda.get_device_capability(device)
+    if major != 9:
+        return f"it is compiled for compute capability 9.0, the device has {major}.{minor}"
+    return cuda_extension.import_error()
+
+
 def interpreting_triton() -> bool:
     """Whether triton kernels are interpreted, on CPU tensors; slow, for tests."""
     return os.environ.get("TRITON_INTERPRET") == "1"
@@ -54,7 +67,7 @@ def _triton_import_error() -> str | None:
 
 _BACKENDS: dict[str, dict[str, Refusal]] = {
     "linear_logprob": {"triton": _triton_refusal, "torch": _torch_refusal},
-    "linear_policy_loss": {"triton": _triton_refusal, "torch": _torch_refusal},
+    "linear_policy_loss": {"triton": _triton_refusal, "cuda": _cuda_refusal, "torch": _torch_refusal},
 }
 """The preferred one first; on a CPU, where only the interpreter runs others, torch always is."""
 

@@ -75,7 +75,10 @@ class HiddenGradient:
 
     def add(self, chunk: slice, logit_gradient: torch.Tensor) -> None:
         """Add the rows of a chunk, given [C, valid_rows] gradients of the raw logits in the compute dtype."""
-        rows = self._product(logit_gradient)
+        self.add_rows(chunk, self._product(logit_gradient))
+
+    def add_rows(self, chunk: slice, rows: torch.Tensor) -> None:
+        """Add the rows of a chunk, given this shard's part of them, [C, H] in the compute dtype; may overwrite it."""
         if not self._scatter_at_end:
             self._problem.options.shard.sum_(rows)
         self._gradient.index_copy_(0, self._problem.rows[chunk], rows.to(self._gradient.dtype))

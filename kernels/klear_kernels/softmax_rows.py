@@ -75,6 +75,24 @@ class RowStatistics:
             entropy=columns[4] if problem.options.with_entropy else None,
         )
 
+    @classmethod
+    def of_sums(cls, row_max: torch.Tensor, sums: torch.Tensor, with_entropy: bool) -> RowStatistics:
+        """The statistics of [C] row maxima and [4, C] sums, both over all shards.
+
+        Rows of `sums`: R with all maxima but one per shard that holds some, how many were left out, z_y - m,
+        sum e (z - m).
+        """
+        rest, count, label_gap, weighted = sums
+        rest = rest + (count - 1.0)
+        log_sum = torch.log1p(rest)
+        return cls(
+            row_max=row_max,
+            log_sum=log_sum,
+            label_complement=(rest - torch.expm1(label_gap)) / (1.0 + rest),
+            logprobs=label_gap - log_sum,
+            entropy=log_sum - weighted / (1.0 + rest) if with_entropy else None,
+        )
+
     def write(self, chunk: slice, part: RowStatistics) -> None:
         """Fill in the rows of a chunk."""
         for whole, piece in zip(self.tensors(), part.tensors(), strict=True):
@@ -122,16 +140,7 @@ def exponentiate_(logits: torch.Tensor, labels: torch.Tensor, problem: HeadProbl
             sums[0, part], sums[3, part] = _exponentiate_part_(
                 logits[part], row_max[part], top_column[part], is_top[part], problem.options.with_entropy
             )
-    rest, count, label_gap, weighted = shard.sum_(sums)
-    rest = rest + (count - 1.0)
-    log_sum = torch.log1p(rest)
-    return RowStatistics(
-        row_max=row_max,
-        log_sum=log_sum,
-        label_complement=(rest - torch.expm1(label_gap)) / (1.0 + rest),
-        logprobs=label_gap - log_sum,
-        entropy=log_sum - weighted / (1.0 + rest) if problem.options.with_entropy else None,
-    )
+    return RowStatistics.of_sums(row_max, shard.sum_(sums), problem.options.with_entropy)
 
 
 def logprob_gradient_(
@@ -144,7 +153,7 @@ def logprob_gradient_(
     grad = grad / problem.options.temperature
     if exponentials.shape[1] > 0:
         exponentials.mul_((-grad * torch.exp(-rows.log_sum)).unsqueeze(1))
-        _set_label_columns_(exponentials, labels, grad * rows.label_complement, problem)
+        set_label_columns_(exponentials, labels, grad * rows.label_complement, problem)
     return exponentials
 
 
@@ -174,7 +183,7 @@ def row_gradient_(
         values.add_(rows.entropy[part].unsqueeze(1)).mul_(-h[part].unsqueeze(1)).sub_(g[part].unsqueeze(1))
         values.mul_(probabilities)
     label_entropy = torch.exp(rows.logprobs) * (rows.logprobs + rows.entropy)
-    _set_label_columns_(logits, labels, g * rows.label_complement - h * label_entropy, problem)
+    set_label_columns_(logits, labels, g * rows.label_complement - h * label_entropy, problem)
     return logits
 
 
@@ -204,9 +213,10 @@ def _label_columns(labels: torch.Tensor, problem: HeadProblem) -> tuple[torch.Te
     return local.clamp(0, last).unsqueeze(1), (local >= 0) & (local <= last)
 
 
-def _set_label_columns_(
+def set_label_columns_(
     values: torch.Tensor, labels: torch.Tensor, at_label: torch.Tensor, problem: HeadProblem
 ) -> None:
+    """Replace the entry [i, labels[i]] of [C, valid_rows] values by at_label[i] where the word is in this shard."""
     column, is_here = _label_columns(labels, problem)
     kept = values.gather(1, column).squeeze(1)
     values.scatter_(1, column, torch.where(is_here, at_label, kept).unsqueeze(1))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import shutil
 import subprocess
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -46,10 +47,11 @@ class EmulatedCuda:
         self._library: Any = ctypes.CDLL(str(library))
         for name in ("row_pass", "logits_product", "hidden_product", "add_weight_product"):
             getattr(self._library, name).restype = ctypes.c_char_p
-        self.calls: list[str] = []
+        self._one_at_a_time = threading.Lock()  # the fibers know one running cluster
 
-    def _done(self, name: str, error: bytes | None) -> None:
-        self.calls.append(name)
+    def _call(self, name: str, *arguments: Any) -> None:
+        with self._one_at_a_time:
+            error: bytes | None = getattr(self._library, name)(*arguments)
         if error is not None:
             raise RuntimeError(f"{name}: {error.decode()}")
 
@@ -60,19 +62,20 @@ class EmulatedCuda:
         assert hidden.dtype == weight.dtype == torch.bfloat16
         assert rows.dtype == torch.float32
         shape = self._shape(rows, weight.shape[0], weight.shape[1])
-        error = self._library.logits_product(
-            *shape, _pointer(hidden), _pointer(weight), ctypes.c_float(scale), _pointer(rows)
-        )
-        self._done("logits_product", error)
+        self._call("logits_product", *shape, _pointer(hidden), _pointer(weight), ctypes.c_float(scale), _pointer(rows))
 
     def row_pass(
         self, rows: torch.Tensor, words: int, labels: torch.Tensor, write: bool
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         assert rows.dtype == torch.float32
         assert labels.dtype == torch.int64
-        row_max, label_gap = rows.new_full((rows.shape[0],), float("nan")), rows.new_full((rows.shape[0],), float("nan"))
+        row_max, label_gap = (
+            rows.new_full((rows.shape[0],), float("nan")),
+            rows.new_full((rows.shape[0],), float("nan")),
+        )
         partials = rows.new_full((rows.shape[0], self.row_pass_blocks(words), 3), float("nan"))
-        error = self._library.row_pass(
+        self._call(
+            "row_pass",
             _pointer(rows),
             ctypes.c_int64(rows.shape[1]),
             ctypes.c_int64(rows.shape[0]),
@@ -80,22 +83,20 @@ class EmulatedCuda:
             *(_pointer(tensor) for tensor in (labels, row_max, label_gap, partials)),
             ctypes.c_int(write),
         )
-        self._done("row_pass", error)
         return row_max, label_gap, partials
 
     def hidden_product(self, rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         assert weight.dtype == torch.bfloat16
         out = rows.new_full((rows.shape[0], weight.shape[1]), float("nan"))
         shape = self._shape(rows, weight.shape[0], weight.shape[1])
-        self._done("hidden_product", self._library.hidden_product(*shape, *map(_pointer, (rows, weight, out))))
+        self._call("hidden_product", *shape, *map(_pointer, (rows, weight, out)))
         return out
 
     def add_weight_product(self, gradient: torch.Tensor, rows: torch.Tensor, scaled_hidden: torch.Tensor) -> None:
         assert scaled_hidden.dtype == torch.bfloat16
         assert gradient.dtype == torch.float32
         shape = self._shape(rows, gradient.shape[0], gradient.shape[1])
-        error = self._library.add_weight_product(*shape, *map(_pointer, (rows, scaled_hidden, gradient)))
-        self._done("add_weight_product", error)
+        self._call("add_weight_product", *shape, *map(_pointer, (rows, scaled_hidden, gradient)))
 
     @staticmethod
     def _shape(rows: torch.Tensor, words: int, hidden_size: int) -> tuple[Any, ...]:
