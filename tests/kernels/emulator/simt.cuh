@@ -5,6 +5,7 @@
 // `launch` says so. What it cannot show: timing, memory ordering between barriers, the hardware's rounding of exp.
 #pragma once
 
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <cmath>
@@ -37,8 +38,11 @@ struct Barrier {
   }
 };
 
+// Entered once through `context`; from then on by _setjmp and _longjmp, which make no system call.
 struct Fiber {
   ucontext_t context;
+  jmp_buf jump;
+  bool started = false;
   int block = 0, thread = 0;
   bool done = false;
   const Barrier* waits_for = nullptr;
@@ -54,7 +58,7 @@ struct Cluster {
   std::vector<std::vector<char>> shared;
   std::vector<float> exchange;  // one slot per thread
   std::vector<Fiber> fibers;
-  ucontext_t scheduler;
+  jmp_buf scheduler;
   Fiber* current = nullptr;
   std::function<void()> body;
 };
@@ -64,12 +68,24 @@ inline Cluster*& running() {
   return cluster;
 }
 
+inline void suspend(Fiber& fiber) {
+  if (_setjmp(fiber.jump) == 0) _longjmp(running()->scheduler, 1);
+}
+
+inline void resume(Fiber& fiber) {
+  running()->current = &fiber;
+  if (_setjmp(running()->scheduler) != 0) return;
+  if (fiber.started) _longjmp(fiber.jump, 1);
+  fiber.started = true;
+  setcontext(&fiber.context);
+}
+
 inline void wait(const Barrier& barrier, int64_t generation) {
   Fiber* fiber = running()->current;
   while (barrier.generation == generation) {
     fiber->waits_for = &barrier;
     fiber->generation = generation;
-    swapcontext(&fiber->context, &running()->scheduler);
+    suspend(*fiber);
   }
   fiber->waits_for = nullptr;
 }
@@ -132,7 +148,7 @@ inline float infinity() { return std::numeric_limits<float>::infinity(); }
 inline void enter() {
   running()->body();
   running()->current->done = true;
-  swapcontext(&running()->current->context, &running()->scheduler);
+  suspend(*running()->current);
 }
 
 // Let every thread run until all are done; false where all wait and none can go on.
@@ -144,8 +160,7 @@ inline bool run(Cluster& cluster) {
       all_done = false;
       if (fiber.waits_for != nullptr && fiber.waits_for->generation == fiber.generation) continue;
       moved = true;
-      cluster.current = &fiber;
-      swapcontext(&cluster.scheduler, &fiber.context);
+      resume(fiber);
     }
     if (all_done) return true;
     if (!moved) return false;
