@@ -72,6 +72,11 @@ _BACKENDS: dict[str, dict[str, Refusal]] = {
 """The preferred one first; on a CPU, where only the interpreter runs others, torch always is."""
 
 
+def backend_names(operation: str) -> tuple[str, ...]:
+    """Every backend of an operation, whether it can run here or not, the preferred one first."""
+    return tuple(_BACKENDS[operation])
+
+
 def backend_refusal(operation: str, name: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """Why a backend of an operation cannot run on `device` with `dtype` inputs, None where it can."""
     return _BACKENDS[operation][name](device, dtype)

@@ -1,4 +1,4 @@
-"""The compiled CUDA C++ part, `klear_kernels._cuda`: there only where it could be built when the package was installed."""
+"""The compiled CUDA C++ part, `klear_kernels._cuda`: there only where it could be built at installation."""
 
 from __future__ import annotations
 
