@@ -100,7 +100,9 @@ def matrix_descriptor(matrix: torch.Tensor, block: tuple[int, int]) -> TensorDes
 
 
 @triton.jit
-def tile_position(tile, num_rows, num_words, BLOCK_ROWS: tl.constexpr, BLOCK_WORDS: tl.constexpr, GROUP_ROWS: tl.constexpr):
+def tile_position(
+    tile, num_rows, num_words, BLOCK_ROWS: tl.constexpr, BLOCK_WORDS: tl.constexpr, GROUP_ROWS: tl.constexpr
+):
     """Block of tokens and block of words of a tile; GROUP_ROWS blocks of tokens go along the vocabulary together."""
     row_blocks = tl.cdiv(num_rows, BLOCK_ROWS)
     tiles_per_group = GROUP_ROWS * tl.cdiv(num_words, BLOCK_WORDS)

@@ -48,6 +48,11 @@ def gradients(output: LogprobOutput, inputs: tuple[torch.Tensor, ...], *upstream
     return [gradient.double() for gradient in torch.autograd.grad(total, inputs, retain_graph=True)]
 
 
+def exact_copies(*inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """float64 leaves of the same values, so that their gradients are not rounded either."""
+    return tuple(tensor.detach().double().requires_grad_() for tensor in inputs)
+
+
 def rounded_gradients(
     hidden: torch.Tensor,
     weight: torch.Tensor,
@@ -85,14 +90,15 @@ def test_values_and_gradients(
     hidden, weight, labels = make_inputs(triton_device, tokens, words, size)
     labels[0] = words - 1
     got = run(hidden, weight, labels, temperature=temperature)
-    want = reference_logprob(hidden, weight, labels, temperature=temperature)
+    exact_inputs = exact_copies(hidden, weight)
+    want = reference_logprob(*exact_inputs, labels, temperature=temperature)
     for ours, theirs in zip(got, want, strict=True):
         assert ours.dtype == torch.float32
         torch.testing.assert_close(ours.double(), theirs, rtol=1e-5, atol=1e-5)
     upstream = upstream_for(tokens, triton_device)
     for columns in (upstream, upstream[:1]):
         base = rounded_gradients(hidden, weight, labels, columns, temperature)
-        ours, theirs = (gradients(output, (hidden, weight), *columns) for output in (got, want))
+        ours, theirs = gradients(got, (hidden, weight), *columns), gradients(want, exact_inputs, *columns)
         for mine, rounded, exact in zip(ours, base, theirs, strict=True):
             assert relative_error(mine, exact) <= 1.5 * relative_error(rounded, exact)
 
@@ -113,9 +119,10 @@ def test_ragged_vocabularies_by_hand(triton_device: torch.device, words: int) ->
 def test_what_lies_behind_the_valid_rows_is_never_read(triton_device: torch.device) -> None:
     hidden, weight, labels = make_inputs(triton_device, tokens=40, words=70)
     labels = torch.where(labels >= 53, 52, labels)
-    want = reference_logprob(hidden, weight, labels, vocab_size=53)
+    exact_inputs = exact_copies(hidden, weight)
+    want = reference_logprob(*exact_inputs, labels, vocab_size=53)
     upstream = upstream_for(40, triton_device)
-    want_gradients = gradients(want, (hidden, weight), *upstream)
+    want_gradients = gradients(want, exact_inputs, *upstream)
     with torch.no_grad():
         weight[53:] = float("nan")  # padded vocabulary
         hidden[labels == IGNORED] = float("nan")  # and tokens that are not computed
@@ -159,11 +166,12 @@ def test_confident_tokens_keep_their_relative_precision(triton_device: torch.dev
     labels = torch.full((17,), 17, device=triton_device)
     hidden = hidden.bfloat16().to(triton_device).requires_grad_()
     weight = weight.bfloat16().to(triton_device).requires_grad_()
-    got, want = run(hidden, weight, labels), reference_logprob(hidden, weight, labels)
+    exact_inputs = exact_copies(hidden, weight)
+    got, want = run(hidden, weight, labels), reference_logprob(*exact_inputs, labels)
     torch.testing.assert_close(got.logprobs.double(), want.logprobs, rtol=3e-5, atol=0.0)
     torch.testing.assert_close(got.entropy.double(), want.entropy, rtol=3e-5, atol=0.0)
     ones = torch.ones(17, device=triton_device)
-    ours, theirs = (gradients(output, (hidden,), ones)[0] for output in (got, want))
+    ours, theirs = gradients(got, (hidden,), ones)[0], gradients(want, exact_inputs[:1], ones)[0]
     worst_row = ((ours - theirs).norm(dim=1) / theirs.norm(dim=1)).max()
     assert float(worst_row) <= 2 * 2.0**-9  # the gradient of the logits and the result, each rounded once
 
@@ -174,11 +182,12 @@ def test_far_from_zero_logits(triton_device: torch.device, offset: float) -> Non
     with torch.no_grad():
         hidden[:, 0] = 1.0
         weight[:, 0] = offset
-    got, want = run(hidden, weight, labels), reference_logprob(hidden, weight, labels)
+    exact_inputs = exact_copies(hidden, weight)
+    got, want = run(hidden, weight, labels), reference_logprob(*exact_inputs, labels)
     rounding = 8 * abs(offset) * 2.0**-23  # float32 logits of that size, and their powers of two
     torch.testing.assert_close(got.logprobs.double(), want.logprobs, rtol=1e-5, atol=rounding + 1e-5)
     ones = torch.ones(18, device=triton_device)
-    ours, theirs = (gradients(output, (hidden, weight), ones) for output in (got, want))
+    ours, theirs = gradients(got, (hidden, weight), ones), gradients(want, exact_inputs, ones)
     for mine, exact in zip(ours, theirs, strict=True):
         assert bool(mine.isfinite().all())
         assert relative_error(mine[:, 1:], exact[:, 1:]) < rounding + 2 * 2.0**-9
@@ -188,12 +197,11 @@ def test_improbable_label_and_vocabulary_of_one_word(triton_device: torch.device
     hidden = torch.tensor([[1.0]], dtype=torch.bfloat16, device=triton_device, requires_grad=True)
     weight = torch.tensor([[0.0], [-500.0], [-1.0]], dtype=torch.bfloat16, device=triton_device, requires_grad=True)
     label = torch.tensor([1], device=triton_device)
-    got, want = run(hidden, weight, label), reference_logprob(hidden, weight, label)
+    exact_inputs = exact_copies(hidden, weight)
+    got, want = run(hidden, weight, label), reference_logprob(*exact_inputs, label)
     torch.testing.assert_close(got.logprobs.double(), want.logprobs, rtol=1e-6, atol=0.0)
     one = torch.ones(1, device=triton_device)
-    for mine, exact in zip(
-        gradients(got, (hidden, weight), one), gradients(want, (hidden, weight), one), strict=True
-    ):
+    for mine, exact in zip(gradients(got, (hidden, weight), one), gradients(want, exact_inputs, one), strict=True):
         assert relative_error(mine, exact) <= 2 * 2.0**-9
     alone = run(hidden, weight[:1], torch.tensor([0], device=triton_device))
     assert [column.tolist() for column in alone] == [[0.0], [0.0], [0.0]]
@@ -248,7 +256,8 @@ def test_tokens_without_upstream_cost_nothing_and_get_nothing(triton_device: tor
 def test_weight_gradient_into_main_grad(triton_device: torch.device) -> None:
     hidden, weight, labels = make_inputs(triton_device)
     upstream = upstream_for(45, triton_device)
-    want = gradients(reference_logprob(hidden, weight, labels), (hidden, weight), *upstream)[1]
+    exact_inputs = exact_copies(hidden, weight)
+    want = gradients(reference_logprob(*exact_inputs, labels), exact_inputs, *upstream)[1]
     weight.main_grad = torch.full(weight.shape, 0.5, device=triton_device)
     for _ in range(2):
         output = run(hidden, weight, labels, into_main_grad=True, chunk_tokens=16)
