@@ -66,7 +66,7 @@ def _triton_import_error() -> str | None:
 
 
 _BACKENDS: dict[str, dict[str, Refusal]] = {
-    "linear_logprob": {"triton": _triton_refusal, "torch": _torch_refusal},
+    "linear_logprob": {"triton": _triton_refusal, "cuda": _cuda_refusal, "torch": _torch_refusal},
     "linear_policy_loss": {"triton": _triton_refusal, "cuda": _cuda_refusal, "torch": _torch_refusal},
 }
 """The preferred one first; on a CPU, where only the interpreter runs others, torch always is."""

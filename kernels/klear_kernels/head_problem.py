@@ -63,14 +63,20 @@ class HeadProblem:
     def num_rows(self) -> int:
         return self.rows.shape[0]
 
-    def chunks(self) -> list[slice]:
-        """Slices of `rows`, equal on all tensor-parallel ranks."""
+    def chunks(self, *, word_bytes: float | None = None, budget_bytes: int | None = None) -> list[slice]:
+        """Slices of `rows`, equal on all tensor-parallel ranks.
+
+        Args:
+            word_bytes: bytes held per row and word of the shard; default one logit in the compute dtype.
+            budget_bytes: most bytes of a chunk; default by the device.
+        """
         return chunk_slices(
             self.num_rows,
             vocab_rows=self.options.shard.rows,
-            element_bytes=self.compute_dtype.itemsize,
+            word_bytes=self.compute_dtype.itemsize if word_bytes is None else word_bytes,
             device=self.hidden.device,
             chunk_tokens=self.options.chunk_tokens,
+            budget_bytes=budget_bytes,
         )
 
     def hidden_rows(self, chunk: slice) -> torch.Tensor:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -58,7 +58,7 @@ class Contestant:
 
     name: str
     kind: str
-    runs: dict[str, Run]
+    runs: Mapping[str, Run]
     executed_products: dict[str, int]
     package: str = ""
     missing: str | None = None
