@@ -44,6 +44,8 @@ class VocabShard:
         Raises:
             ValueError: the vocabulary does not fit the shards, or this process is not in the group.
         """
+        if group is not None and not (dist.is_available() and dist.is_initialized()):
+            raise ValueError("tp_group: got a group, but torch.distributed is not initialised")
         size = 1 if group is None else dist.get_world_size(group)
         rank = 0 if group is None else dist.get_rank(group)
         if rank < 0:

@@ -8,8 +8,9 @@ import torch
 import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
-from klear_kernels.backends import choose_backend, load_backend
-from klear_kernels.head_problem import HeadOptions, check_head_inputs, head_problem
+from klear_kernels.backends import load_backend
+from klear_kernels.group_agreement import same_on_all_ranks
+from klear_kernels.head_problem import HeadOptions, check_head_inputs, described, head_problem
 from klear_kernels.head_products import HeadGradients
 from klear_kernels.main_grad import MainGrad
 from klear_kernels.softmax_rows import RowStatistics
@@ -41,6 +42,7 @@ def linear_logprob(
     with_entropy: bool = True,
     chunk_tokens: int | None = None,
     ignore_index: int = -100,
+    softcap: float | None = None,
     into_main_grad: bool = False,
     backend: str | None = None,
 ) -> LogprobOutput:
@@ -62,28 +64,36 @@ def linear_logprob(
         chunk_tokens: most rows of logits to hold; default from a byte budget. Results do not depend on it
             beyond rounding.
         ignore_index: label of tokens to leave out: results 0, gradients exactly 0.
+        softcap: accepted so that it can be refused: capped logits are not computed here.
         into_main_grad: add the weight's gradient to `weight.main_grad` in place during the backward pass, as
             Megatron's own layers do, rather than return it.
         backend: name of a backend; default the best for the device and dtype.
 
     Raises:
         TypeError: a dtype other than the above.
-        ValueError: shapes, devices, labels or numbers that do not fit together.
+        ValueError: shapes, devices, labels or numbers that do not fit together; on the first call with a `tp_group`,
+            also what another of its ranks refused, or was given otherwise.
     """
-    options = check_head_inputs(
-        hidden,
-        weight,
-        labels,
-        tp_group=tp_group,
-        vocab_size=vocab_size,
-        temperature=temperature,
-        sequence_parallel=sequence_parallel,
-        with_entropy=with_entropy,
-        chunk_tokens=chunk_tokens,
-        ignore_index=ignore_index,
-        backend=choose_backend("linear_logprob", backend, hidden.device, hidden.dtype),
-    )
-    main_grad = MainGrad.of(weight) if into_main_grad else None
+    with same_on_all_ranks(
+        tp_group,
+        lambda: described(hidden, weight, labels, options, vocab_size=vocab_size, into_main_grad=into_main_grad),
+    ):
+        options = check_head_inputs(
+            hidden,
+            weight,
+            labels,
+            tp_group=tp_group,
+            vocab_size=vocab_size,
+            temperature=temperature,
+            sequence_parallel=sequence_parallel,
+            with_entropy=with_entropy,
+            chunk_tokens=chunk_tokens,
+            ignore_index=ignore_index,
+            softcap=softcap,
+            operation="linear_logprob",
+            backend=backend,
+        )
+        main_grad = MainGrad.of(weight) if into_main_grad else None
     return LogprobOutput(*_LinearLogprob.apply(hidden, weight, labels, options, main_grad))
 
 

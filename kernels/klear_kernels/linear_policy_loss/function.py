@@ -9,8 +9,9 @@ import torch
 import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
-from klear_kernels.backends import choose_backend, load_backend
-from klear_kernels.head_problem import HeadOptions, HeadProblem, check_head_inputs, head_problem
+from klear_kernels.backends import load_backend
+from klear_kernels.group_agreement import same_on_all_ranks
+from klear_kernels.head_problem import HeadOptions, HeadProblem, check_head_inputs, described, head_problem
 from klear_kernels.head_products import HeadGradients
 from klear_kernels.linear_policy_loss.policy_terms import PolicyTerms
 from klear_kernels.main_grad import MainGrad
@@ -66,6 +67,7 @@ def linear_policy_loss(
     with_entropy: bool = True,
     chunk_tokens: int | None = None,
     ignore_index: int = -100,
+    softcap: float | None = None,
     into_main_grad: bool = False,
     backend: str | None = None,
 ) -> PolicyLossOutput:
@@ -86,8 +88,8 @@ def linear_policy_loss(
         old_logprobs, advantages: [T], floating; read only where policy_weight is not 0.
         policy_weight, lm_weight: [T], floating, every mask and denominator folded in; 0 for no such term.
         objective: kind of the policy loss and its constants.
-        tp_group, vocab_size, temperature, sequence_parallel, with_entropy, chunk_tokens, ignore_index, backend:
-            as in `linear_logprob`; the entropy is a diagnostic and has no gradient here.
+        tp_group, vocab_size, temperature, sequence_parallel, with_entropy, chunk_tokens, ignore_index, softcap,
+            backend: as in `linear_logprob`; the entropy is a diagnostic and has no gradient here.
         into_main_grad: add the weight's gradient to `weight.main_grad` in place, as Megatron's own layers do, rather
             than return it. It is added during the forward pass, so each call made while gradients are recorded must be
             followed by its backward pass, and must not stand inside activation checkpointing, which runs it twice. An
@@ -95,29 +97,45 @@ def linear_policy_loss(
 
     Raises:
         TypeError: a dtype other than the above.
-        ValueError: shapes, devices, labels or numbers that do not fit together.
+        ValueError: shapes, devices, labels or numbers that do not fit together; on the first call with a `tp_group`,
+            also what another of its ranks refused, or was given otherwise.
     """
-    options = check_head_inputs(
-        hidden,
-        weight,
-        labels,
-        tp_group=tp_group,
-        vocab_size=vocab_size,
-        temperature=temperature,
-        sequence_parallel=sequence_parallel,
-        with_entropy=with_entropy,
-        chunk_tokens=chunk_tokens,
-        ignore_index=ignore_index,
-        backend=choose_backend("linear_policy_loss", backend, hidden.device, hidden.dtype),
-    )
-    terms = PolicyTerms(
-        old_logprobs=old_logprobs,
-        advantages=advantages,
-        policy_weight=policy_weight,
-        lm_weight=lm_weight,
-        objective=objective,
-    )
-    _check_terms(terms, labels)
+    with same_on_all_ranks(
+        tp_group,
+        lambda: described(
+            hidden,
+            weight,
+            labels,
+            options,
+            vocab_size=vocab_size,
+            into_main_grad=into_main_grad,
+            objective=objective,
+        ),
+    ):
+        options = check_head_inputs(
+            hidden,
+            weight,
+            labels,
+            tp_group=tp_group,
+            vocab_size=vocab_size,
+            temperature=temperature,
+            sequence_parallel=sequence_parallel,
+            with_entropy=with_entropy,
+            chunk_tokens=chunk_tokens,
+            ignore_index=ignore_index,
+            softcap=softcap,
+            operation="linear_policy_loss",
+            backend=backend,
+        )
+        terms = PolicyTerms(
+            old_logprobs=old_logprobs,
+            advantages=advantages,
+            policy_weight=policy_weight,
+            lm_weight=lm_weight,
+            objective=objective,
+        )
+        _check_terms(terms, labels)
+        main_grad = MainGrad.of(weight) if into_main_grad else None
     # Asked here: inside an autograd function gradients are always off.
     recording = torch.is_grad_enabled()
     call = _Call(
@@ -125,7 +143,7 @@ def linear_policy_loss(
         terms=terms,
         for_hidden=recording and hidden.requires_grad,
         for_weight=recording and weight.requires_grad,
-        main_grad=MainGrad.of(weight) if into_main_grad else None,
+        main_grad=main_grad,
     )
     return PolicyLossOutput(*_LinearPolicyLoss.apply(hidden, weight, labels, call))
 
@@ -210,8 +228,15 @@ def _split_rows(problem: HeadProblem, call: _Call) -> tuple[HeadProblem, HeadPro
 
 
 def _check_terms(terms: PolicyTerms, labels: torch.Tensor) -> None:
+    # Here, not at import: log-probabilities alone need nothing but torch.
+    from megatron_klear.algorithm import PolicyObjective
+
+    if not isinstance(terms.objective, PolicyObjective):
+        raise TypeError(f"objective: got {type(terms.objective).__name__}, allowed a PolicyObjective")
     for name in ("old_logprobs", "advantages", "policy_weight", "lm_weight"):
         tensor: torch.Tensor = getattr(terms, name)
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"{name}: got {type(tensor).__name__}, allowed a tensor")
         if tensor.shape != labels.shape:
             raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, labels have {tuple(labels.shape)}")
         if not tensor.is_floating_point():
