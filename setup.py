@@ -39,7 +39,17 @@ setup(
     ],
     extras_require={
         "examples": EXAMPLES,
-        "dev": [*EXAMPLES, "pytest", "hypothesis", "ruff", "mypy", "import-linter", "types-PyYAML"],
+        # triton comes with torch's CUDA builds; beside its CPU build it interprets and compiles kernels in tests.
+        "dev": [
+            *EXAMPLES,
+            "pytest",
+            "hypothesis",
+            "ruff",
+            "mypy",
+            "import-linter",
+            "types-PyYAML",
+            "triton; platform_system == 'Linux'",
+        ],
         # Only compared with, in benchmarks/.
         "benchmark": ["trl"],
         # Needs a CUDA toolkit to build; see the Dockerfile.

@@ -17,7 +17,7 @@ from triton.compiler import ASTSource
 
 from klear_kernels.linear_logprob.gradient_kernel import gradient_kernel
 from klear_kernels.linear_logprob.label_logit_kernel import BLOCK, label_logit_kernel
-from klear_kernels.linear_logprob.statistics_kernel import statistics_kernel
+from klear_kernels.linear_logprob.statistics_kernel import NO_WORD, statistics_kernel
 from klear_kernels.linear_policy_loss.exponent_kernel import LARGEST_EXPONENT, exponent_kernel
 from klear_kernels.triton_tiles import HOPPER_REDUCING, HOPPER_STORING, TileShape
 
@@ -75,7 +75,13 @@ def main() -> None:
     )
     columns = {"logsumexp": "*fp32", "constant": "*fp32", "slope": "*fp32"}
     compile_tiled(folder, gradient_kernel, HOPPER_STORING, {"gradient": tile, **columns})
-    compile_tiled(folder, statistics_kernel, HOPPER_REDUCING, {"label_columns": "*i32", "maxima": "*fp32", **sums})
+    compile_tiled(
+        folder,
+        statistics_kernel,
+        HOPPER_REDUCING,
+        {"label_columns": "*i32", "maxima": "*fp32", **sums},
+        {"NO_WORD": NO_WORD},
+    )
     arguments = {
         "hidden": "*bf16",
         "weight": "*bf16",
