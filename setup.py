@@ -93,7 +93,17 @@ setup(
     ],
     extras_require={
         "examples": EXAMPLES,
-        "dev": [*EXAMPLES, "pytest", "hypothesis", "ruff", "mypy", "import-linter", "types-PyYAML"],
+        # triton comes with torch's CUDA builds; beside its CPU build it interprets and compiles kernels in tests.
+        "dev": [
+            *EXAMPLES,
+            "pytest",
+            "hypothesis",
+            "ruff",
+            "mypy",
+            "import-linter",
+            "types-PyYAML",
+            "triton; platform_system == 'Linux'",
+        ],
         # Only compared with, in benchmarks/ and by klear_kernels.linear_policy_loss.benchmark.
         "benchmark": ["trl", "cut-cross-entropy", "liger-kernel", "quack-kernels"],
         # Needs a CUDA toolkit to build; see the Dockerfile.

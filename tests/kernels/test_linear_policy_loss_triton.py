@@ -191,7 +191,8 @@ def test_confident_tokens_keep_their_relative_precision(triton_device: torch.dev
     base = rounded_gradients(inputs)
     assert worst_row_error(ours[0], theirs[0]) <= 1.5 * worst_row_error(base[0], theirs[0])
     assert worst_row_error(ours[0], theirs[0]) <= 3 * 2.0**-9  # not by both being bad
-    assert relative_error(ours[1], theirs[1]) <= 1.5 * relative_error(base[1], theirs[1])
+    # One row outweighs the rest, so nothing averages out: exponentials, scaled hidden states and result.
+    assert relative_error(ours[1], theirs[1]) <= 3 * 2.0**-9
 
 
 def test_wrong_old_logprobs_are_found_out_and_the_rows_done_again(

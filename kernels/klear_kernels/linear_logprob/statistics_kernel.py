@@ -17,6 +17,9 @@ from klear_kernels.triton_tiles import (
     tile_shape,
 )
 
+NO_WORD = -1e30
+"""The logit of what is no word or is the label: below every other, and finite, so that nothing becomes NaN."""
+
 
 @triton.jit(do_not_specialize=["num_rows", "num_words", "size", "scale"])
 def statistics_kernel(
@@ -34,9 +37,12 @@ def statistics_kernel(
     BLOCK_WORDS: tl.constexpr,
     BLOCK_HIDDEN: tl.constexpr,
     GROUP_ROWS: tl.constexpr,
+    NO_WORD: tl.constexpr,
     WITH_ENTROPY: tl.constexpr,
 ):
     """Write m, sum e and sum e (z - m) of each row of each tile, e = 2^(z - m), m = max z, without the label.
+
+    A tile that holds nothing but a row's label has m = NO_WORD and sums that mean nothing.
 
     Args:
         hidden, weight: descriptors of [num_rows, size] and [num_words, size].
@@ -53,15 +59,15 @@ def statistics_kernel(
         in_rows = rows < num_rows
         label = tl.load(label_columns + rows, mask=in_rows, other=-1)
         others = (words < num_words)[None, :] & (words[None, :] != label[:, None])
-        top = tl.max(tl.where(others, z, float("-inf")), 1)
-        gap = z - tl.where(top == float("-inf"), 0.0, top)[:, None]  # a tile of the label alone has no maximum
-        exponentials = tl.where(others, tl.exp2(gap), 0.0)
+        z = tl.where(others, z, NO_WORD)
+        top = tl.max(z, 1)
+        gap = z - top[:, None]
+        exponentials = tl.exp2(gap)  # 0 where there is no word, and so is its product with the gap, which is finite
         target = word_block.to(tl.int64) * num_rows + rows
         tl.store(maxima + target, top, mask=in_rows)
         tl.store(sums + target, tl.sum(exponentials, 1), mask=in_rows)
         if WITH_ENTROPY:
-            # Selected, not multiplied: the label may lie so far out that its power of two is infinite.
-            tl.store(weighted_sums + target, tl.sum(tl.where(others, exponentials * gap, 0.0), 1), mask=in_rows)
+            tl.store(weighted_sums + target, tl.sum(exponentials * gap, 1), mask=in_rows)
 
 
 def tile_statistics(
@@ -73,6 +79,8 @@ def tile_statistics(
     with_entropy: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Maxima, sums and weighted sums [word blocks, C] of the rows, the label left out, in powers of two.
+
+    Where a maximum is NO_WORD the tile had nothing but the label, and its sums are to be left out.
 
     Args:
         hidden: bfloat16 [C, H].
@@ -99,6 +107,7 @@ def tile_statistics(
             num_words,
             hidden.shape[1],
             LOG2_E / temperature,
+            NO_WORD=NO_WORD,
             WITH_ENTROPY=with_entropy,
             **shape.constants(),
         )

@@ -9,7 +9,7 @@ from klear_kernels.head_products import HeadGradients
 from klear_kernels.label_split_rows import rows_from_sums
 from klear_kernels.linear_logprob.gradient_kernel import logit_gradient
 from klear_kernels.linear_logprob.label_logit_kernel import label_logits
-from klear_kernels.linear_logprob.statistics_kernel import tile_statistics
+from klear_kernels.linear_logprob.statistics_kernel import NO_WORD, tile_statistics
 from klear_kernels.softmax_rows import RowStatistics, label_columns, label_gradient, set_label_columns_
 from klear_kernels.triton_tiles import HOPPER_REDUCING, LOG2_E, aligned
 
@@ -84,14 +84,15 @@ def _chunk_statistics(
             hidden, weight, columns, temperature=problem.options.temperature, with_entropy=with_entropy
         )
         row_max = shard.max_(maxima.amax(0))
-        gap = (maxima - row_max).masked_fill_(maxima == float("-inf"), 0.0)  # nothing but a label in that tile
-        factor = torch.exp2(gap)
+        empty = maxima <= NO_WORD
+        gap = (maxima - row_max).masked_fill_(empty, 0.0)
+        factor = torch.exp2(gap).masked_fill_(empty, 0.0)
         sums[0] = tile_sums.mul_(factor).sum(0)
         if with_entropy:
             sums[1] = tile_weighted.mul_(factor).addcmul_(tile_sums, gap).sum(0).mul_(_LN_2)
     shard.sum_(sums)
     # A vocabulary of one word has no maximum without its label.
-    reference = torch.where(row_max == float("-inf"), logits, row_max * _LN_2)
+    reference = torch.where(row_max <= NO_WORD, logits, row_max * _LN_2)
     return rows_from_sums(reference, sums[0], logits - reference, sums[1] if with_entropy else None)
 
 
