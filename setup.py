@@ -105,7 +105,7 @@ setup(
             "triton; platform_system == 'Linux'",
         ],
         # Only compared with, in benchmarks/ and by klear_kernels.linear_policy_loss.benchmark.
-        "benchmark": ["trl", "cut-cross-entropy", "liger-kernel", "quack-kernels"],
+        "benchmark": ["trl", "cut-cross-entropy", "liger-kernel", "quack-kernels[cu13]"],
         # Needs a CUDA toolkit to build; see the Dockerfile.
         "gpu": ["transformer-engine[pytorch]", "flash-attn", "nvidia-dali-cuda130"],
     },

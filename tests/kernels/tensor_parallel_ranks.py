@@ -14,12 +14,13 @@ import torch
 WORKER = Path(__file__).with_name("tensor_parallel_worker.py")
 
 
-def run_ranks(directory: Path, world_size: int, **environment: str) -> list[dict[str, Any]]:
+def run_ranks(directory: Path, world_size: int, *, worker: Path = WORKER, **environment: str) -> list[dict[str, Any]]:
     """Run the worker on every rank and return what each saved; a rank that fails ends the others.
 
     Args:
         directory: empty; takes logs and results.
         world_size: number of ranks.
+        worker: script, called with rank, world size and directory.
         environment: variables set for the ranks.
     """
     variables = {
@@ -30,7 +31,7 @@ def run_ranks(directory: Path, world_size: int, **environment: str) -> list[dict
     }
     processes, logs = [], [directory / f"rank{rank}.log" for rank in range(world_size)]
     for rank, log in enumerate(logs):
-        command = [sys.executable, str(WORKER), str(rank), str(world_size), str(directory)]
+        command = [sys.executable, str(worker), str(rank), str(world_size), str(directory)]
         with log.open("w") as stream:
             processes.append(subprocess.Popen(command, env=variables, stdout=stream, stderr=subprocess.STDOUT))
     deadline = time.monotonic() + 180
