@@ -59,6 +59,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, Any]]:
 def test_file_says_what_was_measured_on_what(run: tuple[str, dict[str, Any]]) -> None:
     _, result = run
     assert result["device"].startswith("CPU: ")
+    assert result["note"].startswith("a CPU run")
+    assert result["with_entropy"] is False
     assert result["versions"]["torch"] == torch.__version__
     assert len(result["commit"].split()[0]) == 40
     assert result["date"].endswith("+00:00")

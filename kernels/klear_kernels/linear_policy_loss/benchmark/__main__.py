@@ -38,6 +38,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--words", type=_positive, nargs="+", default=[151936, 75968, 37984, 18992], metavar="V")
     result.add_argument("--operations", nargs="+", choices=OPERATIONS, default=list(OPERATIONS))
     result.add_argument("--only", nargs="+", default=None, metavar="NAME", help="contestants, besides the products")
+    result.add_argument("--with-entropy", action="store_true", help="ours also compute the entropy; no other does")
     result.add_argument("--rounds", type=_positive, default=20, help="timed runs of each contestant (default 20)")
     result.add_argument("--seed", type=int, default=0)
     result.add_argument(
@@ -57,7 +58,7 @@ def main(arguments: list[str] | None = None) -> int:
         print("--device: got cuda, and torch sees no GPU; pass --device cpu and small sizes", file=sys.stderr)
         return 2
     dtype = DTYPES[options.dtype]
-    entered = contestants(device, dtype)
+    entered = contestants(device, dtype, with_entropy=options.with_entropy)
     if options.only is not None:
         names = [contestant.name for contestant in entered]
         unknown = [name for name in options.only if name not in names]
@@ -71,7 +72,7 @@ def main(arguments: list[str] | None = None) -> int:
         if contestant.missing is not None:
             hint = f" (pip install {contestant.package})" if "not installed" in contestant.missing else ""
             print(f"{contestant.name} takes no part: {contestant.missing}{hint}", file=sys.stderr)
-    result: dict[str, Any] = {**report.describe(device), "sizes": []}
+    result: dict[str, Any] = {**report.describe(device), "with_entropy": options.with_entropy, "sizes": []}
     out = options.out or Path("benchmarks/results") / f"linear_policy_loss_{_slug(result['device'])}.json"
     for words in options.words:
         for tokens in options.tokens:

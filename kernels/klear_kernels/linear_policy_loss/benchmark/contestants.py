@@ -64,9 +64,20 @@ class Contestant:
     missing: str | None = None
 
 
-def contestants(device: torch.device, dtype: torch.dtype) -> list[Contestant]:
-    """Everyone, those that cannot take part on `device` with `dtype` included, with the reason."""
-    return [_products(), *_ours(device, dtype), *_torch_itself(), _torch_function(), *_cut(), _liger(), _quack()]
+def contestants(device: torch.device, dtype: torch.dtype, *, with_entropy: bool = False) -> list[Contestant]:
+    """Everyone, those that cannot take part on `device` with `dtype` included, with the reason.
+
+    `with_entropy` has ours compute the entropy too, which no other does.
+    """
+    return [
+        _products(),
+        *_ours(device, dtype, with_entropy),
+        *_torch_itself(),
+        _torch_function(),
+        *_cut(),
+        _liger(),
+        _quack(),
+    ]
 
 
 def _terms_of(inputs: HeadInputs, operation: str) -> PolicyTerms:
@@ -92,10 +103,12 @@ def _products() -> Contestant:
     return Contestant(name=PRODUCTS, kind="floor", runs=runs, executed_products=USEFUL_PRODUCTS)
 
 
-def _ours(device: torch.device, dtype: torch.dtype) -> list[Contestant]:
+def _ours(device: torch.device, dtype: torch.dtype, with_entropy: bool) -> list[Contestant]:
     def logprob(inputs: HeadInputs, *, backend: str) -> Outcome:
         with torch.no_grad():
-            output = linear_logprob(inputs.hidden, inputs.weight, inputs.labels, backend=backend)
+            output = linear_logprob(
+                inputs.hidden, inputs.weight, inputs.labels, with_entropy=with_entropy, backend=backend
+            )
         return Outcome(output.logprobs)
 
     def loss(inputs: HeadInputs, *, backend: str, operation: str) -> Outcome:
@@ -109,6 +122,7 @@ def _ours(device: torch.device, dtype: torch.dtype) -> list[Contestant]:
             terms.policy_weight,
             terms.lm_weight,
             objective=terms.objective,
+            with_entropy=with_entropy,
             backend=backend,
         )
         return Outcome(output.logprobs, *torch.autograd.grad(output.loss, (inputs.hidden, inputs.weight)))

@@ -14,6 +14,9 @@ LOGSUMEXP = 20.0
 """What trained language models have, about; it decides how far logits rounded to bfloat16 are off."""
 
 LM_WEIGHT = 0.1
+"""Of tokens with a positive advantage, as in Eq. 13. With a negative one the two terms could cancel, and a relative
+error would measure that."""
+
 _ROW_BLOCK, _WORD_BLOCK = 1024, 16384
 
 
@@ -93,11 +96,12 @@ def make_inputs(
 
     logsumexp, logprobs = _row_results(hidden, weight, labels)
     ones = torch.ones(tokens, device=device) / tokens
+    advantages = normal(tokens)
     terms = PolicyTerms(
         old_logprobs=(logprobs + 0.3 * normal(tokens)).float(),
-        advantages=normal(tokens),
+        advantages=advantages,
         policy_weight=ones,
-        lm_weight=LM_WEIGHT * ones,
+        lm_weight=torch.where(advantages > 0, LM_WEIGHT * ones, 0.0),
         objective=PolicyObjective(kind="gppo"),
     )
     lm_terms = PolicyTerms(

@@ -34,7 +34,9 @@ def describe(device: torch.device) -> dict[str, Any]:
             versions[name] = None
     commit = _git("rev-parse", "HEAD")
     changed = _git("status", "--porcelain", "--untracked-files=no")
+    on_cpu = "a CPU run: good for the error columns; its times and memory say nothing about a GPU"
     return {
+        "note": on_cpu if device.type == "cpu" else "",
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU: {_processor()}",
         "threads": torch.get_num_threads(),
         "load_before": os.getloadavg()[0],
