@@ -8,6 +8,7 @@ would be off by about 0.1 nats at the usual scale, which an importance ratio doe
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import torch
 
@@ -107,16 +108,20 @@ class HiddenGradient:
         # Zeros, not empty: tokens that are not computed have an exact zero gradient.
         self._gradient = torch.zeros_like(problem.hidden, dtype=dtype, memory_format=torch.contiguous_format)
 
-    def put(self, tokens: torch.Tensor, rows: torch.Tensor) -> None:
-        """Store this shard's gradient of some tokens.
+    def start(self, tokens: torch.Tensor, rows: torch.Tensor) -> Callable[[], None]:
+        """Begin the exchange of this shard's gradient of some tokens; call what is returned to store the sum.
 
         Args:
             tokens: int64 [C], positions in the sequence.
             rows: [C, H] in the compute dtype; overwritten.
         """
-        if not self._scatter_at_end:
-            self._problem.options.shard.sum_(rows)
-        self._gradient.index_copy_(0, tokens, rows.to(self._gradient.dtype))
+        summed = (lambda: None) if self._scatter_at_end else self._problem.options.shard.start_sum_(rows)
+
+        def store() -> None:
+            summed()
+            self._gradient.index_copy_(0, tokens, rows.to(self._gradient.dtype))
+
+        return store
 
     def finish(self) -> torch.Tensor:
         """Return [T, H] ([T / tp, H] when sequence-parallel) in the input dtype."""
@@ -204,13 +209,18 @@ class HeadGradients:
             logit_gradient: [C, valid_rows] of the raw logits, in the compute dtype or rounded to the input dtype.
             row_scale: [C] in the compute dtype, a factor that each row of `logit_gradient` still lacks.
         """
+        store = None
         if self._hidden is not None:
             rows = hidden_product(logit_gradient, self._problem)
-            self._hidden.put(tokens, rows if row_scale is None else rows.mul_(row_scale.unsqueeze(1)))
-        if self._weight is not None:
+            if row_scale is not None:
+                rows.mul_(row_scale.unsqueeze(1))
+            store = self._hidden.start(tokens, rows)
+        if self._weight is not None:  # while the shards exchange the hidden states' gradient
             if row_scale is not None:
                 hidden = torch.mul(hidden, row_scale.unsqueeze(1), out=torch.empty_like(hidden))
             self._weight.add(hidden, logit_gradient)
+        if store is not None:
+            store()
 
     def finish(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Gradients of hidden states and weight in the input dtype; None for what was not wanted or went elsewhere."""
