@@ -39,7 +39,7 @@ def has_mixed_accumulation(device_type: str) -> bool:
     try:
         total = torch.ones(16, 16, device=device_type)
         probe = torch.ones(16, 16, dtype=torch.bfloat16, device=device_type)
-        torch.addmm(total, probe, probe, out_dtype=torch.float32, out=total)
+        add_mixed_product_(total, probe, probe)
         return bool((total == 17.0).all())
     except (RuntimeError, TypeError, NotImplementedError):
         return False
@@ -48,6 +48,11 @@ def has_mixed_accumulation(device_type: str) -> bool:
 def mixed_product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     """[A, B] @ [B, C] of bfloat16 operands with a float32 result."""
     return torch.mm(left, right, out_dtype=torch.float32)
+
+
+def add_mixed_product_(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
+    """Add [A, B] @ [B, C] of bfloat16 operands to the float32 `total` [A, C] in place."""
+    torch.addmm(total, left, right, out_dtype=torch.float32, out=total)
 
 
 def _weight_blocks(weight: torch.Tensor, dtype: torch.dtype, mixed: bool) -> list[slice]:
@@ -159,12 +164,12 @@ class WeightGradient:
             return
         in_place = has_mixed_accumulation(weight.device.type)
         if in_place and logit_gradient.dtype == weight.dtype:
-            torch.addmm(valid, logit_gradient.t(), hidden, out_dtype=torch.float32, out=valid)
+            add_mixed_product_(valid, logit_gradient.t(), hidden)
             return
         for block in _weight_blocks(weight, valid.dtype, mixed=True):
             left = logit_gradient[:, block].to(weight.dtype).t()
             if in_place:
-                torch.addmm(valid[block], left, hidden, out_dtype=torch.float32, out=valid[block])
+                add_mixed_product_(valid[block], left, hidden)
             else:
                 valid[block] += mixed_product(left, hidden)
 
