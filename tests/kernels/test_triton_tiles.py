@@ -7,7 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
-from klear_kernels.triton_tiles import HOPPER_REDUCING, HOPPER_STORING, aligned, launching_on, tile_position
+from klear_kernels.triton_tiles import HOPPER, aligned, launching_on, tile_position
 
 
 @triton.jit
@@ -44,5 +44,4 @@ def test_aligned() -> None:
 
 def test_an_accumulator_leaves_registers_for_its_exponents() -> None:
     """65536 registers per multiprocessor, 255 at most per thread: half of a thread's hold the product."""
-    for shape in (HOPPER_STORING, HOPPER_REDUCING):
-        assert shape.rows * shape.words == 128 * shape.num_warps * 32
+    assert HOPPER.rows * HOPPER.words == 128 * HOPPER.num_warps * 32
