@@ -128,6 +128,10 @@ class HiddenGradient:
 
         return store
 
+    def put(self, tokens: torch.Tensor, rows: torch.Tensor) -> None:
+        """`start` and wait for the exchange at once."""
+        self.start(tokens, rows)()
+
     def finish(self) -> torch.Tensor:
         """Return [T, H] ([T / tp, H] when sequence-parallel) in the input dtype."""
         if self._scatter_at_end:
@@ -179,7 +183,11 @@ class WeightGradient:
 
 
 class HeadGradients:
-    """The wanted ones of the two gradients, fed with the gradients of the logits chunk by chunk."""
+    """The wanted ones of the two gradients, fed with the gradients of the logits chunk by chunk.
+
+    Attributes:
+        hidden, weight: collects the gradient, None where it is not wanted.
+    """
 
     def __init__(
         self, problem: HeadProblem, *, for_hidden: bool, for_weight: bool, main_grad: torch.Tensor | None = None
@@ -192,12 +200,12 @@ class HeadGradients:
             main_grad: [V_local, H] in the compute dtype that the weight's gradient is added to, or None to return it.
         """
         self._problem = problem
-        self._hidden = HiddenGradient(problem) if for_hidden else None
-        self._weight = WeightGradient(problem, main_grad) if for_weight else None
+        self.hidden = HiddenGradient(problem) if for_hidden else None
+        self.weight = WeightGradient(problem, main_grad) if for_weight else None
 
     @property
     def wanted(self) -> bool:
-        return self._hidden is not None or self._weight is not None
+        return self.hidden is not None or self.weight is not None
 
     def add(
         self,
@@ -215,21 +223,21 @@ class HeadGradients:
             row_scale: [C] in the compute dtype, a factor that each row of `logit_gradient` still lacks.
         """
         store = None
-        if self._hidden is not None:
+        if self.hidden is not None:
             rows = hidden_product(logit_gradient, self._problem)
             if row_scale is not None:
                 rows.mul_(row_scale.unsqueeze(1))
-            store = self._hidden.start(tokens, rows)
-        if self._weight is not None:  # while the shards exchange the hidden states' gradient
+            store = self.hidden.start(tokens, rows)
+        if self.weight is not None:  # while the shards exchange the hidden states' gradient
             if row_scale is not None:
                 hidden = torch.mul(hidden, row_scale.unsqueeze(1), out=torch.empty_like(hidden))
-            self._weight.add(hidden, logit_gradient)
+            self.weight.add(hidden, logit_gradient)
         if store is not None:
             store()
 
     def finish(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Gradients of hidden states and weight in the input dtype; None for what was not wanted or went elsewhere."""
         return (
-            None if self._hidden is None else self._hidden.finish(),
-            None if self._weight is None else self._weight.finish(),
+            None if self.hidden is None else self.hidden.finish(),
+            None if self.weight is None else self.weight.finish(),
         )
