@@ -133,15 +133,17 @@ class CudaRows:
         """Add a chunk to the wanted gradients by the products of csrc/products.cpp, given v from `factors`."""
         if self._words == 0:
             if gradients.hidden is not None:  # the other shards wait for this one's part
-                gradients.hidden.put(self._problem.rows[chunk], rows.new_zeros(hidden.shape))
+                gradients.hidden.start(self._problem.rows[chunk], rows.new_zeros(hidden.shape))()
             return
-        scale = scale.unsqueeze(1)
+        scale, store = scale.unsqueeze(1), None
         if gradients.hidden is not None:
             part = self._extension.hidden_product(rows, self._problem.weight).mul_(scale)
-            gradients.hidden.put(self._problem.rows[chunk], part)
-        if gradients.weight is not None:
+            store = gradients.hidden.start(self._problem.rows[chunk], part)
+        if gradients.weight is not None:  # while the shards exchange the hidden states' gradient
             scaled = torch.mul(hidden, scale, out=torch.empty_like(hidden))
             self._extension.add_weight_product(gradients.weight.words, rows, scaled)
+        if store is not None:
+            store()
 
 
 def cuda_statistics(problem: HeadProblem) -> RowStatistics:

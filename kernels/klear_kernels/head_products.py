@@ -8,6 +8,7 @@ would be off by about 0.1 nats at the usual scale, which an importance ratio doe
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import torch
 
@@ -38,7 +39,7 @@ def has_mixed_accumulation(device_type: str) -> bool:
     try:
         total = torch.ones(16, 16, device=device_type)
         probe = torch.ones(16, 16, dtype=torch.bfloat16, device=device_type)
-        torch.addmm(total, probe, probe, out_dtype=torch.float32, out=total)
+        add_mixed_product_(total, probe, probe)
         return bool((total == 17.0).all())
     except (RuntimeError, TypeError, NotImplementedError):
         return False
@@ -47,6 +48,11 @@ def has_mixed_accumulation(device_type: str) -> bool:
 def mixed_product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     """[A, B] @ [B, C] of bfloat16 operands with a float32 result."""
     return torch.mm(left, right, out_dtype=torch.float32)
+
+
+def add_mixed_product_(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
+    """Add [A, B] @ [B, C] of bfloat16 operands to the float32 `total` [A, C] in place."""
+    torch.addmm(total, left, right, out_dtype=torch.float32, out=total)
 
 
 def _weight_blocks(weight: torch.Tensor, dtype: torch.dtype, mixed: bool) -> list[slice]:
@@ -107,16 +113,24 @@ class HiddenGradient:
         # Zeros, not empty: tokens that are not computed have an exact zero gradient.
         self._gradient = torch.zeros_like(problem.hidden, dtype=dtype, memory_format=torch.contiguous_format)
 
-    def put(self, tokens: torch.Tensor, rows: torch.Tensor) -> None:
-        """Store this shard's gradient of some tokens.
+    def start(self, tokens: torch.Tensor, rows: torch.Tensor) -> Callable[[], None]:
+        """Begin the exchange of this shard's gradient of some tokens; call what is returned to store the sum.
 
         Args:
             tokens: int64 [C], positions in the sequence.
             rows: [C, H] in the compute dtype; overwritten.
         """
-        if not self._scatter_at_end:
-            self._problem.options.shard.sum_(rows)
-        self._gradient.index_copy_(0, tokens, rows.to(self._gradient.dtype))
+        summed = (lambda: None) if self._scatter_at_end else self._problem.options.shard.start_sum_(rows)
+
+        def store() -> None:
+            summed()
+            self._gradient.index_copy_(0, tokens, rows.to(self._gradient.dtype))
+
+        return store
+
+    def put(self, tokens: torch.Tensor, rows: torch.Tensor) -> None:
+        """`start` and wait for the exchange at once."""
+        self.start(tokens, rows)()
 
     def finish(self) -> torch.Tensor:
         """Return [T, H] ([T / tp, H] when sequence-parallel) in the input dtype."""
@@ -158,12 +172,12 @@ class WeightGradient:
             return
         in_place = has_mixed_accumulation(weight.device.type)
         if in_place and logit_gradient.dtype == weight.dtype:
-            torch.addmm(valid, logit_gradient.t(), hidden, out_dtype=torch.float32, out=valid)
+            add_mixed_product_(valid, logit_gradient.t(), hidden)
             return
         for block in _weight_blocks(weight, valid.dtype, mixed=True):
             left = logit_gradient[:, block].to(weight.dtype).t()
             if in_place:
-                torch.addmm(valid[block], left, hidden, out_dtype=torch.float32, out=valid[block])
+                add_mixed_product_(valid[block], left, hidden)
             else:
                 valid[block] += mixed_product(left, hidden)
 
@@ -173,7 +187,11 @@ class WeightGradient:
 
 
 class HeadGradients:
-    """The wanted ones of the two gradients, fed with the gradients of the logits chunk by chunk."""
+    """The wanted ones of the two gradients, fed with the gradients of the logits chunk by chunk.
+
+    Attributes:
+        hidden, weight: collects the gradient, None where it is not wanted.
+    """
 
     def __init__(
         self, problem: HeadProblem, *, for_hidden: bool, for_weight: bool, main_grad: torch.Tensor | None = None
@@ -208,13 +226,18 @@ class HeadGradients:
             logit_gradient: [C, valid_rows] of the raw logits, in the compute dtype or rounded to the input dtype.
             row_scale: [C] in the compute dtype, a factor that each row of `logit_gradient` still lacks.
         """
+        store = None
         if self.hidden is not None:
             rows = hidden_product(logit_gradient, self._problem)
-            self.hidden.put(tokens, rows if row_scale is None else rows.mul_(row_scale.unsqueeze(1)))
-        if self.weight is not None:
+            if row_scale is not None:
+                rows.mul_(row_scale.unsqueeze(1))
+            store = self.hidden.start(tokens, rows)
+        if self.weight is not None:  # while the shards exchange the hidden states' gradient
             if row_scale is not None:
                 hidden = torch.mul(hidden, row_scale.unsqueeze(1), out=torch.empty_like(hidden))
             self.weight.add(hidden, logit_gradient)
+        if store is not None:
+            store()
 
     def finish(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Gradients of hidden states and weight in the input dtype; None for what was not wanted or went elsewhere."""

@@ -44,6 +44,16 @@ class TileShape:
         """One program per multiprocessor, or per tile where there are fewer."""
         return (min(-(-num_rows // self.rows) * -(-num_words // self.words), _num_multiprocessors(device)),)
 
+    @property
+    def operand_blocks(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Blocks that descriptors of hidden states and of the weight are read in."""
+        return (self.rows, self.hidden), (self.words, self.hidden)
+
+    @property
+    def stored_block(self) -> tuple[int, int]:
+        """Block that `store_tile` writes."""
+        return self.rows, self.words // 2
+
     def constants(self) -> dict[str, int]:
         """What every kernel over tiles takes by name."""
         return {
@@ -56,19 +66,16 @@ class TileShape:
         }
 
 
-HOPPER_STORING = TileShape(rows=128, words=256, hidden=64, group_rows=8, num_warps=8, num_stages=3)
-"""For kernels that write a tile: three stages leave shared memory to write it from."""
-
-HOPPER_REDUCING = TileShape(rows=128, words=256, hidden=64, group_rows=8, num_warps=8, num_stages=4)
-"""For kernels that write only sums of a tile."""
+HOPPER = TileShape(rows=128, words=256, hidden=64, group_rows=8, num_warps=8, num_stages=4)
+"""Half of each thread's registers hold the product; blocks on their way and half a tile on its way out take 224 KiB."""
 
 INTERPRETED = TileShape(rows=16, words=32, hidden=16, group_rows=2, num_warps=4, num_stages=1)
 """On CPU tensors: small, so that small problems have ragged edges and many tiles."""
 
 
-def tile_shape(on_device: TileShape, device: torch.device) -> TileShape:
-    """The shape for a device: what was given, or the interpreter's on a CPU."""
-    return INTERPRETED if device.type == "cpu" else on_device
+def tile_shape(device: torch.device) -> TileShape:
+    """The shape for a device; a CPU means the interpreter."""
+    return INTERPRETED if device.type == "cpu" else HOPPER
 
 
 @functools.cache
@@ -130,3 +137,12 @@ def tile_product(
         right = weight.load([word_block * BLOCK_WORDS, block * BLOCK_HIDDEN])
         product = tl.dot(left, right.T, product)
     return product
+
+
+@triton.jit
+def store_tile(target, row_block, word_block, values, BLOCK_ROWS: tl.constexpr, BLOCK_WORDS: tl.constexpr):
+    """Write a tile in bfloat16, one half after the other, so that shared memory need hold only a half."""
+    halves = values.to(tl.bfloat16).reshape(BLOCK_ROWS, 2, BLOCK_WORDS // 2).permute(0, 2, 1)
+    left, right = halves.split()
+    target.store([row_block * BLOCK_ROWS, word_block * BLOCK_WORDS], left)
+    target.store([row_block * BLOCK_ROWS, word_block * BLOCK_WORDS + BLOCK_WORDS // 2], right)

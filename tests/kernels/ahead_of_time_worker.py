@@ -19,11 +19,16 @@ from klear_kernels.linear_logprob.gradient_kernel import gradient_kernel
 from klear_kernels.linear_logprob.label_logit_kernel import BLOCK, label_logit_kernel
 from klear_kernels.linear_logprob.statistics_kernel import NO_WORD, statistics_kernel
 from klear_kernels.linear_policy_loss.exponent_kernel import LARGEST_EXPONENT, exponent_kernel
-from klear_kernels.triton_tiles import HOPPER_REDUCING, HOPPER_STORING, TileShape
+from klear_kernels.triton_tiles import HOPPER
 
 TARGET = GPUTarget("cuda", 90, 32)
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 SIZES = {"num_rows": "i32", "num_words": "i32", "size": "i32", "scale": "fp32"}
+
+
+def descriptor(block: tuple[int, int]) -> str:
+    """The type of a descriptor argument."""
+    return f"tensordesc<bf16[{block[0]}, {block[1]}]>"
 
 
 def compile_kernel(
@@ -45,15 +50,13 @@ def compile_kernel(
         (folder / f"{name}.{suffix}").write_text(dump.stdout)
 
 
-def compile_tiled(
-    folder: Path, kernel: Any, shape: TileShape, middle: dict[str, str], constants: dict[str, Any] | None = None
-) -> None:
+def compile_tiled(folder: Path, kernel: Any, middle: dict[str, str], constants: dict[str, Any] | None = None) -> None:
     """Compile a kernel over tiles with and without entropy; `middle` are its arguments between weight and sizes."""
-    shape_constants = shape.constants()
+    shape_constants = HOPPER.constants()
     options = {key: shape_constants.pop(key) for key in ("num_warps", "num_stages")}
     arguments = {
-        "hidden": f"tensordesc<bf16[{shape.rows}, {shape.hidden}]>",
-        "weight": f"tensordesc<bf16[{shape.words}, {shape.hidden}]>",
+        "hidden": descriptor(HOPPER.operand_blocks[0]),
+        "weight": descriptor(HOPPER.operand_blocks[1]),
         **middle,
         **SIZES,
     }
@@ -64,21 +67,19 @@ def compile_tiled(
 
 def main() -> None:
     folder = Path(sys.argv[1])
-    tile = f"tensordesc<bf16[{HOPPER_STORING.rows}, {HOPPER_STORING.words}]>"
+    tile = descriptor(HOPPER.stored_block)
     sums = {"sums": "*fp32", "weighted_sums": "*fp32"}
     compile_tiled(
         folder,
         exponent_kernel,
-        HOPPER_STORING,
         {"exponentials": tile, "label_columns": "*i32", "reference": "*fp32", **sums},
         {"LARGEST": LARGEST_EXPONENT},
     )
     columns = {"logsumexp": "*fp32", "constant": "*fp32", "slope": "*fp32"}
-    compile_tiled(folder, gradient_kernel, HOPPER_STORING, {"gradient": tile, **columns})
+    compile_tiled(folder, gradient_kernel, {"gradient": tile, **columns})
     compile_tiled(
         folder,
         statistics_kernel,
-        HOPPER_REDUCING,
         {"label_columns": "*i32", "maxima": "*fp32", **sums},
         {"NO_WORD": NO_WORD},
     )

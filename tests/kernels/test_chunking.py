@@ -43,6 +43,23 @@ def test_full_size_head_keeps_offsets_below_31_bits() -> None:
     assert all((part.stop - part.start) * 151936 * 4 <= DEFAULT_CHUNK_BYTES for part in automatic)
 
 
+def test_a_budget_of_the_callers_own() -> None:
+    """One bfloat16 value per word: four chunks of 8192 rows at the full vocabulary, one for an eighth of it."""
+    slices = [
+        chunk_slices(
+            32768,
+            vocab_rows=vocab_rows,
+            word_bytes=2,
+            device=torch.device("cuda"),
+            chunk_tokens=None,
+            budget_bytes=2_500_000_000,
+        )
+        for vocab_rows in (151936, 18992)
+    ]
+    assert [part.stop - part.start for part in slices[0]] == [8192] * 4
+    assert slices[1] == [slice(0, 32768)]
+
+
 @pytest.mark.parametrize("num_rows", [1765, 1767, 3600])
 def test_no_chunk_is_a_small_remainder(num_rows: int) -> None:
     slices = chunk_slices(num_rows, vocab_rows=151936, word_bytes=4, device=torch.device("cuda"), chunk_tokens=None)

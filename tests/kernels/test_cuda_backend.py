@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -261,6 +262,10 @@ class _ThreadShard(VocabShard):
 
     def sum_(self, values: torch.Tensor) -> torch.Tensor:
         return values.copy_(self._exchange(values).sum(dim=0))
+
+    def start_sum_(self, values: torch.Tensor) -> Callable[[], object]:
+        self.sum_(values)
+        return lambda: None
 
 
 @pytest.mark.parametrize("case", ["plain", "no-words-in-the-last", "one-shard-far-below"])

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from klear_kernels import LogprobOutput, linear_logprob
 from klear_kernels.linear_logprob.reference import reference_logprob
@@ -264,6 +265,32 @@ def test_weight_gradient_into_main_grad(triton_device: torch.device) -> None:
         ((output.logprobs * upstream[0]).sum() + (output.entropy * upstream[1]).sum()).backward()
     assert weight.grad is None
     assert relative_error(weight.main_grad - 0.5, 2 * want) <= 1.5 * 2.0**-9
+
+
+class _LargestTensor(TorchDispatchMode):
+    """Remembers the most bytes of any tensor made while it is on."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple | list) else [result]:
+            if isinstance(tensor, torch.Tensor):
+                self.bytes = max(self.bytes, tensor.untyped_storage().nbytes())
+        return result
+
+
+def test_stores_no_logits_going_forward_and_a_chunk_going_back(triton_device: torch.device) -> None:
+    tokens, words, chunk = 60, 520, 16
+    hidden, weight, labels = make_inputs(triton_device, tokens=tokens, words=words, size=8)
+    labels[:] = 0
+    with _LargestTensor() as largest:
+        output = run(hidden, weight, labels, chunk_tokens=tokens)
+    assert largest.bytes < tokens * words * 2 / 4  # three float32 sums for each 32 words; logits would be 2 bytes each
+    output = run(hidden, weight, labels, chunk_tokens=chunk)
+    with _LargestTensor() as largest:
+        gradients(output, (hidden, weight), *upstream_for(tokens, triton_device))
+    assert chunk * words * 2 <= largest.bytes <= chunk * words * 4  # bfloat16, widened where the device cannot mix
 
 
 def test_token_offsets_past_31_bits(triton_device: torch.device) -> None:

@@ -64,3 +64,13 @@ def test_equals_the_whole_head_in_one_process(ranks: list[dict[str, Any]], name:
 
 def test_every_case_of_the_worker_is_checked(ranks: list[dict[str, Any]]) -> None:
     assert set(ranks[0]) == {*NAMES, "refusal"}
+
+
+def test_some_rows_were_out_of_range_of_their_reference(ranks: list[dict[str, Any]]) -> None:
+    """So that both ranks had to agree on doing them again."""
+    inputs = ranks[0]["policy-tp-largest-logit-in-both-shards"]["inputs"]
+    trained = (inputs["labels"] >= 0) & ((inputs["policy_weight"] != 0) | (inputs["lm_weight"] != 0))
+    logprobs = ranks[0]["policy-tp-largest-logit-in-both-shards"]["outputs"]["logprobs"]
+    guess = torch.where(inputs["policy_weight"] != 0, inputs["old_logprobs"], 0.0)
+    outside = trained & ((guess - logprobs).abs() > 31.0)
+    assert 3 <= int(outside.sum()) < int(trained.sum())

@@ -7,11 +7,11 @@ import triton
 import triton.language as tl
 
 from klear_kernels.triton_tiles import (
-    HOPPER_STORING,
     LOG2_E,
     aligned,
     launching_on,
     matrix_descriptor,
+    store_tile,
     tile_position,
     tile_product,
     tile_shape,
@@ -55,7 +55,7 @@ def gradient_kernel(
         if WITH_ENTROPY:
             factor += tl.load(slope + rows, mask=in_rows, other=0.0)[:, None] * log_probability
         values = tl.exp2(log_probability) * factor
-        gradient.store([row_block * BLOCK_ROWS, word_block * BLOCK_WORDS], values.to(tl.bfloat16))
+        store_tile(gradient, row_block, word_block, values, BLOCK_ROWS, BLOCK_WORDS)
 
 
 def logit_gradient(
@@ -82,7 +82,7 @@ def logit_gradient(
         entropy: float32 [C], nats.
         temperature: divides the logits.
     """
-    shape = tile_shape(HOPPER_STORING, hidden.device)
+    shape = tile_shape(hidden.device)
     hidden, weight = aligned(hidden), aligned(weight)
     num_rows, num_words = hidden.shape[0], weight.shape[0]
     constant = slope = -grad_logprobs / temperature
@@ -92,9 +92,9 @@ def logit_gradient(
         slope = -grad_entropy / (temperature * LOG2_E)
     with launching_on(hidden.device):
         gradient_kernel[shape.grid(num_rows, num_words, hidden.device)](
-            matrix_descriptor(hidden, (shape.rows, shape.hidden)),
-            matrix_descriptor(weight, (shape.words, shape.hidden)),
-            matrix_descriptor(out, (shape.rows, shape.words)),
+            matrix_descriptor(hidden, shape.operand_blocks[0]),
+            matrix_descriptor(weight, shape.operand_blocks[1]),
+            matrix_descriptor(out, shape.stored_block),
             logsumexp * LOG2_E,
             constant,
             slope,

@@ -7,7 +7,6 @@ import triton
 import triton.language as tl
 
 from klear_kernels.triton_tiles import (
-    HOPPER_REDUCING,
     LOG2_E,
     aligned,
     launching_on,
@@ -89,7 +88,7 @@ def tile_statistics(
         temperature: divides the logits.
         with_entropy: whether weighted sums are wanted; uninitialised where not.
     """
-    shape = tile_shape(HOPPER_REDUCING, hidden.device)
+    shape = tile_shape(hidden.device)
     hidden, weight = aligned(hidden), aligned(weight)
     num_rows, num_words = hidden.shape[0], weight.shape[0]
     maxima, sums, weighted_sums = hidden.new_empty(
@@ -97,8 +96,8 @@ def tile_statistics(
     ).unbind(0)
     with launching_on(hidden.device):
         statistics_kernel[shape.grid(num_rows, num_words, hidden.device)](
-            matrix_descriptor(hidden, (shape.rows, shape.hidden)),
-            matrix_descriptor(weight, (shape.words, shape.hidden)),
+            matrix_descriptor(hidden, shape.operand_blocks[0]),
+            matrix_descriptor(weight, shape.operand_blocks[1]),
             label_columns,
             maxima,
             sums,

@@ -11,7 +11,7 @@ from klear_kernels.linear_logprob.gradient_kernel import logit_gradient
 from klear_kernels.linear_logprob.label_logit_kernel import label_logits
 from klear_kernels.linear_logprob.statistics_kernel import NO_WORD, tile_statistics
 from klear_kernels.softmax_rows import RowStatistics, label_columns, label_gradient, set_label_columns_
-from klear_kernels.triton_tiles import HOPPER_REDUCING, LOG2_E, aligned
+from klear_kernels.triton_tiles import HOPPER, LOG2_E, aligned
 
 STATISTICS_BYTES = 64 << 20
 """Three float32 per row and tile are held until a chunk's tiles are put together."""
@@ -20,7 +20,7 @@ GRADIENT_BYTES = 2_500_000_000
 """bfloat16 values per row and word; large chunks keep the products after them at full speed."""
 
 _LN_2 = 1.0 / LOG2_E
-_STATISTICS_WORD_BYTES = 3 * 4 / HOPPER_REDUCING.words
+_STATISTICS_WORD_BYTES = 3 * 4 / HOPPER.words
 _GRADIENT_WORD_BYTES = 2
 
 

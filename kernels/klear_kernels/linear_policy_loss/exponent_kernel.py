@@ -11,11 +11,11 @@ import triton
 import triton.language as tl
 
 from klear_kernels.triton_tiles import (
-    HOPPER_STORING,
     LOG2_E,
     aligned,
     launching_on,
     matrix_descriptor,
+    store_tile,
     tile_position,
     tile_product,
     tile_shape,
@@ -69,7 +69,7 @@ def exponent_kernel(
         tl.store(sums + target, tl.sum(values, 1), mask=in_rows)
         if WITH_ENTROPY:
             tl.store(weighted_sums + target, tl.sum(values * exponent, 1), mask=in_rows)
-        exponentials.store([row_block * BLOCK_ROWS, word_block * BLOCK_WORDS], values.to(tl.bfloat16))
+        store_tile(exponentials, row_block, word_block, values, BLOCK_ROWS, BLOCK_WORDS)
 
 
 def exponentials_and_sums(
@@ -93,15 +93,15 @@ def exponentials_and_sums(
         temperature: divides the logits.
         with_entropy: whether the weighted sums are wanted; zeros where not.
     """
-    shape = tile_shape(HOPPER_STORING, hidden.device)
+    shape = tile_shape(hidden.device)
     hidden, weight = aligned(hidden), aligned(weight)
     num_rows, num_words = hidden.shape[0], weight.shape[0]
     partial = hidden.new_empty(1 + with_entropy, -(-num_words // shape.words), num_rows, dtype=torch.float32)
     with launching_on(hidden.device):
         exponent_kernel[shape.grid(num_rows, num_words, hidden.device)](
-            matrix_descriptor(hidden, (shape.rows, shape.hidden)),
-            matrix_descriptor(weight, (shape.words, shape.hidden)),
-            matrix_descriptor(out, (shape.rows, shape.words)),
+            matrix_descriptor(hidden, shape.operand_blocks[0]),
+            matrix_descriptor(weight, shape.operand_blocks[1]),
+            matrix_descriptor(out, shape.stored_block),
             label_columns,
             reference * LOG2_E,
             partial[0],

@@ -29,6 +29,9 @@ REFERENCE_RANGE = 30.0
 """Most nats between a reference and the log-sum-exp. Within it no exponential overflows, what underflows is below
 exp(-57) of the sum, and v stays far inside the range of bfloat16 for any sensible gradient."""
 
+_LEAST_OLD_LOGPROB = -REFERENCE_RANGE / 2
+"""Old log-probabilities are believed down to here: a token that has become certain since is then still in range."""
+
 Losses = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
@@ -70,7 +73,7 @@ def forward(
 def _reference(logits: torch.Tensor, terms: PolicyTerms) -> torch.Tensor:
     """r [K]; where there is no old log-probability to go by, the label's logit, right to within -log p_y."""
     old = torch.where(terms.policy_weight.ne(0), terms.old_logprobs, 0.0)
-    return logits - torch.nan_to_num(old, nan=0.0, neginf=0.0).clamp(-REFERENCE_RANGE, 0.0)
+    return logits - torch.nan_to_num(old, nan=0.0, neginf=0.0).clamp(_LEAST_OLD_LOGPROB, 0.0)
 
 
 def _referenced_pass(
