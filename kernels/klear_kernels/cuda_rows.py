@@ -133,7 +133,7 @@ class CudaRows:
         """Add a chunk to the wanted gradients by the products of csrc/products.cpp, given v from `factors`."""
         if self._words == 0:
             if gradients.hidden is not None:  # the other shards wait for this one's part
-                gradients.hidden.start(self._problem.rows[chunk], rows.new_zeros(hidden.shape))()
+                gradients.hidden.put(self._problem.rows[chunk], rows.new_zeros(hidden.shape))
             return
         scale, store = scale.unsqueeze(1), None
         if gradients.hidden is not None:
