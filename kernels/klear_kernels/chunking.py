@@ -17,24 +17,32 @@ _ROW_MULTIPLE = 16
 
 
 def chunk_slices(
-    num_rows: int, *, vocab_rows: int, element_bytes: int, device: torch.device, chunk_tokens: int | None
+    num_rows: int,
+    *,
+    vocab_rows: int,
+    word_bytes: float,
+    device: torch.device,
+    chunk_tokens: int | None,
+    budget_bytes: int | None = None,
 ) -> list[slice]:
-    """Split `num_rows` rows into near-equal slices whose logits fit the budget.
+    """Split `num_rows` rows into near-equal slices that fit the budget.
 
     Depends only on numbers that all tensor-parallel ranks share, so that they chunk alike.
 
     Args:
         num_rows: rows to compute.
         vocab_rows: V_local, padding included (the valid rows differ between ranks).
-        element_bytes: bytes per logit.
-        device: picks the budget.
+        word_bytes: bytes held per row and word, as those of a logit.
+        device: picks the budget where `budget_bytes` is None.
         chunk_tokens: most rows per chunk, or None for the budget's choice.
+        budget_bytes: most bytes of a chunk, for backends that hold something else than float32 logits.
     """
     if num_rows == 0:
         return []
     most = chunk_tokens
     if most is None:
-        most = max(CHUNK_BYTES.get(device.type, DEFAULT_CHUNK_BYTES) // (vocab_rows * element_bytes), _ROW_MULTIPLE)
+        budget = CHUNK_BYTES.get(device.type, DEFAULT_CHUNK_BYTES) if budget_bytes is None else budget_bytes
+        most = max(int(budget / (vocab_rows * word_bytes)), _ROW_MULTIPLE)
     most = max(min(most, MAX_CHUNK_ELEMENTS // vocab_rows, num_rows), 1)
     num_chunks = -(-num_rows // most)
     # Near-equal chunks: a last chunk of a few rows would cast or read the whole weight for nothing.

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from klear_kernels.backends import choose_backend
 from klear_kernels.chunking import chunk_slices
 from klear_kernels.vocab_shard import VocabShard
 
@@ -63,14 +65,20 @@ class HeadProblem:
     def num_rows(self) -> int:
         return self.rows.shape[0]
 
-    def chunks(self) -> list[slice]:
-        """Slices of `rows`, equal on all tensor-parallel ranks."""
+    def chunks(self, *, word_bytes: float | None = None, budget_bytes: int | None = None) -> list[slice]:
+        """Slices of `rows`, equal on all tensor-parallel ranks.
+
+        Args:
+            word_bytes: bytes held per row and word of the shard; default one logit in the compute dtype.
+            budget_bytes: most bytes of a chunk; default by the device.
+        """
         return chunk_slices(
             self.num_rows,
             vocab_rows=self.options.shard.rows,
-            element_bytes=self.compute_dtype.itemsize,
+            word_bytes=self.compute_dtype.itemsize if word_bytes is None else word_bytes,
             device=self.hidden.device,
             chunk_tokens=self.options.chunk_tokens,
+            budget_bytes=budget_bytes,
         )
 
     def hidden_rows(self, chunk: slice) -> torch.Tensor:
@@ -129,15 +137,19 @@ def check_head_inputs(
     with_entropy: bool,
     chunk_tokens: int | None,
     ignore_index: int,
-    backend: str,
+    softcap: float | None,
+    operation: str,
+    backend: str | None,
 ) -> HeadOptions:
     """Refuse, by name, arguments that cannot work, before any product; return the options.
 
     Raises:
         TypeError: a tensor of the wrong dtype.
-        ValueError: shapes, devices, labels or numbers that do not fit together.
+        ValueError: shapes, devices, labels or numbers that do not fit together, or a backend that cannot run.
     """
     _check_tensors(hidden, weight, labels)
+    if softcap is not None:
+        raise ValueError(f"softcap: got {softcap}, allowed None: capped logits are not computed here")
     if not (math.isfinite(temperature) and temperature > 0):
         raise ValueError(f"temperature: got {temperature}, allowed a finite number above 0")
     if chunk_tokens is not None and chunk_tokens < 1:
@@ -161,12 +173,37 @@ def check_head_inputs(
         with_entropy=with_entropy,
         chunk_tokens=chunk_tokens,
         ignore_index=ignore_index,
-        backend=backend,
+        backend=choose_backend(operation, backend, hidden.device, hidden.dtype),
     )
+
+
+def described(
+    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, options: HeadOptions, **others: Any
+) -> dict[str, Any]:
+    """What all ranks of a tensor-parallel group must be given alike, by argument name.
+
+    Tensors that must be equal are told by a checksum, which reads a number back from the device.
+    """
+    recording = torch.is_grad_enabled()
+    places = torch.arange(1, labels.shape[0] + 1, device=labels.device)
+    return {
+        "labels": f"{labels.shape[0]} tokens with checksum {int((labels * places).sum())}",
+        "hidden": f"{hidden.dtype} {tuple(hidden.shape)}, requires_grad {recording and hidden.requires_grad}",
+        "weight": f"{weight.dtype} {tuple(weight.shape)}, requires_grad {recording and weight.requires_grad}",
+        "temperature": options.temperature,
+        "sequence_parallel": options.shard.sequence_parallel,
+        "with_entropy": options.with_entropy,
+        "chunk_tokens": options.chunk_tokens,
+        "ignore_index": options.ignore_index,
+        "backend": options.backend,
+        **others,
+    }
 
 
 def _check_tensors(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> None:
     for name, tensor, ndim in (("hidden", hidden, 2), ("weight", weight, 2), ("labels", labels, 1)):
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"{name}: got {type(tensor).__name__}, allowed a tensor")
         if tensor.ndim != ndim:
             raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, allowed {ndim} dimension(s)")
         if tensor.device != hidden.device:

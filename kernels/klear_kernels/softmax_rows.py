@@ -15,6 +15,7 @@ probability is nearly 1 keep full relative precision in float32, where the textb
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -31,14 +32,14 @@ class RowStatistics:
     """What is kept of each row when its logits are gone; all [K] in the compute dtype, equal on all shards.
 
     Attributes:
-        row_max: m, the largest logit over the temperature.
-        log_sum: log1p(R), the log-sum-exp relative to row_max.
+        reference: what exponents are taken relative to; m here, the largest logit over the temperature.
+        log_sum: the log-sum-exp of the logits over the temperature, relative to the reference; log1p(R) here.
         label_complement: 1 - p_y.
         logprobs: log p_y.
         entropy: in nats, or None when not asked for.
     """
 
-    row_max: torch.Tensor
+    reference: torch.Tensor
     log_sum: torch.Tensor
     label_complement: torch.Tensor
     logprobs: torch.Tensor
@@ -46,13 +47,13 @@ class RowStatistics:
 
     @property
     def logsumexp(self) -> torch.Tensor:
-        return self.row_max + self.log_sum
+        return self.reference + self.log_sum
 
     def select(self, index: slice | torch.Tensor) -> RowStatistics:
         """The statistics of some of the rows."""
         entropy = None if self.entropy is None else self.entropy[index]
         return RowStatistics(
-            row_max=self.row_max[index],
+            reference=self.reference[index],
             log_sum=self.log_sum[index],
             label_complement=self.label_complement[index],
             logprobs=self.logprobs[index],
@@ -61,18 +62,42 @@ class RowStatistics:
 
     def tensors(self) -> tuple[torch.Tensor | None, ...]:
         """The fields in their order, for autograd to save."""
-        return (self.row_max, self.log_sum, self.label_complement, self.logprobs, self.entropy)
+        return (self.reference, self.log_sum, self.label_complement, self.logprobs, self.entropy)
+
+    @classmethod
+    def from_tensors(cls, tensors: Sequence[torch.Tensor | None]) -> RowStatistics:
+        """The statistics that `tensors` took apart."""
+        names = ("reference", "log_sum", "label_complement", "logprobs", "entropy")
+        return cls(**dict(zip(names, tensors, strict=True)))  # type: ignore[arg-type]
 
     @classmethod
     def empty(cls, problem: HeadProblem) -> RowStatistics:
         """Room for the K rows of a problem."""
         columns = [problem.hidden.new_empty(problem.num_rows, dtype=problem.compute_dtype) for _ in range(5)]
         return cls(
-            row_max=columns[0],
+            reference=columns[0],
             log_sum=columns[1],
             label_complement=columns[2],
             logprobs=columns[3],
             entropy=columns[4] if problem.options.with_entropy else None,
+        )
+
+    @classmethod
+    def of_sums(cls, row_max: torch.Tensor, sums: torch.Tensor, with_entropy: bool) -> RowStatistics:
+        """The statistics of [C] row maxima and [4, C] sums, both over all shards.
+
+        Rows of `sums`: R with all maxima but one per shard that holds some, how many were left out, z_y - m,
+        sum e (z - m).
+        """
+        rest, count, label_gap, weighted = sums
+        rest = rest + (count - 1.0)
+        log_sum = torch.log1p(rest)
+        return cls(
+            reference=row_max,
+            log_sum=log_sum,
+            label_complement=(rest - torch.expm1(label_gap)) / (1.0 + rest),
+            logprobs=label_gap - log_sum,
+            entropy=log_sum - weighted / (1.0 + rest) if with_entropy else None,
         )
 
     def write(self, chunk: slice, part: RowStatistics) -> None:
@@ -113,7 +138,7 @@ def exponentiate_(logits: torch.Tensor, labels: torch.Tensor, problem: HeadProbl
     # Rows: R of this shard, how many maxima were left out of R, z_y - m, sum e (z - m).
     sums = logits.new_zeros(4, num_rows)
     if has_words:
-        column, is_here = _label_columns(labels, problem)
+        column, is_here = label_columns(labels, problem)
         label_logit = logits.gather(1, column).squeeze(1)
         sums[2] = torch.where(is_here, label_logit - row_max, 0.0)
         is_top = top.squeeze(1) == row_max  # equal maxima on two shards: each leaves one out, hence the count
@@ -122,16 +147,7 @@ def exponentiate_(logits: torch.Tensor, labels: torch.Tensor, problem: HeadProbl
             sums[0, part], sums[3, part] = _exponentiate_part_(
                 logits[part], row_max[part], top_column[part], is_top[part], problem.options.with_entropy
             )
-    rest, count, label_gap, weighted = shard.sum_(sums)
-    rest = rest + (count - 1.0)
-    log_sum = torch.log1p(rest)
-    return RowStatistics(
-        row_max=row_max,
-        log_sum=log_sum,
-        label_complement=(rest - torch.expm1(label_gap)) / (1.0 + rest),
-        logprobs=label_gap - log_sum,
-        entropy=log_sum - weighted / (1.0 + rest) if problem.options.with_entropy else None,
-    )
+    return RowStatistics.of_sums(row_max, shard.sum_(sums), problem.options.with_entropy)
 
 
 def logprob_gradient_(
@@ -144,7 +160,7 @@ def logprob_gradient_(
     grad = grad / problem.options.temperature
     if exponentials.shape[1] > 0:
         exponentials.mul_((-grad * torch.exp(-rows.log_sum)).unsqueeze(1))
-        _set_label_columns_(exponentials, labels, grad * rows.label_complement, problem)
+        set_label_columns_(exponentials, labels, label_gradient(rows, grad, None), problem)
     return exponentials
 
 
@@ -165,7 +181,7 @@ def row_gradient_(
         return logits
     if grad_entropy is None or rows.entropy is None:
         for part in _row_slices(logits.shape[0]):
-            logits[part].sub_(rows.row_max[part].unsqueeze(1)).exp_()
+            logits[part].sub_(rows.reference[part].unsqueeze(1)).exp_()
         return logprob_gradient_(logits, labels, rows, grad_logprobs, problem)
     g, h = grad_logprobs / problem.options.temperature, grad_entropy / problem.options.temperature
     for part in _row_slices(logits.shape[0]):
@@ -173,9 +189,19 @@ def row_gradient_(
         probabilities = values.exp()
         values.add_(rows.entropy[part].unsqueeze(1)).mul_(-h[part].unsqueeze(1)).sub_(g[part].unsqueeze(1))
         values.mul_(probabilities)
-    label_entropy = torch.exp(rows.logprobs) * (rows.logprobs + rows.entropy)
-    _set_label_columns_(logits, labels, g * rows.label_complement - h * label_entropy, problem)
+    set_label_columns_(logits, labels, label_gradient(rows, g, h), problem)
     return logits
+
+
+def label_gradient(rows: RowStatistics, grad_logprobs: torch.Tensor, grad_entropy: torch.Tensor | None) -> torch.Tensor:
+    """Gradient [C] of the logit of each row's label, where 1 - p_y would cancel if it were subtracted.
+
+    Equation: g (1 - p_y) - h p_y (log p_y + entropy).
+    """
+    at_label = grad_logprobs * rows.label_complement
+    if grad_entropy is None or rows.entropy is None:
+        return at_label
+    return at_label - grad_entropy * torch.exp(rows.logprobs) * (rows.logprobs + rows.entropy)
 
 
 def _exponentiate_part_(
@@ -197,19 +223,22 @@ def _exponentiate_part_(
     return rest, weighted
 
 
-def _label_columns(labels: torch.Tensor, problem: HeadProblem) -> tuple[torch.Tensor, torch.Tensor]:
+def label_columns(labels: torch.Tensor, problem: HeadProblem) -> tuple[torch.Tensor, torch.Tensor]:
     """Column of each label in this shard [C, 1] (some valid column elsewhere), and whether it is here [C]."""
     local = labels - problem.options.shard.start
     last = problem.options.shard.valid_rows - 1
     return local.clamp(0, last).unsqueeze(1), (local >= 0) & (local <= last)
 
 
-def _set_label_columns_(
+def set_label_columns_(
     values: torch.Tensor, labels: torch.Tensor, at_label: torch.Tensor, problem: HeadProblem
 ) -> None:
-    column, is_here = _label_columns(labels, problem)
+    """Overwrite the label's column of each row of [C, valid_rows] by `at_label` [C], where the label is here."""
+    if values.shape[1] == 0:
+        return
+    column, is_here = label_columns(labels, problem)
     kept = values.gather(1, column).squeeze(1)
-    values.scatter_(1, column, torch.where(is_here, at_label, kept).unsqueeze(1))
+    values.scatter_(1, column, torch.where(is_here, at_label.to(values.dtype), kept).unsqueeze(1))
 
 
 def _row_slices(num_rows: int) -> list[slice]:

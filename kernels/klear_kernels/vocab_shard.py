@@ -6,6 +6,7 @@ exchanges there are (rows computed, chunk size, which gradients are wanted) must
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -44,6 +45,8 @@ class VocabShard:
         Raises:
             ValueError: the vocabulary does not fit the shards, or this process is not in the group.
         """
+        if group is not None and not (dist.is_available() and dist.is_initialized()):
+            raise ValueError("tp_group: got a group, but torch.distributed is not initialised")
         size = 1 if group is None else dist.get_world_size(group)
         rank = 0 if group is None else dist.get_rank(group)
         if rank < 0:
@@ -75,6 +78,14 @@ class VocabShard:
         if self.size > 1:
             dist.all_reduce(values, op=dist.ReduceOp.SUM, group=self.group)
         return values
+
+    def start_sum_(self, values: torch.Tensor) -> Callable[[], object]:
+        """Begin to replace `values` by their sum over the shards; call what is returned before reading them."""
+        if self.size == 1:
+            return lambda: None
+        work = dist.all_reduce(values, op=dist.ReduceOp.SUM, group=self.group, async_op=True)
+        finish: Callable[[], object] = work.wait
+        return finish
 
     def gather_tokens(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return hidden states of all tokens [T, H], given this rank's slice when sequence-parallel."""

@@ -109,10 +109,21 @@ class FusedHead(ColumnParallelLinear):
             batch.policy_weight,
             batch.lm_weight,
             objective=request.objective,
+            into_main_grad=_takes_gradients(weight),
             **shared,
         )
         assert terms.entropy is not None
         return HeadResult(terms.loss, terms.policy_loss, terms.lm_loss, terms.logprobs, terms.entropy)
+
+
+def _takes_gradients(weight: torch.Tensor) -> bool:
+    """Whether the head may add its gradient to Megatron's buffer itself, which saves a copy of it in each microbatch.
+
+    The head adds during its forward pass. The trainer runs a forward pass with gradients only to go back through it,
+    and the head stands outside what is recomputed.
+    """
+    buffer = getattr(weight, "main_grad", None)
+    return torch.is_grad_enabled() and weight.requires_grad and buffer is not None and buffer.dtype == torch.float32
 
 
 class Qwen3Model(GPTModel):

@@ -6,6 +6,7 @@ Rank r writes DIRECTORY/rank{r}.pt, a dict: case name -> {"inputs": whole inputs
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,7 @@ def run_case(case: dict[str, Any], inputs: dict[str, torch.Tensor], rank: int, w
         "temperature": case.get("temperature", 1.0),
         "sequence_parallel": case["sequence_parallel"],
         "chunk_tokens": case.get("chunk_tokens", 5),
+        "backend": case.get("backend"),
     }
     if case["operation"] == "logprob":
         logprob_output = linear_logprob(own["hidden"], own["weight"], inputs["labels"], **keywords)
@@ -120,12 +122,36 @@ def cases() -> dict[str, dict[str, Any]]:
     return result
 
 
+def triton_cases() -> dict[str, dict[str, Any]]:
+    """The cases that the Triton backend shares, in bfloat16, with more than one tile per shard."""
+    chosen = (
+        "padded",
+        "last-shard-without-words",
+        "largest-logit-in-both-shards",
+        "all-ignored",
+        "empty",
+        "hidden-only",
+    )
+    result = {}
+    for name, case in cases().items():
+        if name.endswith(chosen):
+            words = {"last-shard-without-words": 40, "largest-logit-in-both-shards": 80}.get(name.split("-", 2)[2], 71)
+            sizes = {"rows": 40, "words": words, "chunk_tokens": 9}
+            result[name] = {**case, **sizes, "dtype": torch.bfloat16, "backend": "triton"}
+    return result
+
+
 def main() -> None:
     rank, world_size, directory = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{directory}/rendezvous", rank=rank, world_size=world_size)
     saved = {}
-    for name, case in cases().items():
+    interpreting = os.environ.get("TRITON_INTERPRET") == "1"
+    if interpreting:
+        from tests.kernels.triton_interpreter_shims import install
+
+        install()
+    for name, case in (triton_cases() if interpreting else cases()).items():
         inputs = whole_inputs(case, world_size)
         saved[name] = {"inputs": inputs, "outputs": run_case(case, inputs, rank, world_size)}
     try:

@@ -21,7 +21,7 @@ CPU = torch.device("cpu")
 def test_slices_cover_every_row_once_within_the_limits(
     num_rows: int, vocab_rows: int, chunk_tokens: int | None
 ) -> None:
-    slices = chunk_slices(num_rows, vocab_rows=vocab_rows, element_bytes=4, device=CPU, chunk_tokens=chunk_tokens)
+    slices = chunk_slices(num_rows, vocab_rows=vocab_rows, word_bytes=4, device=CPU, chunk_tokens=chunk_tokens)
     position = 0
     for part in slices:
         assert part.start == position
@@ -37,14 +37,31 @@ def test_slices_cover_every_row_once_within_the_limits(
 
 
 def test_full_size_head_keeps_offsets_below_31_bits() -> None:
-    slices = chunk_slices(32768, vocab_rows=151936, element_bytes=4, device=torch.device("cuda"), chunk_tokens=32768)
+    slices = chunk_slices(32768, vocab_rows=151936, word_bytes=4, device=torch.device("cuda"), chunk_tokens=32768)
     assert all((part.stop - part.start) * 151936 < 2**31 for part in slices)
-    automatic = chunk_slices(32768, vocab_rows=151936, element_bytes=4, device=torch.device("cuda"), chunk_tokens=None)
+    automatic = chunk_slices(32768, vocab_rows=151936, word_bytes=4, device=torch.device("cuda"), chunk_tokens=None)
     assert all((part.stop - part.start) * 151936 * 4 <= DEFAULT_CHUNK_BYTES for part in automatic)
+
+
+def test_a_budget_of_the_callers_own() -> None:
+    """One bfloat16 value per word: four chunks of 8192 rows at the full vocabulary, one for an eighth of it."""
+    slices = [
+        chunk_slices(
+            32768,
+            vocab_rows=vocab_rows,
+            word_bytes=2,
+            device=torch.device("cuda"),
+            chunk_tokens=None,
+            budget_bytes=2_500_000_000,
+        )
+        for vocab_rows in (151936, 18992)
+    ]
+    assert [part.stop - part.start for part in slices[0]] == [8192] * 4
+    assert slices[1] == [slice(0, 32768)]
 
 
 @pytest.mark.parametrize("num_rows", [1765, 1767, 3600])
 def test_no_chunk_is_a_small_remainder(num_rows: int) -> None:
-    slices = chunk_slices(num_rows, vocab_rows=151936, element_bytes=4, device=torch.device("cuda"), chunk_tokens=None)
+    slices = chunk_slices(num_rows, vocab_rows=151936, word_bytes=4, device=torch.device("cuda"), chunk_tokens=None)
     sizes = [part.stop - part.start for part in slices]
     assert min(sizes) > 0.9 * max(sizes)

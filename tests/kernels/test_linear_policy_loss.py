@@ -370,12 +370,26 @@ def test_gradients_survive_activation_checkpointing() -> None:
 
 
 @pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"objective": "gppo"}, TypeError, r"objective: got str, allowed a PolicyObjective"),
+        ({"objective": GPPO, "softcap": 50.0}, ValueError, r"softcap: got 50.0, allowed None"),
+        ({"objective": GPPO, "backend": "best"}, ValueError, r"backend: got 'best', allowed on cpu"),
+    ],
+)
+def test_settings_refused_by_name(settings: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        linear_policy_loss(*make_inputs(), **settings)
+
+
+@pytest.mark.parametrize(
     ("name", "value", "error", "message"),
     [
         ("old_logprobs", torch.zeros(3), ValueError, r"old_logprobs: got shape \(3,\), labels have \(48,\)"),
         ("advantages", torch.zeros(48, dtype=torch.int64), TypeError, r"advantages: got torch.int64"),
         ("policy_weight", torch.zeros(48, 1), ValueError, r"policy_weight: got shape \(48, 1\)"),
         ("lm_weight", torch.zeros(48, device="meta"), ValueError, r"lm_weight: got device meta"),
+        ("advantages", None, TypeError, r"advantages: got NoneType, allowed a tensor"),
         ("labels", torch.full((48,), 70), ValueError, r"labels: got 70 at position 0, allowed 0 to 69"),
     ],
 )

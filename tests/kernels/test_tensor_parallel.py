@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-import time
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,10 +10,10 @@ import torch
 from klear_kernels.linear_logprob.reference import reference_logprob
 from klear_kernels.linear_policy_loss.reference import reference_policy_loss
 from megatron_klear.algorithm import PolicyObjective
+from tests.kernels.tensor_parallel_ranks import run_ranks
 
 WORLD_SIZE = 2
 ROWS = 12
-WORKER = Path(__file__).with_name("tensor_parallel_worker.py")
 VARIANTS = (
     "padded",
     "float32",
@@ -45,30 +40,7 @@ NAMES = [
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each rank saved: one pair of processes runs all cases, starting them is what takes the time."""
-    directory = tmp_path_factory.mktemp("tensor_parallel")
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
-    }
-    processes, logs = [], [directory / f"rank{rank}.log" for rank in range(WORLD_SIZE)]
-    for rank, log in enumerate(logs):
-        command = [sys.executable, str(WORKER), str(rank), str(WORLD_SIZE), str(directory)]
-        with log.open("w") as stream:
-            processes.append(subprocess.Popen(command, env=environment, stdout=stream, stderr=subprocess.STDOUT))
-    deadline = time.monotonic() + 180
-    try:
-        while any(process.poll() is None for process in processes):
-            # A rank that failed leaves the other waiting in an exchange.
-            assert not any(process.poll() for process in processes), "\n".join(log.read_text() for log in logs)
-            assert time.monotonic() < deadline, "\n".join(["timed out", *(log.read_text() for log in logs)])
-            time.sleep(0.1)
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    assert not any(process.returncode for process in processes), "\n".join(log.read_text() for log in logs)
-    return [torch.load(directory / f"rank{rank}.pt", weights_only=False) for rank in range(WORLD_SIZE)]
+    return run_ranks(tmp_path_factory.mktemp("tensor_parallel"), WORLD_SIZE)
 
 
 def expected(name: str, inputs: dict[str, torch.Tensor], words: int) -> dict[str, torch.Tensor]:

@@ -35,8 +35,8 @@ def context() -> Iterator[ParallelContext]:
 
 
 @pytest.fixture
-def arch() -> Architecture:
-    """The smallest model with grouped heads and a padded vocabulary."""
+def arch(request: pytest.FixtureRequest) -> Architecture:
+    """The smallest model with grouped heads and a padded vocabulary; a parameter says whether embeddings are tied."""
     return Architecture(
         num_layers=1,
         hidden_size=16,
@@ -48,7 +48,7 @@ def arch() -> Architecture:
         max_position_embeddings=64,
         rope_theta=1e4,
         rms_norm_eps=1e-6,
-        tie_embeddings=False,
+        tie_embeddings=getattr(request, "param", False),
         init_std=0.02,
     )
 

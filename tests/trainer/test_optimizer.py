@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from megatron_klear.algorithm import PolicyObjective
-from megatron_klear.model import hf_named_tensors
+from megatron_klear.config import Architecture
+from megatron_klear.model import hf_named_tensors, qwen3
 from megatron_klear.records import TrainSequence
 from megatron_klear.trainer import Trainer
 
@@ -107,3 +108,30 @@ def test_no_clipping_when_it_is_off(make_trainer: Callable[..., Trainer], sequen
     report = trainer.update(sequences, OBJECTIVE, step=1)
     squares = sum(float(p.main_grad.square().sum()) for p in trainer.trainable.model.parameters())
     assert squares**0.5 == pytest.approx(report.grad_norm, rel=1e-5)
+
+
+@pytest.mark.parametrize("arch", [False, True], indirect=True, ids=["untied", "tied"])
+def test_the_head_adds_its_gradient_to_megatrons_buffer_once(
+    arch: Architecture,
+    make_trainer: Callable[..., Trainer],
+    sequences: list[TrainSequence],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Over several microbatches it must come to what autograd and Megatron's hook add up; tied, the embedding's too."""
+    asked: list[bool] = []
+
+    def gradients(takes: Callable[[torch.Tensor], bool]) -> dict[str, torch.Tensor]:
+        monkeypatch.setattr(qwen3, "_takes_gradients", lambda weight: asked.append(takes(weight)) or asked[-1])
+        trainer = make_trainer(token_budget=32, clip_grad=0.0)
+        trainer.update(sequences, OBJECTIVE, step=1)
+        return {name: p.main_grad.clone() for name, p in trainer.trainable.model.named_parameters()}
+
+    ours = gradients(qwen3._takes_gradients)
+    assert len(asked) > 2
+    assert all(asked)
+    autograds = gradients(lambda weight: False)
+    assert ours.keys() == autograds.keys()
+    assert ("output_layer.weight" in ours) != arch.tie_embeddings
+    for name, gradient in ours.items():
+        assert float(gradient.norm()) > 0
+        torch.testing.assert_close(gradient, autograds[name], rtol=1e-5, atol=1e-7)

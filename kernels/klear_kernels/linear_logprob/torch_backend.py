@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from klear_kernels.head_problem import HeadProblem
-from klear_kernels.head_products import HiddenGradient, WeightGradient
+from klear_kernels.head_products import HeadGradients
 from klear_kernels.softmax_rows import LogitBuffer, RowStatistics, exponentiate_, row_gradient_
 
 
@@ -24,20 +24,16 @@ def backward(
     rows: RowStatistics,
     grad_logprobs: torch.Tensor,
     grad_entropy: torch.Tensor | None,
-    *,
-    for_hidden: bool,
-    for_weight: bool,
-) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Recompute each chunk's logits and form the wanted gradients (6 K H V operations for both).
+    gradients: HeadGradients,
+) -> None:
+    """Recompute each chunk's logits and add the wanted gradients (6 K H V operations for both).
 
     Args:
         problem: the rows whose upstream gradient is not zero.
         rows: their statistics from the forward pass.
         grad_logprobs, grad_entropy: upstream gradients [K] in the compute dtype.
-        for_hidden, for_weight: which gradients are wanted.
+        gradients: takes the gradients.
     """
-    hidden_gradient = HiddenGradient(problem) if for_hidden else None
-    weight_gradient = WeightGradient(problem) if for_weight else None
     buffer = LogitBuffer(problem)
     for chunk in problem.chunks():
         hidden = problem.hidden_rows(chunk)
@@ -49,11 +45,4 @@ def backward(
             None if grad_entropy is None else grad_entropy[chunk],
             problem,
         )
-        if hidden_gradient is not None:
-            hidden_gradient.add(chunk, gradient)
-        if weight_gradient is not None:
-            weight_gradient.add(hidden, gradient)
-    return (
-        None if hidden_gradient is None else hidden_gradient.finish(),
-        None if weight_gradient is None else weight_gradient.finish(),
-    )
+        gradients.add(problem.rows[chunk], hidden, gradient)
