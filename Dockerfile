@@ -46,4 +46,4 @@ RUN git clone https://github.com/NVIDIA/apex /tmp/apex \
     && APEX_CPP_EXT=1 APEX_CUDA_EXT=1 python -m pip install --no-build-isolation --no-deps /tmp/apex \
     && rm -rf /tmp/apex
 
-RUN python -c "import transformer_engine.pytorch, flash_attn, apex, amp_C, megatron.core, megatron_klear"
+RUN python -c "import transformer_engine.pytorch, flash_attn, apex, amp_C, megatron.core, megatron_klear, klear_kernels._cuda"

@@ -104,8 +104,9 @@ setup(
             "types-PyYAML",
             "triton; platform_system == 'Linux'",
         ],
-        # Only compared with, in benchmarks/ and by klear_kernels.linear_policy_loss.benchmark.
-        "benchmark": ["trl", "cut-cross-entropy", "liger-kernel", "quack-kernels[cu13]"],
+        # Only compared with: the trainer (benchmarks/cpu_vs_trl.py) and, on a GPU, the fused head.
+        "benchmark": ["trl"],
+        "benchmark-head": ["cut-cross-entropy", "liger-kernel", "quack-kernels[cu13]"],
         # Needs a CUDA toolkit to build; see the Dockerfile.
         "gpu": ["transformer-engine[pytorch]", "flash-attn", "nvidia-dali-cuda130"],
     },
