@@ -8,15 +8,16 @@ count=$1 tp=$2 port=$3
 shift 3
 restarts=${KLEAR_ENGINE_RESTARTS:-10}
 
+# serve INDEX COMMAND...: one server and its restarts.
 serve() {
-    local index=$1 left=$restarts first=$(($1 * tp)) server=''
+    local index=$1 left=$restarts server='' place=()
     shift
-    # shellcheck disable=SC2064
     trap '[[ -z $server ]] || kill "$server" 2>/dev/null; exit 0' TERM
-    [[ -z ${SLURM_GPUS_ON_NODE:-} ]] || export CUDA_VISIBLE_DEVICES
+    # Without GPUs the variable must stay unset.
+    [[ -z ${SLURM_GPUS_ON_NODE:-} ]] ||
+        place=("CUDA_VISIBLE_DEVICES=$(seq -s, $((index * tp)) $((index * tp + tp - 1)))")
     while :; do
-        CUDA_VISIBLE_DEVICES=$(seq -s, "$first" $((first + tp - 1)))
-        "$@" --tp-size "$tp" --host 0.0.0.0 --port $((port + index)) &
+        env "${place[@]}" "$@" --tp-size "$tp" --host 0.0.0.0 --port $((port + index)) &
         server=$!
         wait "$server"
         echo "engine of port $((port + index)) on ${SLURMD_NODENAME:-this node} ended with status $?; $left restarts left"

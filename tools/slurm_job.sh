@@ -15,18 +15,20 @@
 
 readonly BAD_INPUT=2 RESUMABLE=75
 
-# run_job ENTRY SCRIPT ARGUMENTS...: the whole job. ENTRY is train_sft or train_rl, SCRIPT the file that was submitted.
+# run_job ENTRY NAME ARGUMENTS...: the whole job. ENTRY is train_sft or train_rl, NAME that of the file in tools/.
 run_job() {
     entry=$1
-    local script=$2
+    local name=$2
     shift 2
-    local usage="usage: sbatch [SBATCH OPTIONS] tools/$job_file CONFIG.yaml [section.field=value ...]"
+    local usage="usage: sbatch [SBATCH OPTIONS] tools/$name CONFIG.yaml [section.field=value ...]"
     if [[ ${1:-} == -h || ${1:-} == --help ]]; then
         printf '%s\n\n' "$usage"
-        sed -n '2,/^set /{/^set /d;/^# shellcheck/d;s/^# \{0,1\}//;p}' "$script"
+        sed -n '2,/^set /{/^set /d;/SBATCH -/!s/^# \{0,1\}//;p}' "tools/$name"
         exit 0
     fi
-    (($#)) && [[ $1 != *=* && $1 != -* ]] || refuse "CONFIG.yaml: the settings file must come first" "$usage"
+    if (($# == 0)) || [[ $1 == *=* || $1 == -* ]]; then
+        refuse "CONFIG.yaml: the settings file must come first" "$usage"
+    fi
     [[ -n ${SLURM_JOB_ID:-} ]] || refuse "this is not a Slurm job; submit it" "$usage"
 
     job=$SLURM_JOB_ID attempt=${SLURM_RESTART_COUNT:-0}
@@ -64,8 +66,9 @@ refuse() {
 # number NAME DEFAULT LEAST: sets `number` to the value of a variable that counts something.
 number() {
     number=${!1:-$2}
-    [[ $number =~ ^[0-9]{1,9}$ ]] && ((number >= $3)) ||
+    if [[ ! $number =~ ^[0-9]{1,9}$ ]] || ((number < $3)); then
         refuse "$1: got '$number', expected a whole number of at least $3"
+    fi
 }
 
 # Nodes, ranks and limits of this job, from Slurm's variables and from ours.
@@ -90,6 +93,8 @@ and the trainer needs at least one; submit with a larger --nodes"
     [[ ! -x $venv/bin/python ]] || PATH=$venv/bin:$PATH
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} TOKENIZERS_PARALLELISM=false
     read -ra srun_options <<<"${KLEAR_SRUN_OPTIONS:-}"
+    # The one task of a node owns all of its CPUs; where Slurm binds none, the option would only earn a warning per step.
+    [[ $(scontrol show config) == *task/none* ]] || srun_options=(--cpu-bind=none "${srun_options[@]}")
     ((gpus)) || say "no GPUs in this allocation (--gpus-per-node asks for them): $ranks processes per node on CPUs"
     name_engines
 }
@@ -113,15 +118,15 @@ name_engines() {
 # address NODE: what Slurm itself calls this node by; a node's name need not resolve.
 address() { scontrol --oneliner show node "$1" | sed -n 's/.* NodeAddr=\([^ ]*\).*/\1/p'; }
 
-# run_step NAME FIRST_NODE_COUNT NODES... -- COMMAND...: one task on each of the nodes, told apart by SLURM_PROCID.
+# run_step NAME NODES... -- COMMAND...: one task on each of the nodes, told apart by SLURM_PROCID; output to $log if set.
 run_step() {
     local name=$1 nodes=()
     shift
     while [[ $1 != -- ]]; do nodes+=("$1") && shift; done
     shift
-    # No CPU binding: one task per node owns the node. --wait: once one node has ended, the others may not linger.
+    # --wait: once one node has ended, the others may not linger.
     srun --job-name="klear-$name" --nodes="${#nodes[@]}" --ntasks="${#nodes[@]}" --ntasks-per-node=1 \
-        --nodelist="$(IFS=, && echo "${nodes[*]}")" --cpu-bind=none --wait=120 --input=none --open-mode=append \
+        --nodelist="$(IFS=, && echo "${nodes[*]}")" --wait=120 --input=none --open-mode=append \
         "${srun_options[@]}" ${log:+--output="$log"} "$@"
 }
 

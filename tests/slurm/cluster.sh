@@ -87,6 +87,7 @@ start() {
     local nodes=${1:-2} number deadline
     [[ -z $(missing) ]] || fail "not installed: $(missing | xargs)"
     umask 022
+    chmod 755 "$dir" # munge asks that everyone may reach its socket
     mkdir -p "$dir"/{munge,state,pids,log,spool}
     for ((number = 1; number <= nodes; number++)); do mkdir -p "$dir/spool/n$number"; done
     (umask 077 && head -c 128 /dev/urandom >"$dir/munge/key")
