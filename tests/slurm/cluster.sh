@@ -72,7 +72,7 @@ AccountingStorageType=accounting_storage/none
 JobAcctGatherType=jobacct_gather/none
 JobCompType=jobcomp/none
 MpiDefault=none
-ReturnToService=2
+ReturnToService=0
 KillWait=5
 SlurmdParameters=config_overrides
 SchedulerParameters=sched_interval=2

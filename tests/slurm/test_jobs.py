@@ -23,7 +23,9 @@ def logged_steps(run: Path) -> list[int]:
 
 
 def wait_for_steps(job, run: Path, count: int) -> None:
-    job.until(lambda _: (run / "metrics.jsonl").is_file() and (run / "metrics.jsonl").read_bytes().count(b"\n") >= count)
+    job.until(
+        lambda _: (run / "metrics.jsonl").is_file() and (run / "metrics.jsonl").read_bytes().count(b"\n") >= count
+    )
 
 
 @pytest.fixture(scope="session")
