@@ -98,7 +98,7 @@ def test_by_closed_form() -> None:
 
 
 def test_importance_sampling_makes_the_engines_mean_the_trainers() -> None:
-    """Over all outcomes: sum of mu * w * f is the mean of f under pi without a cap, and smaller by what the cap cuts."""
+    """Over all outcomes: sum of mu * w * f is the mean of f under pi, but for what a cap cuts off."""
     rng = torch.Generator().manual_seed(0)
     mu = torch.log_softmax(torch.randn(8, generator=rng, dtype=torch.float64), -1)
     pi = torch.log_softmax(torch.randn(8, generator=rng, dtype=torch.float64), -1)
@@ -175,7 +175,7 @@ def test_extremes(kind) -> None:
 def test_wrong_arguments_are_refused() -> None:
     with pytest.raises(ValueError, match="must enclose 1"):
         OffPolicyCorrection(kind="token_mask", low=0.5, high=0.9)
-    with pytest.raises(ValueError, match="cap is 0.5"):
+    with pytest.raises(ValueError, match=r"cap is 0\.5"):
         OffPolicyCorrection(kind="token", cap=0.5)
     old, rollout, mask, _ = problem(0)
     with pytest.raises(ValueError, match="one shape"):

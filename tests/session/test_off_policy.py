@@ -102,7 +102,7 @@ def test_numerics_are_told_from_unknown_weights():
     assert "Cause: numerics" in told
     assert "tokens of version 7, the published one: 6, mean |difference| 1.5 nats" in told
     assert "tokens of older versions: 2, mean |difference| 0 nats" in told
-    with pytest.raises(MismatchError, match="stale weights, or numerics.*version 7.*checksums"):
+    with pytest.raises(MismatchError, match=r"stale weights, or numerics.*version 7.*checksums"):
         compare(differing, attested=False)
 
 
