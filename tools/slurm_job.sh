@@ -66,7 +66,7 @@ refuse() {
 # number NAME DEFAULT LEAST: sets `number` to the value of a variable that counts something.
 number() {
     number=${!1:-$2}
-    if [[ ! $number =~ ^[0-9]{1,9}$ ]] || ((number < $3)); then
+    if [[ ! $number =~ ^(0|[1-9][0-9]{0,8})$ ]] || ((number < $3)); then
         refuse "$1: got '$number', expected a whole number of at least $3"
     fi
 }
@@ -136,7 +136,7 @@ check_settings() {
     found=$(run_step check "${train_nodes[0]}" -- env WORLD_SIZE="$world_size" \
         python -m "megatron_klear.$entry" --check "$@" "${engine_settings[@]}") || status=$?
     if ((status)); then
-        say "the settings were refused (status $status); nothing was started"
+        say "the check of the settings ended with status $status (2: refused); nothing was started"
         exit "$status"
     fi
     run_dir=$(sed -n 's/^run\.dir: //p' <<<"$found")
@@ -166,8 +166,8 @@ start_trainer() {
     rm -f "$status_file" "$pid_file"
     [[ -z $warned && -z $ended ]] || return 0
     master=$(address "${train_nodes[0]}")
-    # torchrun gives its ranks 30 s after a SIGTERM and ends them: too short to finish a step and save. So it ignores the
-    # one that Slurm sends to every process before it ends a job, and so do helpers; the ranks act on it.
+    # torchrun gives its ranks 30 s after a SIGTERM and ends them: too short to finish a step and save. So it ignores
+    # the one that Slurm sends to every process before it ends a job, and so do helpers; the ranks act on it.
     # shellcheck disable=SC2016  # expanded on the nodes
     KLEAR_STATUS_FILE=$status_file KLEAR_PID_FILE=$pid_file run_step train "${train_nodes[@]}" -- bash -c '
         trap "" TERM

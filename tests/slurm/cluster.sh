@@ -2,6 +2,7 @@
 # A real Slurm on this machine, private to one folder: own munge key, own ports, nothing of the machine's own set-up used.
 #
 #   bash tests/slurm/cluster.sh install            packages by apt-get, as root on Debian or Ubuntu; nothing if they are there
+#   bash tests/slurm/cluster.sh missing            names the programs that are not installed
 #   bash tests/slurm/cluster.sh start DIR [NODES]  nodes n1, n2, ... on this machine (2); then: export SLURM_CONF=DIR/slurm.conf
 #   bash tests/slurm/cluster.sh stop DIR           ends what was started, by its pid files
 #
@@ -23,6 +24,7 @@ missing() {
 
 install_packages() {
     [[ -n $(missing) ]] || return 0
+    echo "cluster: installing Slurm for tests/slurm"
     ((EUID == 0)) || fail "not installed: $(missing | xargs); install slurmctld, slurmd, slurm-client and munge"
     command -v apt-get >/dev/null || fail "not installed: $(missing | xargs), and there is no apt-get here"
     local packages=(slurmctld slurmd slurm-client munge shellcheck)
@@ -134,6 +136,7 @@ if [[ $action == start || $action == stop ]]; then
 fi
 case $action in
     install) install_packages ;;
+    missing) missing ;;
     start) start "${3:-2}" ;;
     stop) stop ;;
     *) sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "${BASH_SOURCE[0]}" && exit 2 ;;
