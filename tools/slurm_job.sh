@@ -120,13 +120,14 @@ address() { scontrol --oneliner show node "$1" | sed -n 's/.* NodeAddr=\([^ ]*\)
 
 # run_step NAME NODES... -- COMMAND...: one task on each of the nodes, told apart by SLURM_PROCID; output to $log if set.
 run_step() {
-    local name=$1 nodes=()
+    local name=$1 nodes=() linger=120
+    [[ $name != engines ]] || linger=0 # the trainer goes on with the engines that are left
     shift
     while [[ $1 != -- ]]; do nodes+=("$1") && shift; done
     shift
-    # --wait: once one node has ended, the others may not linger.
+    # --wait: once one node has ended, how many seconds the others may go on (0: as long as they like).
     srun --job-name="klear-$name" --nodes="${#nodes[@]}" --ntasks="${#nodes[@]}" --ntasks-per-node=1 \
-        --nodelist="$(IFS=, && echo "${nodes[*]}")" --wait=120 --input=none --open-mode=append \
+        --nodelist="$(IFS=, && echo "${nodes[*]}")" --wait="$linger" --kill-on-bad-exit=0 --input=none --open-mode=append \
         "${srun_options[@]}" ${log:+--output="$log"} "$@"
 }
 
@@ -211,6 +212,10 @@ finish() {
         status=$(<"$status_file")
     fi
     rm -f "$status_file" "$pid_file"
+    if [[ -n $ended ]] && ((status == 1)); then
+        say "Slurm ended the job; the run goes on from its last checkpoint when the job is started again"
+        exit "$status"
+    fi
     case $status in
         0) say "done" ;;
         "$BAD_INPUT") say "the input was refused; see the log" ;;
