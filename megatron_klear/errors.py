@@ -60,3 +60,7 @@ class CheckpointError(KlearError):
 
 class TrainingError(KlearError):
     """A loss or gradient is not finite; raised before the optimizer step, names step and sequences."""
+
+
+class MismatchError(TrainingError):
+    """Engine and trainer disagree on log-probabilities past a setting; says by how much and where it comes from."""

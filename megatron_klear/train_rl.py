@@ -21,6 +21,7 @@ def train(session: Session, prompts: PromptData, cursor: DataCursor, heldout: Pr
     """The RL step in the paper's order."""
     from megatron_klear.session.evaluation import Evaluation
     from megatron_klear.session.metrics import rollout_metrics, update_metrics
+    from megatron_klear.session.off_policy import off_policy
     from megatron_klear.session.policy import filtered, minibatches, objective, old_logprobs
     from megatron_klear.trainer import policy_minibatch
 
@@ -33,10 +34,11 @@ def train(session: Session, prompts: PromptData, cursor: DataCursor, heldout: Pr
             batch = [prompts.prompts[i] for i in cursor.next_batch()]  # x ~ D
             groups = rollouts.score(batch, rollouts.generate(batch, step=step))  # M responses, rewards, Eq. 4
             kept = filtered(groups, settings.algorithm)  # Section 5.2.5
-            old, divergence = old_logprobs(session, kept)  # pi_old, by the trainer
+            old = old_logprobs(session, kept)  # pi_old, by the trainer
+            weights, mismatch = off_policy(session, kept, old, published=step - 1, attested=rollouts.attested)
             reports = []
             for minibatch in minibatches(kept, settings.rl):  # several updates per rollout batch
-                weighted = policy_minibatch(minibatch, old, settings.algorithm)  # Eqs. 7, 13, 14
+                weighted = policy_minibatch(minibatch, old, settings.algorithm, weights)  # Eqs. 7, 13, 14
                 with session.phase("train"):
                     reports.append(
                         session.trainer.update(
@@ -47,7 +49,7 @@ def train(session: Session, prompts: PromptData, cursor: DataCursor, heldout: Pr
             rollouts.publish(version=step)
             evaluation.when_due(step)
             session.keep_examples(rollouts.examples(groups, step), step)
-            session.finish_step(step, {**rollout_metrics(groups, kept), **divergence, **update_metrics(reports)})
+            session.finish_step(step, {**rollout_metrics(groups, kept), **mismatch, **update_metrics(reports)})
         evaluation.at_end()
 
 

@@ -10,6 +10,10 @@ export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
 bash tools/setup_env.sh || exit
 bin=${KLEAR_VENV:-$root/.venv}/bin
+# The tests of the Slurm jobs start a Slurm of their own. Where it is not installed and cannot be, they are skipped.
+if (($# == 0)) || [[ $* == *slurm* ]]; then
+    bash tests/slurm/cluster.sh install || echo "tests/slurm will be skipped"
+fi
 failed=()
 
 # All checks run even when one fails, so that one run shows everything there is to mend.

@@ -21,6 +21,13 @@ from megatron_klear.algorithm.objective import (
     policy_token_loss,
     policy_value_and_scale,
 )
+from megatron_klear.algorithm.off_policy import (
+    CorrectionKind,
+    OffPolicyCorrection,
+    OffPolicyStats,
+    SequenceRatio,
+    off_policy_weights,
+)
 from megatron_klear.algorithm.ratio import importance_ratio
 from megatron_klear.algorithm.regions import REGION_NAMES, ClipRegions, clip_region_fractions, clip_regions
 from megatron_klear.algorithm.token_weights import (
@@ -38,10 +45,14 @@ from megatron_klear.algorithm.token_weights import (
 __all__ = [
     "REGION_NAMES",
     "ClipRegions",
+    "CorrectionKind",
     "ObjectiveKind",
+    "OffPolicyCorrection",
+    "OffPolicyStats",
     "PolicyNormalizer",
     "PolicyObjective",
     "RolloutDivergence",
+    "SequenceRatio",
     "SftNormalizer",
     "batch_token_weights",
     "cispo_gradient_scale",
@@ -61,6 +72,7 @@ __all__ = [
     "lm_token_loss",
     "lm_token_weights",
     "masked_token_weights",
+    "off_policy_weights",
     "policy_token_loss",
     "policy_token_weights",
     "policy_value_and_scale",

@@ -16,6 +16,7 @@ from megatron_klear.config.loading import dump_settings, load_settings
 from megatron_klear.config.schema import (
     AlgorithmSettings,
     CheckpointSettings,
+    CorrectionSettings,
     DataSettings,
     Entry,
     EvaluationSettings,
@@ -37,6 +38,7 @@ __all__ = [
     "AlgorithmSettings",
     "Architecture",
     "CheckpointSettings",
+    "CorrectionSettings",
     "DataSettings",
     "Entry",
     "EvaluationSettings",

@@ -188,6 +188,13 @@ def _check_training(settings: Settings, entry: Entry, problems: Problems) -> Non
             "rl.minibatch_prompts",
             "rl.minibatch_prompts",
         )
+        if settings.correction.kind != "none" and settings.rollout.top_p < 1:
+            problems.add(
+                "correction.kind",
+                f"got {settings.correction.kind}, and rollout.top_p = {settings.rollout.top_p} samples from other "
+                "probabilities than the ones reported; set rollout.top_p=1 or correction.kind=none",
+                "rollout.top_p",
+            )
     if settings.evaluation.every_steps and not settings.data.heldout:
         text = f"got {settings.evaluation.every_steps}, but data.heldout names no file; set one of them"
         problems.add("evaluation.every_steps", text, "data.heldout")

@@ -1,4 +1,4 @@
-"""The command line of an entry: `CONFIG.yaml [section.field=value ...]`."""
+"""The command line of an entry: `[--check] CONFIG.yaml [section.field=value ...]`."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from megatron_klear.config.described import settings_help
 from megatron_klear.config.loading import load_settings
+from megatron_klear.config.outlook import outlook
 from megatron_klear.config.schema import Entry, Settings
 from megatron_klear.errors import EXIT_BAD_INPUT, EXIT_DONE, ConfigError
 
@@ -18,7 +19,7 @@ _PURPOSE: dict[Entry, str] = {
 
 
 def parse_command_line(argv: Sequence[str], entry: Entry, world_size: int | None = None) -> Settings:
-    """Turn an entry's arguments into settings, or print help or problems and leave.
+    """Turn an entry's arguments into settings; or print help, problems, or with `--check` the outlook, and leave.
 
     Args:
         argv: arguments without the program's name.
@@ -26,28 +27,38 @@ def parse_command_line(argv: Sequence[str], entry: Entry, world_size: int | None
         world_size: number of ranks; by default the environment variable WORLD_SIZE that torchrun sets, or 1.
 
     Raises:
-        SystemExit: 0 after help, 2 after problems. Help is printed by the first rank, problems by the first rank of
-            every machine: a file may be missing on one of them only.
+        SystemExit: 0 after help and after `--check` of good settings, 2 after problems. Help is printed by the first
+            rank, problems by the first rank of every machine: a file may be missing on one of them only.
     """
     rank = os.environ.get("RANK", "0")
-    usage = f"usage: python -m megatron_klear.train_{entry} CONFIG.yaml [section.field=value ...]"
+    usage = f"usage: python -m megatron_klear.train_{entry} [--check] CONFIG.yaml [section.field=value ...]"
     if any(argument in ("-h", "--help") for argument in argv):
         if rank == "0":
             print(f"{usage}\n       torchrun --nproc-per-node N -m megatron_klear.train_{entry} ...\n")
+            print("--check judges the settings, says what would be done, and leaves: 0 good, 2 not.")
+            print("It sees as many ranks as the environment variable WORLD_SIZE says (1 without it).\n")
             print(f"{_PURPOSE[entry]}\nValues are YAML: data.prompts=[a.jsonl,b.jsonl] model.hf_dir=null\n")
             print(settings_help(entry))
         raise SystemExit(EXIT_DONE)
+    check = "--check" in argv
+    argv = [argument for argument in argv if argument != "--check"]
     try:
         flags = [argument for argument in argv if argument.startswith("-")]
         if flags:
             raise ConfigError([f"{flag}: unknown option; settings are given as section.field=value" for flag in flags])
         if not argv or "=" in argv[0]:
             raise ConfigError([f"CONFIG.yaml: the settings file must come first ({usage})"])
-        return load_settings(argv[0], argv[1:], entry=entry, world_size=world_size or _world_size())
+        world_size = world_size or _world_size()
+        settings = load_settings(argv[0], argv[1:], entry=entry, world_size=world_size)
     except ConfigError as error:
         if os.environ.get("LOCAL_RANK", rank) == "0":
             print(error if rank == "0" else f"[rank {rank}] {error}", file=sys.stderr)
         raise SystemExit(EXIT_BAD_INPUT) from None
+    if check:
+        if rank == "0":
+            print(outlook(settings, entry=entry, world_size=world_size), end="")
+        raise SystemExit(EXIT_DONE)
+    return settings
 
 
 def _world_size() -> int:

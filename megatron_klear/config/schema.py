@@ -275,6 +275,35 @@ class AlgorithmSettings:
 
 
 @dataclass(frozen=True, kw_only=True, config=SECTION)
+class CorrectionSettings:
+    """Off-policy correction: tokens are weighted by trainer's old probability / engine's probability at sampling."""
+
+    kind: Literal["none", "token", "sequence", "token_mask", "sequence_mask"] = "none"
+    """The ratio of each token or sequence, truncated at `correction.cap`, or (mask) 0 outside [low, high]."""
+
+    cap: Annotated[float, Field(ge=1)] = 2.0
+    """Largest weight of the kinds token and sequence."""
+
+    low: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """Ratio below which the mask kinds leave a token or sequence out."""
+
+    high: Annotated[float, Field(ge=1)] = 2.0
+    """Ratio above which the mask kinds leave a token or sequence out."""
+
+    sequence_ratio: Literal["geometric_mean", "product"] = "geometric_mean"
+    """Ratio of a sequence, from those of its tokens; the product spreads ever wider with the length."""
+
+    bound: Annotated[PositiveFloat, Unit("nats")] = 1.0
+    """A token differs too much when engine and trainer log-probability are further apart; its share is reported."""
+
+    stop_above_mean: Annotated[float | None, Unit("nats"), Field(gt=0)] = 1.0
+    """Stop when the mean absolute difference of a step is above this; null never stops (right engines: below 0.1)."""
+
+    stop_above_share: Annotated[float | None, Unit("fraction of tokens"), Field(gt=0, le=1)] = None
+    """Stop when the share of tokens beyond `correction.bound` in a step is above this; null never stops."""
+
+
+@dataclass(frozen=True, kw_only=True, config=SECTION)
 class CheckpointSettings:
     """Saving, keeping and starting from checkpoints."""
 
@@ -350,6 +379,7 @@ class Settings:
     rollout: RolloutSettings = field(default_factory=RolloutSettings)
     reward: RewardSettings = field(default_factory=RewardSettings)
     algorithm: AlgorithmSettings = field(default_factory=AlgorithmSettings)
+    correction: CorrectionSettings = field(default_factory=CorrectionSettings)
     checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
     evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
     observe: ObserveSettings = field(default_factory=ObserveSettings)

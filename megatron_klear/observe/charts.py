@@ -137,6 +137,18 @@ def _rl_charts(logs: Sequence[PhaseLog]) -> list[Chart]:
             Line("kept", log.series(names.FILTER_GROUPS_KEPT), GREEN),
         ]
 
+    def mismatch(log: PhaseLog) -> list[Line]:
+        return [
+            Line("largest", log.series(names.MISMATCH_MAX_ABS), ORANGE),
+            Line("mean", log.series(names.MISMATCH_MEAN_ABS), BLUE, dashed=True),
+        ]
+
+    def correction(log: PhaseLog) -> list[Line]:
+        return [
+            Line("effective sample size", log.series(names.CORRECTION_SAMPLE_SIZE), BLUE),
+            Line("ratios truncated or masked", log.series(names.CORRECTION_SHARE_CUT), ORANGE, dashed=True),
+        ]
+
     return [
         Chart(
             key="reward",
@@ -172,10 +184,19 @@ def _rl_charts(logs: Sequence[PhaseLog]) -> list[Chart]:
         ),
         Chart(
             key="mismatch",
-            title="Largest log-probability mismatch",
+            title="Log-probability mismatch",
             y_label="nats",
-            note="The worst single token between engine and trainer.",
-            panels=_panels(logs, _one(names.MISMATCH_MAX_ABS, "largest", ORANGE)),
+            note="Between engine and trainer: the worst single token of a step, and the mean.",
+            panels=_panels(logs, mismatch),
+        ),
+        Chart(
+            key="correction",
+            title="Off-policy correction",
+            y_label="share",
+            note="A small effective sample size means that few samples carry the update.",
+            panels=_panels(logs, correction),
+            values="percent",
+            from_zero=True,
         ),
         _grades(logs),
         Chart(

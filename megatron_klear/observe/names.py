@@ -25,7 +25,14 @@ ACCURACY_HELDOUT_COUNT = "accuracy/heldout_count"
 ACCURACY_HELDOUT_STDERR = "accuracy/heldout_stderr"
 ENTROPY_MEAN = "entropy/mean"
 KL_ROLLOUT_TRAINER = "kl/rollout_trainer"
+KL_ROLLOUT_TRAINER_K1 = "kl/rollout_trainer_k1"
+MISMATCH_MEAN_ABS = "mismatch/mean_abs"
 MISMATCH_MAX_ABS = "mismatch/max_abs"
+MISMATCH_SHARE_BEYOND = "mismatch/share_beyond"
+MISMATCH_SHARE_STALE = "mismatch/share_stale"
+CORRECTION_WEIGHT_MEAN = "correction/weight_mean"
+CORRECTION_SHARE_CUT = "correction/share_cut"
+CORRECTION_SAMPLE_SIZE = "correction/effective_sample_size"
 CLIP_LOW_POSITIVE = "clip/low_positive"
 CLIP_LOW_NEGATIVE = "clip/low_negative"
 CLIP_HIGH_POSITIVE = "clip/high_positive"
@@ -80,6 +87,13 @@ METRICS: dict[str, Metric] = {
     ENTROPY_MEAN: Metric("nats/token", "mean entropy of the policy over the response tokens it was trained on"),
     KL_ROLLOUT_TRAINER: Metric("nats/token", "KL from the engine's policy at sampling to the trainer's old policy"),
     MISMATCH_MAX_ABS: Metric("nats", "largest absolute difference of a token's engine and trainer log-probability"),
+    KL_ROLLOUT_TRAINER_K1: Metric("nats/token", "the same KL by the plain estimator, which may be below 0"),
+    MISMATCH_MEAN_ABS: Metric("nats", "mean absolute difference of engine and trainer log-probabilities"),
+    MISMATCH_SHARE_BEYOND: Metric("fraction of tokens", "tokens that differ by more than correction.bound"),
+    MISMATCH_SHARE_STALE: Metric("fraction of tokens", "tokens sampled by older weights than the published ones"),
+    CORRECTION_WEIGHT_MEAN: Metric("", "mean off-policy weight of the step's tokens, or sequences by sequence"),
+    CORRECTION_SHARE_CUT: Metric("fraction", "off-policy ratios that were truncated or masked"),
+    CORRECTION_SAMPLE_SIZE: Metric("fraction", "effective sample size of the off-policy weights"),
     CLIP_LOW_POSITIVE: Metric("fraction of tokens", "tokens with ratio below 1 - epsilon_low and advantage above 0"),
     CLIP_LOW_NEGATIVE: Metric("fraction of tokens", "tokens with ratio below 1 - epsilon_low and advantage below 0"),
     CLIP_HIGH_POSITIVE: Metric("fraction of tokens", "tokens with ratio above 1 + epsilon_high and advantage above 0"),

@@ -9,6 +9,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from types import FrameType
 
 from megatron_klear.config import Entry, Settings, parse_command_line
@@ -28,6 +29,10 @@ from megatron_klear.session.resuming import changes_at_resume
 log = logging.getLogger(__name__)
 
 _SHOWN_RANKS = 16
+
+STATUS_FILE = "KLEAR_STATUS_FILE"
+"""Environment variable: a file that rank 0 writes its exit status to. torchrun turns every status but 0 into 1; whoever
+starts the run through it, such as a job script, learns here whether a run was refused, failed or can be resumed."""
 
 
 class Preempted(Exception):
@@ -54,7 +59,8 @@ class StopRequest:
 def run_entry(entry: Entry, body: Callable[[Settings, StopRequest], None], argv: Sequence[str] | None = None) -> int:
     """Parse the command line, run the entry's body, and return the exit status.
 
-    Settings are judged before `body` imports torch. Of errors made for people only the message is shown, by the first
+    Settings are judged before `body` imports torch. The status also goes to the file named by `KLEAR_STATUS_FILE`, if
+    any; a rank that is killed leaves no status there. Of errors made for people only the message is shown, by the first
     rank (of a machine, where machines may differ) when all ranks meet the same one.
 
     Args:
@@ -65,7 +71,27 @@ def run_entry(entry: Entry, body: Callable[[Settings, StopRequest], None], argv:
     Returns:
         0 done, 1 failed, 2 bad input, 75 stopped early and resumable.
     """
-    settings = parse_command_line(sys.argv[1:] if argv is None else argv, entry)
+    try:
+        status = _run(entry, body, sys.argv[1:] if argv is None else argv)
+    except SystemExit as leaving:
+        _note_status(int(leaving.code or 0))
+        raise
+    _note_status(status)
+    return status
+
+
+def _note_status(status: int) -> None:
+    """Write rank 0's exit status to the file that was asked for; a full disk changes nothing about the run."""
+    file = os.environ.get(STATUS_FILE)
+    if file and os.environ.get("RANK", "0") == "0":
+        try:
+            Path(file).write_text(f"{status}\n")
+        except OSError as error:
+            print(f"{STATUS_FILE}={file}: {error.strerror or error}", file=sys.stderr)
+
+
+def _run(entry: Entry, body: Callable[[Settings, StopRequest], None], argv: Sequence[str]) -> int:
+    settings = parse_command_line(argv, entry)
     rank = int(os.environ.get("RANK", "0"))
     # Megatron warns on import of every optional package that is not there; none of it is news to the user.
     warnings.filterwarnings("ignore", module=r"megatron\..*")

@@ -7,14 +7,13 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 
-from megatron_klear.algorithm import PolicyObjective, rollout_divergence, zero_advantage_mask
+from megatron_klear.algorithm import PolicyObjective, zero_advantage_mask
 from megatron_klear.config import AlgorithmSettings, RlSettings
 from megatron_klear.data import PromptData
 from megatron_klear.errors import DataError
-from megatron_klear.observe import names
 from megatron_klear.records import FloatArray, ScoredGroup
 from megatron_klear.session.session import Session
-from megatron_klear.trainer import rollout_logprobs, to_score
+from megatron_klear.trainer import to_score
 
 GRADABLE_DOMAINS = frozenset({"math"})
 
@@ -68,25 +67,11 @@ def minibatches(groups: Sequence[ScoredGroup], settings: RlSettings) -> Iterator
         yield [groups[i] for i in part]
 
 
-def old_logprobs(session: Session, groups: Sequence[ScoredGroup]) -> tuple[dict[str, FloatArray], dict[str, float]]:
-    """Logprobs of pi_old by the trainer, by sequence name, and how far the engine's lie from them."""
+def old_logprobs(session: Session, groups: Sequence[ScoredGroup]) -> dict[str, FloatArray]:
+    """Logprobs of pi_old by the trainer, by sequence name."""
     sequences = to_score(groups)
     if not sequences:
-        return {}, {}
+        return {}
     with session.phase("old logprobs"):
         scored = session.trainer.token_logprobs(sequences, temperature=session.settings.rollout.temperature)
-    by_name = {s.sequence_id: values for s, values in zip(sequences, scored, strict=True)}
-    sampled = rollout_logprobs(groups)
-    engine = np.concatenate([sampled[name] for name in by_name])
-    trainer = np.concatenate(list(by_name.values()))
-    lengths = {
-        f"{g.group.prompt.prompt_id}#{j}": len(g.group.prompt.token_ids)
-        for g in groups
-        for j in range(len(g.group.rollouts))
-    }
-    response = np.concatenate([np.arange(len(values)) >= lengths[name] for name, values in by_name.items()])
-    means = rollout_divergence(torch.from_numpy(engine), torch.from_numpy(trainer), torch.from_numpy(response)).means()
-    return by_name, {
-        names.KL_ROLLOUT_TRAINER: means["kl_k3"],
-        names.MISMATCH_MAX_ABS: means["max_abs_log_ratio"],
-    }
+    return {s.sequence_id: values for s, values in zip(sequences, scored, strict=True)}

@@ -6,7 +6,7 @@ forward pass. Behind this file the loss is a plain sum.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -42,7 +42,10 @@ def to_score(groups: Sequence[ScoredGroup]) -> list[TrainSequence]:
 
 
 def policy_minibatch(
-    groups: Sequence[ScoredGroup], old_logprobs: dict[str, FloatArray], settings: AlgorithmSettings
+    groups: Sequence[ScoredGroup],
+    old_logprobs: Mapping[str, FloatArray],
+    settings: AlgorithmSettings,
+    correction: Mapping[str, FloatArray] | None = None,
 ) -> list[TrainSequence]:
     """Weigh the graded rollouts of one minibatch by Eqs. 11, 13 and 14.
 
@@ -50,6 +53,8 @@ def policy_minibatch(
         groups: the minibatch's prompt groups, over all ranks.
         old_logprobs: by sequence name, float32 [L] in the token frame, of every graded rollout.
         settings: normaliser, alpha.
+        correction: by sequence name, float32 [L], off-policy weights of the policy loss; None is all 1. Denominators
+            count tokens whatever these weigh, and the LM loss is not weighted (see `algorithm.off_policy`).
     """
     counts = [
         [len(r.response_ids) if graded else 0 for r, graded in zip(g.group.rollouts, g.graded, strict=True)]
@@ -64,11 +69,14 @@ def policy_minibatch(
                 continue
             token_ids = _token_ids(group, j)
             is_response = np.arange(len(token_ids)) >= len(group.group.prompt.token_ids)
+            policy_weight = masked_token_weights(float(policy_weights[j]), is_response)
+            if correction is not None:
+                policy_weight = policy_weight * correction[_name(group, j)]
             sequences.append(
                 _sequence(
                     _name(group, j),
                     token_ids,
-                    policy_weight=masked_token_weights(float(policy_weights[j]), is_response),
+                    policy_weight=policy_weight,
                     lm_weight=masked_token_weights(float(lm_weights[j]), is_response),
                     advantages=np.where(is_response, group.advantages[j], 0.0),
                     old_logprobs=np.where(is_response, old_logprobs[_name(group, j)], 0.0),

@@ -32,6 +32,7 @@ def test_the_base_settings_have_no_problem(problems, entry):
         ),
         (["parallel.overlap_param_gather=true"], 1, "parallel.overlap_param_gather", "overlap_grad_reduce"),
         (["rl.prompts_per_step=10", "rl.minibatch_prompts=4"], 1, "rl.prompts_per_step", "got 10"),
+        (["correction.kind=token", "rollout.top_p=0.9"], 1, "correction.kind", "rollout.top_p = 0.9"),
         (["rollout.max_response_tokens=1000"], 1, "rollout.max_response_tokens", "packing.token_budget = 1024"),
         (["model.max_position_embeddings=100"], 1, "rollout.max_response_tokens", "max_position_embeddings = 100"),
         (["evaluation.max_response_tokens=5000"], 1, "evaluation.max_response_tokens", "5064"),

@@ -59,4 +59,5 @@ def test_the_kernels_folder_is_not_a_package():
 
 def test_the_shell_scripts_name_no_package_index():
     for path in [ROOT / "tests/run.sh", ROOT / ".ci/run", *ROOT.glob("tools/*.sh"), *ROOT.glob("examples/*.sh")]:
-        assert not re.search(r"--(extra-)?index-url|https?://", path.read_text()), path
+        # An address that a script puts together, such as that of an engine, starts with a variable and names no host.
+        assert not re.search(r"--(extra-)?index-url|https?://[^$]", path.read_text()), path

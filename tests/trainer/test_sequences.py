@@ -112,6 +112,21 @@ def test_no_correct_response_or_no_alpha_gives_no_lm_loss(alpha: float) -> None:
         assert s.policy_weight.any()
 
 
+def test_off_policy_weights_multiply_the_policy_alone_and_leave_denominators(groups: list[ScoredGroup]) -> None:
+    settings = AlgorithmSettings(lm_loss_weight=ALPHA)
+    rng = np.random.default_rng(0)
+    correction = {name: rng.choice([0.0, 0.5, 1.5], len(v)).astype(np.float32) for name, v in old(groups).items()}
+    plain = policy_minibatch(groups, old(groups), settings)
+    corrected = policy_minibatch(groups, old(groups), settings, correction)
+    for one, other in zip(plain, corrected, strict=True):
+        weights = correction[one.sequence_id]
+        # One sequence's weights change no other token: the denominators count tokens, whatever they weigh.
+        np.testing.assert_array_equal(other.policy_weight, one.policy_weight * weights)
+        assert other.policy_weight.dtype == np.float32
+        np.testing.assert_array_equal(other.lm_weight, one.lm_weight)
+        np.testing.assert_array_equal(other.advantages, one.advantages)
+
+
 def test_advantages_and_logprobs_stand_at_their_tokens(groups: list[ScoredGroup]) -> None:
     for s in policy_minibatch(groups, old(groups), AlgorithmSettings()):
         scored = groups["pq".index(s.sequence_id[0])]

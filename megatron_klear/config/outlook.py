@@ -1,0 +1,56 @@
+"""What a run would do with its settings, for `--check`: one `name: value` line each, no torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from megatron_klear.config.schema import Entry, Settings
+
+_CHECKPOINTS = "checkpoints/step_*/manifest.json"
+
+
+def outlook(settings: Settings, *, entry: Entry, world_size: int) -> str:
+    """Describe the run that these settings would start.
+
+    The lines `run.dir` and `model.hf_dir` are read by the job scripts in `tools/`; the rest is for people.
+
+    Args:
+        settings: settings that were found good.
+        entry: which entry would run.
+        world_size: number of ranks.
+
+    Returns:
+        Lines `name: value`, ending in a newline.
+    """
+    parallel, arch = settings.parallel, settings.architecture
+    lines = {
+        "run.dir": settings.run.dir,
+        "model.hf_dir": settings.model.hf_dir or "",
+        "start": _start(settings),
+        "layout": f"{world_size} ranks: tp {parallel.tp}, pp {parallel.pp}, cp {parallel.cp}, "
+        f"dp {world_size // (parallel.tp * parallel.pp * parallel.cp)}",
+        "model": f"{arch.num_layers} layers, hidden {arch.hidden_size}, vocabulary {arch.vocab_size}, "
+        f"{settings.model.dtype}",
+        "training": _training(settings, entry),
+    }
+    return "".join(f"{name}: {value}\n" for name, value in lines.items())
+
+
+def _start(settings: Settings) -> str:
+    saved = sorted(Path(settings.run.dir).glob(_CHECKPOINTS))
+    if saved:
+        return f"resume {saved[-1].parent.name}"
+    origin = settings.checkpoint.start_from or settings.model.hf_dir
+    return f"new, weights from {origin}" if origin else f"new, random weights of run.seed {settings.run.seed}"
+
+
+def _training(settings: Settings, entry: Entry) -> str:
+    if entry == "sft":
+        sft = settings.sft
+        length = f"{sft.steps} steps" if sft.steps is not None else f"{sft.epochs} epochs"
+        return f"{length} of {sft.batch_sequences} sequences from {', '.join(settings.data.sft)}"
+    rl, rollout = settings.rl, settings.rollout
+    return (
+        f"{rl.steps} steps of {rl.prompts_per_step} prompts x {rollout.responses_per_prompt} responses "
+        f"({rollout.engine} engine), {rl.minibatch_prompts} prompts per update, from {', '.join(settings.data.prompts)}"
+    )

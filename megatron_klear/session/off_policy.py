@@ -1,0 +1,191 @@
+"""The engine's policy against the trainer's old one: weights that correct for it, metrics, and when it is too much."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from megatron_klear.algorithm import OffPolicyCorrection, OffPolicyStats, off_policy_weights
+from megatron_klear.config import CorrectionSettings
+from megatron_klear.errors import MismatchError
+from megatron_klear.observe import names
+from megatron_klear.records import FloatArray, ScoredGroup
+from megatron_klear.session.session import Session
+from megatron_klear.trainer import rollout_logprobs
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SampledTokens:
+    """The tokens of some sequences end to end, prompts included.
+
+    Attributes:
+        names: [N] of the sequences.
+        lengths: [N] tokens of each.
+        old_logprobs, rollout_logprobs: [T], nats.
+        sampled: bool [T], true for tokens of responses.
+        versions: int64 [T], the weights that sampled each token; -1 at prompts.
+    """
+
+    names: tuple[str, ...]
+    lengths: tuple[int, ...]
+    old_logprobs: torch.Tensor
+    rollout_logprobs: torch.Tensor
+    sampled: torch.Tensor
+    versions: torch.Tensor
+
+    def weigh(
+        self, settings: CorrectionSettings, mask: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, OffPolicyStats]:
+        """Weights and statistics of the sampled tokens, or of those in a mask."""
+        correction = OffPolicyCorrection(
+            kind=settings.kind,
+            cap=settings.cap,
+            low=settings.low,
+            high=settings.high,
+            sequence_ratio=settings.sequence_ratio,
+        )
+        sequence_of = torch.repeat_interleave(torch.arange(len(self.lengths)), torch.tensor(self.lengths))
+        mask = self.sampled if mask is None else mask
+        return off_policy_weights(
+            self.old_logprobs, self.rollout_logprobs, mask, sequence_of, correction, bound=settings.bound
+        )
+
+
+def sampled_tokens(groups: Sequence[ScoredGroup], old: Mapping[str, FloatArray]) -> SampledTokens:
+    """Lay the scored sequences of a step end to end.
+
+    Args:
+        groups: the step's groups.
+        old: the trainer's logprobs by sequence name, float32 [L].
+    """
+    engine = rollout_logprobs(groups)
+    versions = {
+        f"{g.group.prompt.prompt_id}#{j}": np.repeat(
+            [-1, *(version for version, _ in rollout.policy_versions)],
+            [len(g.group.prompt.token_ids), *(count for _, count in rollout.policy_versions)],
+        )
+        for g in groups
+        for j, rollout in enumerate(g.group.rollouts)
+    }
+    of_tokens = torch.from_numpy(np.concatenate([versions[name] for name in old]))
+    return SampledTokens(
+        tuple(old),
+        tuple(len(values) for values in old.values()),
+        torch.from_numpy(np.concatenate(list(old.values()))),
+        torch.from_numpy(np.concatenate([engine[name] for name in old])),
+        of_tokens >= 0,
+        of_tokens,
+    )
+
+
+def off_policy(
+    session: Session, groups: Sequence[ScoredGroup], old: Mapping[str, FloatArray], *, published: int, attested: bool
+) -> tuple[dict[str, FloatArray] | None, dict[str, float]]:
+    """Compare the engine's logprobs with the trainer's; the same on every rank.
+
+    Args:
+        session: the run.
+        groups: the step's groups.
+        old: the trainer's logprobs by sequence name, float32 [L]; its sequences are compared.
+        published: version of the weights that `old` is from.
+        attested: whether engines are known to have the weights of the versions they report.
+
+    Returns:
+        Off-policy weights by sequence name, float32 [L], None with `correction.kind=none`; and metrics of the step.
+
+    Raises:
+        MismatchError: past `correction.stop_above_mean` or `correction.stop_above_share`.
+    """
+    if not old:
+        return None, {}
+    settings = session.settings.correction
+    tokens = sampled_tokens(groups, old)
+    weights, stats = tokens.weigh(settings)
+    require_agreement(tokens, stats, settings, step=session.step + 1, published=published, attested=attested)
+    values = stats.values()
+    stale = (tokens.sampled & (tokens.versions < published)).sum() / tokens.sampled.sum()
+    metrics = {
+        names.KL_ROLLOUT_TRAINER: values["kl_k3"],
+        names.KL_ROLLOUT_TRAINER_K1: values["kl_k1"],
+        names.MISMATCH_MEAN_ABS: values["mean_abs"],
+        names.MISMATCH_MAX_ABS: values["max_abs"],
+        names.MISMATCH_SHARE_BEYOND: values["share_beyond"],
+        names.MISMATCH_SHARE_STALE: float(stale),
+    }
+    if settings.kind == "none":
+        return None, metrics
+    metrics[names.CORRECTION_WEIGHT_MEAN] = values["weight_mean"]
+    metrics[names.CORRECTION_SHARE_CUT] = values["share_cut"]
+    metrics[names.CORRECTION_SAMPLE_SIZE] = values["effective_sample_size"]
+    parts = weights.to(torch.float32).split(tokens.lengths)
+    return {name: part.numpy() for name, part in zip(tokens.names, parts, strict=True)}, metrics
+
+
+def require_agreement(
+    tokens: SampledTokens,
+    stats: OffPolicyStats,
+    settings: CorrectionSettings,
+    *,
+    step: int,
+    published: int,
+    attested: bool,
+) -> None:
+    """Stop a run whose engine and trainer are too far apart, and say where the difference comes from.
+
+    Three causes look alike in the mean. Tokens of the published version that differ are either numerics, when the
+    engine's weights are known to be the trainer's, or an engine without the weights that it reports. Where only
+    tokens of older versions differ, it is their age.
+
+    Raises:
+        MismatchError: past a limit, or a log-probability is not a number.
+    """
+    if not _exceeded(stats, settings):
+        return
+    current, older = tokens.sampled & (tokens.versions >= published), tokens.sampled & (tokens.versions < published)
+    lines = [f"step {step}: engine and trainer disagree: {'; '.join(_exceeded(stats, settings))}. No update was made."]
+    found = {}
+    for name, mask in ((f"version {published}, the published one", current), ("older versions", older)):
+        if mask.any():
+            found[name] = tokens.weigh(settings, mask)[1]
+            values = found[name].values()
+            lines.append(
+                f"  tokens of {name}: {int(mask.sum())}, mean |difference| {values['mean_abs']:.3g} nats, "
+                f"largest {values['max_abs']:.3g}, {values['share_beyond']:.2%} beyond {settings.bound:g}"
+            )
+    if current.any() and _exceeded(next(iter(found.values())), settings):
+        lines.append(_NUMERICS if attested else _UNKNOWN_WEIGHTS.format(version=published))
+    else:
+        first, last = int(tokens.versions[older].min()), int(tokens.versions[older].max())
+        lines.append(_STALENESS.format(first=first, last=last, version=published))
+    raise MismatchError("\n".join(lines))
+
+
+_NUMERICS = (
+    "Cause: numerics. The engine has the trainer's weights and computes other numbers from them: compare data type, "
+    "quantisation, attention, temperature and end tokens of both."
+)
+_UNKNOWN_WEIGHTS = (
+    "Cause: stale weights, or numerics. The engine reports version {version}, but its weights were not compared with "
+    "the trainer's: compare their checksums first; if they are equal it is numerics."
+)
+_STALENESS = (
+    "Cause: staleness. These tokens were sampled by versions {first} to {last}, and version {version} is published: "
+    "allow less staleness, or lower optimizer.lr; a correction.kind makes up for some of it, under a higher limit."
+)
+
+
+def _exceeded(stats: OffPolicyStats, settings: CorrectionSettings) -> list[str]:
+    """The limits that are passed, in words; a NaN passes every limit."""
+    values, found = stats.values(), []
+    mean, share = settings.stop_above_mean, settings.stop_above_share
+    if mean is not None and not values["mean_abs"] <= mean:
+        found.append(f"mean |difference| {values['mean_abs']:.3g} nats, correction.stop_above_mean = {mean:g}")
+    if share is not None and not values["share_beyond"] <= share:
+        found.append(
+            f"{values['share_beyond']:.2%} of tokens beyond correction.bound = {settings.bound:g} nats, "
+            f"correction.stop_above_share = {share:g}"
+        )
+    return found
