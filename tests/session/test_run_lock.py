@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 
+from megatron_klear.session import run_lock
 from megatron_klear.session.run_lock import RunLock
 
 HOLD = """
@@ -36,3 +37,28 @@ def test_a_released_directory_is_free(tmp_path):
     lock.release()
     lock.release()
     assert RunLock(tmp_path).holder == ""
+
+
+def test_a_holder_on_another_machine_is_waited_for(tmp_path, monkeypatch):
+    """As after the death of a node, whose lease the file server has yet to end."""
+    monkeypatch.setattr(run_lock.socket, "gethostname", lambda: "node-that-died")
+    dead = RunLock(tmp_path)
+    monkeypatch.setattr(run_lock.socket, "gethostname", lambda: "node-that-took-over")
+    waits: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        waits.append(seconds)
+        if len(waits) == 3:
+            dead.release()
+
+    monkeypatch.setattr(run_lock.time, "sleep", sleep)
+    assert RunLock(tmp_path).holder == ""
+    assert len(waits) == 3
+
+
+def test_a_holder_on_another_machine_that_lives_on_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_lock.socket, "gethostname", lambda: "busy-node")
+    lock = RunLock(tmp_path)
+    monkeypatch.setattr(run_lock.socket, "gethostname", lambda: "this-node")
+    assert RunLock(tmp_path, lease_seconds=0.05).holder == f"process {os.getpid()} on busy-node"
+    lock.release()
