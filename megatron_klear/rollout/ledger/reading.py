@@ -9,8 +9,8 @@ from types import TracebackType
 from typing import Any, Self
 
 from megatron_klear.rollout.ledger.database import open_for_reading, readable_errors
-from megatron_klear.rollout.ledger.entries import StoredGroup
 from megatron_klear.rollout.ledger.encoding import unpack_versions
+from megatron_klear.rollout.ledger.entries import StoredGroup
 from megatron_klear.rollout.ledger.loading import load_groups
 from megatron_klear.rollout.ledger.schema import TRAINED_NOT_ONCE
 

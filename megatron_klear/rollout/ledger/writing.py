@@ -215,8 +215,12 @@ class Ledger:
         """
         now = time.time()
         with self.transaction() as db:
-            ids = [r[0] for r in db.execute("SELECT group_id FROM groups WHERE step = ? AND state = 'committed'", [step])]
-            db.executemany("UPDATE groups SET state = 'trained', updated = ? WHERE group_id = ?", [(now, i) for i in ids])
+            ids = [
+                r[0] for r in db.execute("SELECT group_id FROM groups WHERE step = ? AND state = 'committed'", [step])
+            ]
+            db.executemany(
+                "UPDATE groups SET state = 'trained', updated = ? WHERE group_id = ?", [(now, i) for i in ids]
+            )
             self.note("trained", ids, step=step)
         return len(ids)
 

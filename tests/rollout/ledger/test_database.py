@@ -38,7 +38,9 @@ def test_another_schema_is_refused(file):
     connection.execute("PRAGMA user_version = 99")
     connection.close()
     for opening in (Ledger, LedgerReader):
-        with pytest.raises(RolloutError, match="schema 99, and this version of megatron_klear reads and writes schema 1"):
+        with pytest.raises(
+            RolloutError, match="schema 99, and this version of megatron_klear reads and writes schema 1"
+        ):
             opening(file)
 
 

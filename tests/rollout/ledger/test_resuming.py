@@ -69,9 +69,7 @@ def test_the_word_of_the_checkpoint_counts(ledger, advance):
     learned = advance(ledger, "learned", "committed", step=1)
     older = advance(ledger, "older", "generated")
     flying = advance(ledger, "flying", "graded")
-    place = LedgerPosition(
-        ledger_id=ledger.ledger_id, step=1, last_group=flying, in_flight=((flying, 0, "flying"),)
-    )
+    place = LedgerPosition(ledger_id=ledger.ledger_id, step=1, last_group=flying, in_flight=((flying, 0, "flying"),))
     assert resume(ledger, 1, place).confirmed == 2
     assert states_of(ledger, learned, older, flying) == ["trained", "trained", "graded"]
 
