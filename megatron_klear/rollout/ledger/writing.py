@@ -179,7 +179,8 @@ class Ledger:
             state, needed = self._state(group_id)
             if state not in ("generated", "graded") or len(grades) != needed:
                 raise RolloutError(
-                    f"{self.file}: group {group_id} is {state} and has {needed} responses; it takes no {len(grades)} grades"
+                    f"{self.file}: group {group_id} is {state} and has {needed} responses; it takes no "
+                    f"{len(grades)} grades"
                 )
             db.executemany(
                 "UPDATE responses SET outcome = ?, reward = ?, reason = ? WHERE group_id = ? AND response_index = ?",

@@ -6,8 +6,10 @@ it, what happens to it when that engine fails, and which groups make a step.
 
 from __future__ import annotations
 
+from megatron_klear.rollout.manager.dispatch import Sampling
+from megatron_klear.rollout.manager.grading import Grader
 from megatron_klear.rollout.manager.health import Restart
 from megatron_klear.rollout.manager.manager import RolloutManager
-from megatron_klear.rollout.manager.scheduler import Grader, Sampling, Scheduler
+from megatron_klear.rollout.manager.scheduler import Scheduler
 
 __all__ = ["Grader", "Restart", "RolloutManager", "Sampling", "Scheduler"]

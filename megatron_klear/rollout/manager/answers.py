@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 
 from megatron_klear.records import Rollout
@@ -36,7 +38,7 @@ def problem_with(
         return f"its versions {runs} do not cover {length} tokens"
     if any(not versions[0] <= version <= versions[1] for version, _ in runs):
         return f"its versions {runs} are not from {versions[0]} to {versions[1]}, which were in use"
-    if any(later[0] <= earlier[0] for earlier, later in zip(runs, runs[1:], strict=False)):
+    if any(later[0] <= earlier[0] for earlier, later in pairwise(runs)):
         return f"its versions {runs} do not go up"
     if part.finish_reason == "length" and length < request.max_new_tokens:
         return f"it ends for its length at {length} of {request.max_new_tokens} tokens"
@@ -57,12 +59,15 @@ def extended(head: Rollout | None, part: GeneratedPart, *, is_full: bool) -> Rol
     """
     finish = "length" if part.finish_reason == "abort" and is_full else part.finish_reason
     if head is None:
-        head_ids, head_logprobs, head_versions = np.empty(0, np.int64), np.empty(0, np.float32), ()
-    else:
-        head_ids, head_logprobs, head_versions = head.response_ids, head.rollout_logprobs, head.policy_versions
+        head = Rollout(
+            response_ids=np.empty(0, np.int64),
+            rollout_logprobs=np.empty(0, np.float32),
+            finish_reason="abort",
+            policy_versions=(),
+        )
     return Rollout(
-        response_ids=np.concatenate([head_ids, np.asarray(part.token_ids, np.int64)]),
-        rollout_logprobs=np.concatenate([head_logprobs, np.asarray(part.logprobs, np.float32)]),
+        response_ids=np.concatenate([head.response_ids, np.asarray(part.token_ids, np.int64)]),
+        rollout_logprobs=np.concatenate([head.rollout_logprobs, np.asarray(part.logprobs, np.float32)]),
         finish_reason=finish,
-        policy_versions=join_versions(head_versions, part.policy_versions),
+        policy_versions=join_versions(head.policy_versions, part.policy_versions),
     )

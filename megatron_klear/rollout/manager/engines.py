@@ -112,9 +112,9 @@ class EnginePool:
         least = self._least(None)
         if least is None:
             return None
-        if near is not None and near is not avoid and self.room(near) > 0:
-            if near.outstanding <= least.outstanding + spread:
-                return near
+        is_usable = near is not None and near is not avoid and self.room(near) > 0
+        if near is not None and is_usable and near.outstanding <= least.outstanding + spread:
+            return near
         if least is avoid:
             return self._least(avoid) or least
         return least
@@ -124,7 +124,7 @@ class EnginePool:
         put_back = []
         found = None
         while self._heap:
-            load, turn, number = self._heap[0]
+            load, _, number = self._heap[0]
             engine = self.engines[number]
             if engine.outstanding != load or self.room(engine) <= 0:
                 heapq.heappop(self._heap)

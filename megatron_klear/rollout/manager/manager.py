@@ -13,8 +13,10 @@ from megatron_klear.errors import RolloutError
 from megatron_klear.records import Prompt
 from megatron_klear.rollout.endpoint import Endpoint
 from megatron_klear.rollout.ledger import Ledger, StoredGroup
+from megatron_klear.rollout.manager.dispatch import Sampling
+from megatron_klear.rollout.manager.grading import Grader
 from megatron_klear.rollout.manager.health import Restart
-from megatron_klear.rollout.manager.scheduler import Grader, Sampling, Scheduler
+from megatron_klear.rollout.manager.scheduler import Scheduler
 
 T = TypeVar("T")
 
@@ -96,7 +98,7 @@ class RolloutManager:
 
         Repeating it for prompts that were submitted before, also in an earlier life of the run, changes nothing.
         """
-        self._raise_error()
+        self._scheduler.raise_error()
         group_ids = self._ledger.reserve(prompts, num_responses=self._num_responses)
         self._call(self._made(lambda: self._scheduler.add(group_ids)))
 
@@ -130,9 +132,11 @@ class RolloutManager:
 
     def counts(self) -> dict[str, float]:
         """What happened so far, for metrics: requests, tokens, failures, moves, engines that serve."""
-        pool, care = self._scheduler.pool, self._scheduler.care
+        dispatcher = self._scheduler.dispatcher
+        pool, care = dispatcher.pool, dispatcher.care
         return {
-            **self._scheduler.counts,
+            **dispatcher.counts,
+            "groups drawn again": float(self._scheduler.drawn_again),
             "engines serving": float(len(pool.serving())),
             "engines lost": float(care.lost),
             "engines rejoined": float(care.rejoined),
@@ -161,7 +165,3 @@ class RolloutManager:
     @staticmethod
     async def _made(make: Callable[[], T]) -> T:
         return make()
-
-    def _raise_error(self) -> None:
-        if self._scheduler.error is not None:
-            raise self._scheduler.error

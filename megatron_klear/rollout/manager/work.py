@@ -20,21 +20,17 @@ class ResponseWork:
     Attributes:
         group, index: which one.
         head: what an interruption left of it, to be continued; finished responses are in the ledger only.
-        is_finished: nothing is left to do.
         attempts: requests sent so far.
         failures: how many of them failed on engines that are well.
         avoid: the engine that failed it last.
-        request: the one in flight.
     """
 
     group: GroupWork
     index: int
     head: Rollout | None = None
-    is_finished: bool = False
     attempts: int = 0
     failures: int = 0
     avoid: Engine | None = None
-    request: Request | None = None
 
     @property
     def num_tokens(self) -> int:

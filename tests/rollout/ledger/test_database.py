@@ -14,7 +14,7 @@ from megatron_klear.rollout.ledger import Ledger, LedgerReader
 
 def test_a_second_writer_is_told_who_the_first_is(ledger, file):
     other = subprocess.run(
-        [sys.executable, "-c", "import sys; from megatron_klear.rollout.ledger import Ledger; Ledger(sys.argv[1])", file],
+        [sys.executable, "-c", f"from megatron_klear.rollout.ledger import Ledger; Ledger({str(file)!r})"],
         capture_output=True, text=True, timeout=60,
     )  # fmt: skip
     assert other.returncode == 1
@@ -78,7 +78,7 @@ def test_a_full_disk_keeps_what_was_committed(ledger, file, advance, make_prompt
     pages = ledger.connection.execute("PRAGMA page_count").fetchone()[0]
     ledger.connection.execute(f"PRAGMA max_page_count = {pages + 2}")
     [group] = ledger.reserve([(0, make_prompt("big"))], num_responses=1)
-    with pytest.raises(RolloutError, match="cannot grow .*Free disk space and start again"):
+    with pytest.raises(RolloutError, match=r"cannot grow .*Free disk space and start again"):
         ledger.save_response(group, 0, make_rollout((0, 50_000)))
     assert ledger.states() == {"graded": 1, "reserved": 1}
     assert ledger.load([kept])[0].is_complete

@@ -100,9 +100,13 @@ def test_places_in_a_step_go_on_where_they_ended(ledger, advance):
 
 
 def test_a_transaction_is_all_or_nothing(ledger, make_prompt):
-    with pytest.raises(ZeroDivisionError), ledger.transaction():
-        ledger.reserve([(0, make_prompt("p"))], num_responses=1)
-        raise ZeroDivisionError
+    def broken():
+        with ledger.transaction():
+            ledger.reserve([(0, make_prompt("p"))], num_responses=1)
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        broken()
     assert ledger.states() == {}
     with ledger.transaction():
         ledger.reserve([(0, make_prompt("p"))], num_responses=1)
