@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import sqlite3
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -15,7 +17,7 @@ from megatron_klear.rollout.ledger import Ledger, LedgerReader
 def test_a_second_writer_is_told_who_the_first_is(ledger, file):
     other = subprocess.run(
         [sys.executable, "-c", f"from megatron_klear.rollout.ledger import Ledger; Ledger({str(file)!r})"],
-        capture_output=True, text=True, timeout=60,
+        capture_output=True, text=True, timeout=60, env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])},
     )  # fmt: skip
     assert other.returncode == 1
     assert f"{file} is in use: process " in other.stderr.splitlines()[-1]

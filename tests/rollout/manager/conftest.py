@@ -88,7 +88,8 @@ class World:
             await scheduler.resume(self.done_steps)
             submitted = self.done_steps * self.per_step
             for step in range(self.done_steps + 1, steps + 1):
-                while submitted < (step + scheduler.staleness) * self.per_step:
+                # More than may be started, so that the bound holds them back and not the lack of prompts.
+                while submitted < (step + scheduler.staleness + 2) * self.per_step:
                     batch = self.prompts(submitted, self.per_step, num_prompts)
                     scheduler.add(self.ledger.reserve(batch, num_responses=M))
                     submitted += self.per_step

@@ -69,16 +69,26 @@ def test_an_engine_that_comes_back_with_current_weights_rejoins(make_world, undi
     assert world.scheduler.dispatcher.pool.engines[1].status == "serving"
 
 
-def test_an_engine_that_comes_back_with_old_weights_stays_out(make_world, undisturbed):
+def test_an_engine_that_comes_back_with_old_weights_stays_out(make_world):
+    """A step of 40 groups takes minutes; the engine is back after 8 s, with weights that nobody wants any more."""
+    at = {}
+
     def come_and_go(world):
         engine = world.engines[1]
         later(1.0, engine.die)
         later(8.0, lambda: engine.revive(-5))
         later(8.1, engine.requests_seen.clear)
 
-    world = make_world(engines=2, before_step=once(STEPS, come_and_go), train_seconds=10.0).run(STEPS)
-    assert world.trace == undisturbed
-    assert world.engines[1].requests_seen == []
+    def look(step, world):
+        if step == 1:
+            come_and_go(world)
+        at[step] = (asyncio.get_running_loop().time(), list(world.engines[1].requests_seen))
+
+    world = make_world(engines=2, slots=2, per_step=40, before_step=look).run(2, num_prompts=200)
+    seconds, requests = at[2]
+    assert seconds > 60.0
+    assert requests == []
+    assert world.engines[1].requests_seen, "after the next publish it has the right ones"
 
 
 def test_restart_is_asked_for_with_the_reason_and_the_engine_rejoins(make_world, undisturbed):
@@ -316,3 +326,51 @@ def test_a_full_disk_ends_the_run_and_the_next_life_goes_on_from_there(make_worl
     again.run(STEPS)
     trained_once(again)
     assert again.trace == undisturbed
+
+
+def test_an_answer_that_comes_after_all_is_ignored(make_world, undisturbed):
+    """A client that cannot be cancelled brings the answer of a hung engine when others have given theirs."""
+
+    def stubborn(world):
+        engine = world.engines[1]
+        real = engine.generate
+
+        async def late(request, on_tokens=None):
+            work = asyncio.ensure_future(real(request, on_tokens))
+            while True:
+                try:
+                    part = await asyncio.shield(work)
+                    await asyncio.sleep(45.0)
+                    return part
+                except asyncio.CancelledError:
+                    continue
+
+        engine.generate = late
+
+    world = make_world(engines=2, before_step=once(2, stubborn), train_seconds=50.0).run(STEPS)
+    assert world.scheduler.dispatcher.care.lost >= 1
+    trained_once(world)
+    assert world.trace == undisturbed
+
+
+def test_an_engine_that_missed_a_publish_is_started_anew(make_world, undisturbed):
+    told = []
+
+    async def restart(endpoint, why):
+        told.append(why)
+        del endpoint.stuck
+        return endpoint
+
+    def miss(world):
+        engine = world.engines[1]
+        engine.stuck = True
+        real = engine.check
+
+        async def check():
+            return 1 if hasattr(engine, "stuck") else await real()
+
+        engine.check = check
+
+    world = make_world(engines=2, restart=restart, before_step=once(2, miss)).run(STEPS)
+    assert told == ["has weights of version 1 after version 2 was published"]
+    assert world.trace == undisturbed
