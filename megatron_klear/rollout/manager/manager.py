@@ -63,7 +63,7 @@ class RolloutManager:
                 f"{len(endpoints)} engines were given, fewer than scheduling.min_engines = {settings.min_engines}"
             )
         self._ledger = ledger
-        self._num_responses = sampling.num_responses
+        self._num_responses, self._keep_steps = sampling.num_responses, settings.keep_steps
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._run_loop, name="rollout manager", daemon=True)
         self._thread.start()
@@ -120,6 +120,8 @@ class RolloutManager:
     def trained(self, step: int) -> None:
         """Note that a step has been trained: durable on return, so call it before the checkpoint."""
         self._ledger.trained(step)
+        if self._keep_steps:
+            self._ledger.prune(step - self._keep_steps)
         self._call(self._made(lambda: self._scheduler.trained(step)))
 
     def pause_for_publish(self) -> None:
