@@ -284,10 +284,11 @@ def main() -> None:
         output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
         result = Result(**json.loads(output))
         results.append(result)
+        ledger_share = result.ledger_cpu_seconds / result.cpu_seconds
         print(
             f"{mode:13} {result.requests:,} requests, at most {result.most_in_flight:,} in flight; "
-            f"{result.cpu_ms_per_request:.3f} ms of CPU per request ("
-            f"{result.ledger_cpu_seconds / result.cpu_seconds:.0%} in the ledger); peak {result.peak_mib:.0f} MiB; slots idle {result.slots_idle:.0%}, engines idle "
+            f"{result.cpu_ms_per_request:.3f} ms of CPU per request ({ledger_share:.0%} in the ledger); "
+            f"peak {result.peak_mib:.0f} MiB; slots idle {result.slots_idle:.0%}, engines idle "
             f"{result.engines_idle:.0%}; {result.steps} steps in {result.simulated_seconds:.0f} simulated s",
             flush=True,
         )

@@ -12,13 +12,13 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from megatron_klear.algorithm import group_advantages
 from megatron_klear.config import EvaluationSettings
 from megatron_klear.errors import ConfigError
 from megatron_klear.model import hf_config, hf_named_tensors
 from megatron_klear.records import Grade, Prompt, RolloutGroup, ScoredGroup
 from megatron_klear.reward import AnswerFormat, GradeRequest, MathGraderPool, RewardRules
 from megatron_klear.rollout import LocalEngine, SamplingParams, merge_groups, shard_prompts
+from megatron_klear.rollout.ledger import scored_group
 from megatron_klear.session.session import Session
 
 
@@ -108,7 +108,8 @@ class Rollouts:
             graded = self._grade(mine)
         with self.session.phase("gather"):
             groups, grades = self._gather(prompts, mine, graded)
-        return [self._with_advantages(group, grades[group.prompt.prompt_id]) for group in groups]
+        std = self.session.settings.algorithm.advantage_std
+        return [scored_group(group, grades[group.prompt.prompt_id], normalize_std=std) for group in groups]
 
     def evaluate(self, prompts: Sequence[Prompt], settings: EvaluationSettings, *, step: int) -> Accuracy:
         """Accuracy on held-out problems, avg@n (greedy when the temperature is 0)."""
@@ -202,23 +203,6 @@ class Rollouts:
         dist.all_gather_object(parts, (list(mine), graded))
         merged = {name: grades for _, part in parts for name, grades in part.items()}
         return merge_groups(prompts, [groups for groups, _ in parts]), merged
-
-    def _with_advantages(self, group: RolloutGroup, grades: tuple[Grade, ...]) -> ScoredGroup:
-        rewards = np.array([g.reward for g in grades], dtype=np.float32)
-        graded = np.array([g.outcome != "ungraded" for g in grades], dtype=np.bool_)
-        advantages = group_advantages(
-            torch.from_numpy(rewards).double(),
-            torch.from_numpy(graded),
-            normalize_std=self.session.settings.algorithm.advantage_std,
-        )
-        return ScoredGroup(
-            group=group,
-            grades=grades,
-            rewards=rewards,
-            is_correct=np.array([g.outcome == "correct" for g in grades], dtype=np.bool_),
-            graded=graded,
-            advantages=advantages.numpy().astype(np.float32),
-        )
 
 
 def _seed(session: Session, step: int, use: int) -> int:

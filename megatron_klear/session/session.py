@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -117,6 +117,7 @@ class Session:
             interactive=None if settings.observe.progress else False,
         )
         self.cursor: Any = None  # the entry's data cursor; its place is part of every checkpoint
+        self.ledger_position: Callable[[], Any] = lambda: None  # the rollout ledger's; rank 0's is stored
 
     def _prepare_directory(self, checkpoints: Path) -> list[int]:
         """Make the run directory; returns the steps of the checkpoints in it, the same on every rank."""
@@ -207,7 +208,8 @@ class Session:
             return
         cursor = None if self.cursor is None else self.cursor.state_dict()
         with self.set_aside_phases(), self.phase("save"):
-            self.store.save(self.step, {"entry": self.entry, "step": self.step, "cursor": cursor})
+            state = {"entry": self.entry, "step": self.step, "cursor": cursor, "ledger": self.ledger_position()}
+            self.store.save(self.step, state)
         self._saved_step = self.step
 
     def describe(self, data: str) -> None:

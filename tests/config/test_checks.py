@@ -51,6 +51,9 @@ def test_the_base_settings_have_no_problem(problems, entry):
         (["tokenizer.dir=nowhere"], 1, "tokenizer.dir", "no directory"),
         (["model.vocab_size=5"], 1, "model.vocab_size", "fewer than the 6"),
         (["model.hf_dir=nowhere"], 1, "model.hf_dir", "No such file"),
+        (["scheduling.mode=async"], 1, "scheduling.mode", "rollout.engine is local"),
+        (["scheduling.start_seconds=5"], 1, "scheduling.start_seconds", "scheduling.stall_seconds = 120"),
+        (["scheduling.replay_from=nowhere"], 1, "scheduling.replay_from", "no ledger.sqlite"),
         (["checkpoint.start_from=nowhere"], 1, "checkpoint.start_from", "no directory"),
     ],
 )

@@ -94,6 +94,7 @@ def reconcile(
     identity: str,
     prompts: Mapping[str, Prompt],
     num_responses: int,
+    keep_next_step: bool = True,
 ) -> Reconciled:
     """Make the ledger agree with the checkpoint that a run goes on from, in one transaction.
 
@@ -105,6 +106,8 @@ def reconcile(
             are kept only when it is unchanged.
         prompts: by id, to reserve again what a lost ledger held.
         num_responses: M.
+        keep_next_step: whether the groups of the step after `step` stay promised to it; false where the order of the
+            data says anew which they are.
 
     Raises:
         CheckpointError: the ledger is of another run, or prompts in flight are no longer in the data.
@@ -120,7 +123,7 @@ def reconcile(
         if stored is not None:
             restored = _restore(ledger, stored, prompts, num_responses)
             confirmed = _confirm(ledger, stored)
-        rolled_back = _roll_back(ledger, step)
+        rolled_back = _roll_back(ledger, step, step + 1 if keep_next_step else step)
         cut = _cut_back(ledger, step)
         return Reconciled(
             continuing=len(ledger.unfinished()),
@@ -177,8 +180,8 @@ def _confirm(ledger: Ledger, stored: LedgerPosition) -> int:
     return len(known)
 
 
-def _roll_back(ledger: Ledger, step: int) -> int:
-    """Untrain what was trained after the checkpoint: the next step keeps its groups, those of later ones are free."""
+def _roll_back(ledger: Ledger, step: int, last_promise: int) -> int:
+    """Untrain what was trained after the checkpoint; groups of steps above `last_promise` are free for any again."""
     with ledger.transaction() as db:
         ids = [
             row[0]
@@ -188,7 +191,7 @@ def _roll_back(ledger: Ledger, step: int) -> int:
         ledger.note("rolled back", ids, detail=f"resumed from step {step}")
         db.execute(
             "UPDATE groups SET state = 'graded', step = NULL, place = NULL WHERE state = 'committed' AND step > ?",
-            [step + 1],
+            [last_promise],
         )
     return len(ids)
 

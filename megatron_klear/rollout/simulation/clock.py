@@ -30,7 +30,7 @@ class SimulatedLoop(asyncio.SelectorEventLoop):
         self._now += seconds
 
 
-class _JumpingSelector(selectors.DefaultSelector):  # type: ignore[misc, valid-type]
+class _JumpingSelector(selectors.DefaultSelector):
     """Where the loop would sleep, time passes instead."""
 
     def __init__(self, loop: SimulatedLoop) -> None:
