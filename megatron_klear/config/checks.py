@@ -210,8 +210,8 @@ def _check_scheduling(settings: Settings, problems: Problems) -> None:
     if scheduling.mode != "sync" and settings.rollout.engine == "local":
         problems.add(
             "scheduling.mode",
-            f"got {scheduling.mode}, and rollout.engine is local, which generates in the training processes: while they "
-            "train it cannot; set sync, or serve from engines of their own",
+            f"got {scheduling.mode}, and rollout.engine is local, which generates in the training processes and so "
+            "cannot while they train; set sync, or serve from engines of their own",
             "rollout.engine",
         )
     if scheduling.start_seconds < scheduling.stall_seconds:

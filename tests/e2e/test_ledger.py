@@ -1,8 +1,9 @@
-"""The rollout ledger of real runs: complete after a run, replayed to the bit, recalled after a kill, survived when lost."""
+"""The rollout ledger of real runs: complete, replayed to the bit, recalled after a kill, done without when lost."""
 
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -49,15 +50,26 @@ def walked(run: Path) -> list[tuple[int, int, str, str]]:
 
 @pytest.fixture
 def run(start, rl_overrides, tmp_path):
-    def go(name: str, *overrides: str, steps: int = STEPS, status: int = 0) -> Path:
-        launch = start("train_rl", CONFIG, [*rl_overrides(name), *SHORT, f"rl.steps={steps}", *overrides])
-        assert launch.wait() == [status, status], launch.output()
+    """Run, or go on with, the run of this name: `run("name", *overrides)`."""
+
+    def go(name: str, *overrides: str) -> Path:
+        launch = start("train_rl", CONFIG, [*rl_overrides(name), *SHORT, f"rl.steps={STEPS}", *overrides])
+        assert launch.wait() == [0, 0], launch.output()
         return tmp_path / name
 
     return go
 
 
-def test_every_prompt_is_trained_once_and_a_replay_gives_the_same_bits(run, tmp_path):
+def copy_back_to(step: int, run: Path, copy: Path) -> Path:
+    """A copy of a run without the checkpoints after `step`, as if it had been killed before they were written."""
+    shutil.copytree(run, copy)
+    for checkpoint in (copy / "checkpoints").iterdir():
+        if checkpoint.name > f"step_{step:08d}":
+            shutil.rmtree(checkpoint)
+    return copy
+
+
+def test_every_prompt_once_and_the_same_bits_when_replayed_cut_back_or_robbed_of_the_ledger(run, tmp_path):
     """Seven steps of eight prompts cross from the first epoch of 48 into the second."""
     whole = run("whole")
     rows = walked(whole)
@@ -69,48 +81,36 @@ def test_every_prompt_is_trained_once_and_a_replay_gives_the_same_bits(run, tmp_
     state = json.loads((whole / "checkpoints" / f"step_{STEPS:08d}" / "run_state.json").read_text())
     assert (state["ledger"]["step"], state["ledger"]["in_flight"]) == (STEPS, [])
 
-    replayed = run("replayed", f"scheduling.replay_from={whole}")
-    assert differing(whole, replayed) == []
-    assert not (replayed / "ledger.sqlite").exists()
-
-
-def test_resumed_without_its_ledger_it_goes_on_and_says_what_it_trains(run, tmp_path):
-    whole = run("whole")
-    lost = run("lost", steps=4)
-    for file in lost.glob("ledger.sqlite*"):
-        file.unlink()
-    run("lost")
-    assert differing(whole, lost) == []
-    assert walked(lost) == walked(whole)[4 * PER_STEP :]
-
-
-def test_steps_after_the_checkpoint_are_trained_again_from_the_ledger(run, tmp_path):
-    """The checkpoints from step 3 on are taken away, as if the run had been killed before they were written."""
-    import shutil
-
-    whole, cut = run("whole"), run("cut")
-    for checkpoint in (cut / "checkpoints").iterdir():
-        if checkpoint.name > "step_00000002":
-            shutil.rmtree(checkpoint)
+    cut = copy_back_to(2, whole, tmp_path / "cut")
     run("cut")
     assert differing(whole, cut) == []
-    assert walked(cut) == walked(whole)
+    assert walked(cut) == rows
     with LedgerReader(cut / "ledger.sqlite") as reader:
         events = [event for _, event, *_ in reader.events()]
     assert events.count("rolled back") == (STEPS - 2) * PER_STEP
     # The responses of step 3 were sampled from the weights of step 2, which are still there; later ones were not.
     assert events.count("drawn again") == (STEPS - 3) * PER_STEP
 
-
-def test_a_damaged_ledger_stops_the_run_with_one_message(run, start, rl_overrides, tmp_path):
-    damaged = run("damaged", steps=2)
-    for file in damaged.glob("ledger.sqlite-*"):
+    robbed = copy_back_to(4, whole, tmp_path / "robbed")
+    for file in robbed.glob("ledger.sqlite*"):
         file.unlink()
-    file = damaged / "ledger.sqlite"
-    file.write_bytes(b"\xa5" * file.stat().st_size)
+    run("robbed")
+    assert differing(whole, robbed) == []
+    assert walked(robbed) == rows[4 * PER_STEP :]
+
+    replayed = run("replayed", f"scheduling.replay_from={whole}")
+    assert differing(whole, replayed) == []
+    assert not (replayed / "ledger.sqlite").exists()
+
+
+def test_a_damaged_ledger_stops_all_ranks_with_one_message(start, rl_overrides, tmp_path):
+    file = tmp_path / "damaged" / "ledger.sqlite"
+    file.parent.mkdir()
+    file.write_bytes(b"\xa5" * 20_000)
     launch = start("train_rl", CONFIG, [*rl_overrides("damaged"), *SHORT, f"rl.steps={STEPS}"])
     assert launch.wait() == [1, 1], launch.output()
     lines = [line for line in launch.output().splitlines() if "ledger is damaged" in line]
     assert len(lines) == 1, launch.output()
     assert "Move it aside" in lines[0]
     assert str(file) in lines[0]
+    assert file.read_bytes() == b"\xa5" * 20_000

@@ -79,7 +79,7 @@ def print_group(console: Console, group: StoredGroup, decode: Decode | None, ind
         versions = " ".join(f"{version}x{count}" for version, count in rollout.policy_versions)
         end = "unfinished" if rollout.finish_reason == "abort" else rollout.finish_reason
         mean = float(rollout.rollout_logprobs.mean()) if len(rollout.rollout_logprobs) else 0.0
-        console.rule(f"response {i}: {judged}", style=_COLOURS.get(grade.outcome, "") if grade else "")
+        console.rule(f"response {i}: {escape(judged)}", style=_COLOURS.get(grade.outcome, "") if grade else "")
         console.print(
             f"{len(rollout.response_ids)} tokens, {end}; versions {versions or '-'}; mean logprob {mean:.3f}",
             style="dim", markup=False,
