@@ -55,6 +55,7 @@ class EngineCare:
     ) -> None:
         self.tick_seconds = min(settings.stall_seconds / 4, 15.0)
         self.version = -1
+        self._settled = asyncio.Event()
         self._pool, self._settings, self._restart = pool, settings, restart
         self._on_lost, self._on_ready, self._on_failure, self._move = on_lost, on_ready, on_failure, move
         self._short_since: float | None = None
@@ -83,9 +84,14 @@ class EngineCare:
             engine.status = "checked"
             self._spawn(self._check(engine, on_well))
 
+    def expect_publish(self) -> None:
+        """Engines change their weights from now until `check_versions`: nobody is judged by them meanwhile."""
+        self._settled.clear()
+
     async def check_versions(self, version: int) -> None:
         """Ask all engines in use which weights they have; those with others than `version` are lost."""
         self.version = version
+        self._settled.set()
         asked = [engine for engine in self._pool if engine.status in ("serving", "checked")]
         answers = await asyncio.gather(*(self._version_of(engine) for engine in asked), return_exceptions=True)
         for engine, answer in zip(asked, answers, strict=True):
@@ -133,7 +139,8 @@ class EngineCare:
                 async with asyncio.timeout(self._settings.start_seconds):
                     endpoint = await restart(engine.endpoint, engine.last_error)
                     engine.endpoint = endpoint
-                    found = await self._version_of(engine)
+                await self._settled.wait()
+                found = await self._version_of(engine)
                 if found == self.version:
                     self._let_in(engine)
                     return
@@ -217,7 +224,7 @@ class EngineCare:
         except Exception as error:  # still not there; the next tick asks again
             engine.last_error = engine.last_error or _text(error)
             return
-        if engine.status == "down" and found == self.version:
+        if engine.status == "down" and found == self.version and self._settled.is_set():
             self._let_in(engine)
 
     def _judge(self) -> None:

@@ -134,6 +134,7 @@ class Scheduler:
         """
         dispatcher = self.dispatcher
         dispatcher.paused = True
+        dispatcher.care.expect_publish()
         interrupt = self._settings.mode == "async" and self._settings.partial_rollouts
         while dispatcher.num_flying:
             self.raise_error()

@@ -52,6 +52,7 @@ class World:
     engines: list[SimulatedEngine]
     per_step: int = 4
     train_seconds: float = 1.0
+    publish_seconds: float = 0.0
     restart: Restart | None = None
     done_steps: int = 0
     before_step: Callable[[int, World], Any] | None = None
@@ -104,6 +105,7 @@ class World:
                 self.done_steps = step
                 await scheduler.pause()
                 assert scheduler.dispatcher.num_flying == 0
+                await asyncio.sleep(self.publish_seconds)
                 for engine in self.engines:
                     engine.version = step
                 await scheduler.resume(step)

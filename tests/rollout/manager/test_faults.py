@@ -374,3 +374,23 @@ def test_an_engine_that_missed_a_publish_is_started_anew(make_world, undisturbed
     world = make_world(engines=2, restart=restart, before_step=once(2, miss)).run(STEPS)
     assert told == ["has weights of version 1 after version 2 was published"]
     assert world.trace == undisturbed
+
+
+def test_an_engine_restarted_during_a_long_publish_is_judged_after_it(make_world, undisturbed):
+    """It comes back in the midst of it, and for long no engine has the weights that the manager still takes for current."""
+    restarts = []
+
+    async def restart(endpoint, why):
+        restarts.append(why)
+        await asyncio.sleep(20.0)  # the step is over by then, and the publish under way
+        endpoint.revive(-1)
+        return endpoint
+
+    def die_while_training(world):
+        later(1.0, world.engines[1].die)
+
+    world = make_world(engines=2, restart=restart, before_step=once(2, die_while_training), publish_seconds=100.0)
+    world.run(STEPS)
+    assert len(restarts) == 1
+    assert world.scheduler.dispatcher.pool.engines[1].status == "serving"
+    assert world.trace == undisturbed
