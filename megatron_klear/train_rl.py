@@ -28,7 +28,8 @@ def train(session: Session, prompts: PromptData, cursor: DataCursor, heldout: Pr
     settings = session.settings
     with Evaluation(session, heldout) as evaluation, RunLedger(session, prompts) as ledger:
         rollouts = evaluation.rollouts
-        rollouts.publish(version=session.step)
+        with ledger.publishing(session.step):
+            rollouts.publish(version=session.step)
         evaluation.at_start()
         for step in session.steps():
             groups = ledger.groups(step, cursor, rollouts)  # x ~ D, M responses, rewards, Eq. 4
@@ -45,7 +46,8 @@ def train(session: Session, prompts: PromptData, cursor: DataCursor, heldout: Pr
                     )
             session.trainer.advance_schedule_to(step * session.updates_per_step)
             ledger.trained(step)
-            rollouts.publish(version=step)
+            with ledger.publishing(step):
+                rollouts.publish(version=step)
             evaluation.when_due(step)
             session.keep_examples(rollouts.examples(groups, step), step)
             session.finish_step(step, {**rollout_metrics(groups, kept), **divergence, **update_metrics(reports)})

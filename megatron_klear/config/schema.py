@@ -261,6 +261,11 @@ class SchedulingSettings:
     replay_from: str | None = None
     """Run directory whose recorded responses are trained on, step by step, in place of generating any."""
 
+    @property
+    def staleness(self) -> int:
+        """Most publishes between the sampling of a group's oldest token and its training, in this mode."""
+        return {"sync": 0, "one_step_off": 1, "async": self.max_staleness}[self.mode]
+
 
 @dataclass(frozen=True, kw_only=True, config=SECTION)
 class RewardSettings:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -24,6 +24,27 @@ from megatron_klear.rollout.ledger import (
 )
 from megatron_klear.session.rollouts import Rollouts
 from megatron_klear.session.session import Session
+
+
+def reconcile_with_checkpoint(ledger: Ledger, session: Session, prompts: PromptData) -> None:
+    """Make the ledger agree with what the run resumes from; on rank 0.
+
+    Raises:
+        CheckpointError: it is not the ledger of the run's checkpoint.
+    """
+    settings = session.settings
+    stored = None if session.resumed is None else session.resumed.get("ledger")
+    first_weights = (settings.model, settings.checkpoint.start_from, settings.run.seed, prompts.fingerprint)
+    reconcile(
+        ledger,
+        session.step,
+        None if stored is None else LedgerPosition.from_json(stored),
+        identity=hashlib.blake2b(repr(first_weights).encode(), digest_size=16).hexdigest(),
+        prompts={prompt.prompt_id: prompt for prompt in prompts.prompts},
+        num_responses=settings.rollout.responses_per_prompt,
+        # Otherwise the order of the data alone says which groups a step has.
+        keep_next_step=settings.scheduling.order == "completion",
+    )
 
 
 class RunLedger:
@@ -86,6 +107,11 @@ class RunLedger:
         """Note that the updates of a step are done; before its checkpoint."""
         together("write the rollout ledger", lambda: self._trained(step), self.session.context, only_first=True)
 
+    @contextmanager
+    def publishing(self, version: int) -> Iterator[None]:
+        """Around a publish; the ranks that generate are the ones that publish, so nothing is in flight."""
+        yield
+
     def _open(self) -> None:
         settings, session = self.session.settings, self.session
         source = settings.scheduling.replay_from
@@ -93,17 +119,7 @@ class RunLedger:
             self._reader = self._close.enter_context(LedgerReader(Path(source) / LEDGER_FILE))
             return
         self._ledger = self._close.enter_context(Ledger(session.root / LEDGER_FILE))
-        stored = None if session.resumed is None else session.resumed.get("ledger")
-        first_weights = (settings.model, settings.checkpoint.start_from, settings.run.seed, self._prompts.fingerprint)
-        reconcile(
-            self._ledger,
-            session.step,
-            None if stored is None else LedgerPosition.from_json(stored),
-            identity=hashlib.blake2b(repr(first_weights).encode(), digest_size=16).hexdigest(),
-            prompts={prompt.prompt_id: prompt for prompt in self._prompts.prompts},
-            num_responses=settings.rollout.responses_per_prompt,
-            keep_next_step=False,  # which groups a step has is a matter of the data's order alone
-        )
+        reconcile_with_checkpoint(self._ledger, session, self._prompts)
 
     def _position(self) -> dict[str, Any] | None:
         return None if self._ledger is None else position(self._ledger, self.session.step).to_json()

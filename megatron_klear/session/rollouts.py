@@ -105,7 +105,7 @@ class Rollouts:
     def score(self, prompts: Sequence[Prompt], mine: Sequence[RolloutGroup]) -> list[ScoredGroup]:
         """Grade this rank's groups and gather everyone's, in the order of `prompts`, with their advantages (Eq. 4)."""
         with self.session.phase("grade"):
-            graded = self._grade(mine)
+            graded = {group.prompt.prompt_id: grades for group, grades in zip(mine, self.grade(mine), strict=True)}
         with self.session.phase("gather"):
             groups, grades = self._gather(prompts, mine, graded)
         std = self.session.settings.algorithm.advantage_std
@@ -174,20 +174,20 @@ class Rollouts:
                 mine, num_responses=num_responses, sampling=sampling, seed=seed, on_progress=show
             )
 
-    def _grade(self, groups: Sequence[RolloutGroup]) -> dict[str, tuple[Grade, ...]]:
-        """Grades per prompt id; responses are decoded without the end-of-turn token that closes them."""
+    def grade(self, groups: Sequence[RolloutGroup]) -> list[tuple[Grade, ...]]:
+        """Grades of each group's responses, which are decoded without the end-of-turn token that closes them."""
         requests = [
             GradeRequest(
-                f"{group.prompt.prompt_id}#{j}",
+                f"{i}: {group.prompt.prompt_id}#{j}",
                 self._answer_text(rollout.response_ids),
                 group.prompt.reference,
                 rollout.finish_reason,
             )
-            for group in groups
+            for i, group in enumerate(groups)
             for j, rollout in enumerate(group.rollouts)
         ]
         grades = iter(self.graders.grade_many(requests))
-        return {group.prompt.prompt_id: tuple(next(grades) for _ in group.rollouts) for group in groups}
+        return [tuple(next(grades) for _ in group.rollouts) for group in groups]
 
     def _answer_text(self, response_ids: np.ndarray) -> str:
         ended = len(response_ids) > 0 and int(response_ids[-1]) in self.stop_token_ids

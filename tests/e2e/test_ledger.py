@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
+import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -114,3 +117,49 @@ def test_a_damaged_ledger_stops_all_ranks_with_one_message(start, rl_overrides, 
     assert "Move it aside" in lines[0]
     assert str(file) in lines[0]
     assert file.read_bytes() == b"\xa5" * 20_000
+
+
+@pytest.mark.parametrize("order", ["completion", "fixed"])
+def test_generation_beside_training_survives_kills(start, rl_overrides, tmp_path, order):
+    """Two ranks train on what the manager takes from simulated engines, asynchronously, and are killed three times."""
+    rng = random.Random(order)
+    name = tmp_path / "managed"
+    overrides = [
+        *rl_overrides("managed"), *SHORT, "rl.steps=14", "scheduling.mode=async", "scheduling.max_staleness=2",
+        f"scheduling.order={order}",
+    ]  # fmt: skip
+    for life in range(4):
+        launch = start(str(Path(__file__).with_name("managed_worker.py")), CONFIG, overrides)
+        if life == 3:
+            assert launch.wait() == [0, 0], launch.output()
+            break
+        metrics = name / "metrics.jsonl"
+        wanted = 3 * life + rng.randint(1, 3)
+        deadline = time.monotonic() + 200
+        while not metrics.is_file() or len(metrics.read_bytes().splitlines()) < wanted:
+            assert time.monotonic() < deadline, launch.output()
+            assert all(p.poll() is None for p in launch.processes), launch.output()
+            time.sleep(0.01)
+        time.sleep(rng.random() * 0.3)
+        launch.signal(signal.SIGKILL)
+        launch.wait()
+    rows = walked(name)
+    trained = [(epoch, prompt) for _, epoch, prompt, state in rows if state == "trained"]
+    assert len(trained) == len(set(trained)) == 14 * PER_STEP
+    assert [step for step, *_, state in rows if state == "trained"] == [
+        s for s in range(1, 15) for _ in range(PER_STEP)
+    ]
+    with LedgerReader(name / "ledger.sqlite") as reader:
+        staleness = [g.step - 1 - g.oldest_version for step in range(1, 15) for g in reader.groups_of_step(step)]
+        mixed = [
+            len(r.policy_versions) > 1
+            for s in range(1, 15)
+            for g in reader.groups_of_step(s)
+            for r in g.rollouts.values()
+        ]
+        assert reader.states()["trained"] + 2 * PER_STEP >= sum(reader.states().values())
+    assert min(staleness) >= 0
+    assert max(staleness) <= 2
+    assert any(mixed)
+    logged = [json.loads(line)["step"] for line in (name / "metrics.jsonl").read_text().splitlines()]
+    assert logged == list(range(1, 15))

@@ -50,7 +50,7 @@ class Scheduler:
         restart: Restart | None = None,
         run_blocking: RunBlocking = asyncio.to_thread,
     ) -> None:
-        self.staleness = {"sync": 0, "one_step_off": 1, "async": settings.max_staleness}[settings.mode]
+        self.staleness = settings.staleness
         self.error: RolloutError | None = None
         self.drawn_again = 0
         self._settings, self._ledger, self._run_blocking = settings, ledger, run_blocking

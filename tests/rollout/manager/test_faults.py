@@ -377,7 +377,7 @@ def test_an_engine_that_missed_a_publish_is_started_anew(make_world, undisturbed
 
 
 def test_an_engine_restarted_during_a_long_publish_is_judged_after_it(make_world, undisturbed):
-    """It comes back in the midst of it, and for long no engine has the weights that the manager still takes for current."""
+    """It comes back in the midst of it, when the weights that the manager takes for current are on their way out."""
     restarts = []
 
     async def restart(endpoint, why):
