@@ -41,13 +41,21 @@ class GradingQueue:
         self._ledger, self._journal, self._grade, self._run_blocking = ledger, journal, grade, run_blocking
         self._on_graded, self._on_failure = on_graded, on_failure
         self._waiting: list[int] = []
-        self.task: asyncio.Task[None] | None = None
+        self._task: asyncio.Task[None] | None = None
+        self._is_closed = False
 
     def add(self, group_id: int) -> None:
         """Grade a group that the ledger has as generated."""
         self._waiting.append(group_id)
-        if self.task is None:
-            self.task = asyncio.create_task(self._grade_all())
+        if self._task is None and not self._is_closed:
+            self._task = asyncio.create_task(self._grade_all())
+
+    async def close(self) -> None:
+        """Stop; groups without grades stay generated in the ledger and are graded in the next life."""
+        self._is_closed = True
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
 
     async def _grade_all(self) -> None:
         try:
@@ -62,7 +70,7 @@ class GradingQueue:
         except Exception as error:  # the grader is code of another room; what it raises ends the run in its words
             self._on_failure(RolloutError(f"grading failed: {type(error).__name__}: {error}"))
         finally:
-            self.task = None
+            self._task = None
 
     def _grades_of(self, group_ids: list[int]) -> Sequence[Sequence[Grade]]:
         return self._grade([stored.rollout_group() for stored in self._ledger.load(group_ids)])

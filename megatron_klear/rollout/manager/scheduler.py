@@ -165,9 +165,7 @@ class Scheduler:
 
     async def close(self) -> None:
         """End everything that this started; what is in flight is given up, what was answered is in the ledger."""
-        if self._grading.task is not None:
-            self._grading.task.cancel()
-            await asyncio.gather(self._grading.task, return_exceptions=True)
+        await self._grading.close()
         await self.dispatcher.close()
         await self._journal.flushed()
 
