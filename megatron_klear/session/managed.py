@@ -80,6 +80,8 @@ class ManagedGroups:
             found = None
             while found is None:
                 found = agree("generate", lambda: self._take(step), context)
+                if found is None:
+                    self.session.stop_if_asked()
         std = settings.algorithm.advantage_std
         return [scored_group(group, grades, normalize_std=std) for group, grades in found]
 

@@ -192,6 +192,16 @@ class Session:
         if stopping and step < self.total_steps:
             raise Preempted(f"stopped after step {step} of {self.total_steps}; start again on {self.root} to resume")
 
+    def stop_if_asked(self) -> None:
+        """Stop in a step that only waits so far; the checkpoint is that of the step before.
+
+        Raises:
+            Preempted: after saving, when any rank was asked to stop.
+        """
+        if self._any_rank(self.stop.received):
+            self.save()
+            raise Preempted(f"stopped before step {self.step + 1}; start again on {self.root} to resume")
+
     @contextlib.contextmanager
     def set_aside_phases(self) -> Iterator[None]:
         """Keep what happens inside (evaluation, saving) out of the step's times and throughput."""

@@ -6,6 +6,7 @@ python managed_worker.py CONFIG.yaml [section.field=value ...]
 from __future__ import annotations
 
 import hashlib
+import os
 from contextlib import contextmanager
 
 from megatron_klear import train_rl
@@ -14,6 +15,8 @@ from megatron_klear.rollout.endpoint import GenerationRequest
 from megatron_klear.rollout.simulation import SimulatedEngine
 from megatron_klear.session import ledger, managed
 from megatron_klear.session.launch import leave, run_entry
+
+SECONDS_PER_TOKEN = float(os.environ.get("SIMULATED_SECONDS_PER_TOKEN", "0.02"))
 
 
 def remaining(request: GenerationRequest) -> int:
@@ -27,7 +30,7 @@ class Simulated(managed.ManagedGroups):
     def __init__(self, session, prompts) -> None:
         self.engines = [
             SimulatedEngine(
-                f"engine {i}", remaining=remaining, slots=2, seconds_per_token=0.02, report_seconds=0.1,
+                f"engine {i}", remaining=remaining, slots=2, seconds_per_token=SECONDS_PER_TOKEN, report_seconds=0.1,
                 version=session.step, vocab_size=session.arch.vocab_size,
             )
             for i in range(2)
