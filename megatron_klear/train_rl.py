@@ -33,7 +33,7 @@ def train(session: Session, prompts: PromptData, cursor: DataCursor, heldout: Pr
         evaluation.at_start()
         for step in session.steps():
             groups = ledger.groups(step, cursor, rollouts)  # x ~ D, M responses, rewards, Eq. 4
-            kept = filtered(groups, settings.algorithm)  # Section 5.2.5
+            kept = [] if settings.scheduling.rollout_only else filtered(groups, settings.algorithm)  # Section 5.2.5
             old, divergence = old_logprobs(session, kept)  # pi_old, by the trainer
             reports = []
             for minibatch in minibatches(kept, settings.rl):  # several updates per rollout batch

@@ -219,6 +219,11 @@ def _check_scheduling(settings: Settings, problems: Problems) -> None:
             f"got {scheduling.start_seconds}, must not be below scheduling.stall_seconds = {scheduling.stall_seconds}"
         )
         problems.add("scheduling.start_seconds", text, "scheduling.stall_seconds")
+    if scheduling.rollout_only and scheduling.mode != "sync":
+        text = f"got true, and scheduling.mode is {scheduling.mode}; without training there is nothing to run ahead of"
+        problems.add("scheduling.rollout_only", text + ": set sync", "scheduling.mode")
+    if scheduling.rollout_only and scheduling.replay_from is not None:
+        problems.add("scheduling.rollout_only", "got true beside scheduling.replay_from, which generates nothing")
     source = scheduling.replay_from
     if source is not None and not (Path(source) / "ledger.sqlite").is_file():
         problems.add("scheduling.replay_from", f"{source} holds no ledger.sqlite; name a run directory of train_rl")

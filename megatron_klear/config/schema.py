@@ -261,6 +261,9 @@ class SchedulingSettings:
     replay_from: str | None = None
     """Run directory whose recorded responses are trained on, step by step, in place of generating any."""
 
+    rollout_only: bool = False
+    """Generate and grade, but never update: the ledger then holds steps of one set of weights, ready to be replayed."""
+
     @property
     def staleness(self) -> int:
         """Most publishes between the sampling of a group's oldest token and its training, in this mode."""

@@ -104,7 +104,12 @@ class RunLedger:
         return [known[prompt.prompt_id] for prompt in batch]
 
     def trained(self, step: int) -> None:
-        """Note that the updates of a step are done; before its checkpoint."""
+        """Note that the updates of a step are done; before its checkpoint.
+
+        With `scheduling.rollout_only` there were none, and the groups stay promised to the step, to be replayed.
+        """
+        if self.session.settings.scheduling.rollout_only:
+            return
         together("write the rollout ledger", lambda: self._trained(step), self.session.context, only_first=True)
 
     @contextmanager

@@ -9,6 +9,7 @@ from typing import Any, Self
 
 from megatron_klear.checkpoint.collective import agree, together
 from megatron_klear.data import DataCursor, PromptData
+from megatron_klear.errors import ConfigError
 from megatron_klear.records import Grade, Prompt, RolloutGroup, ScoredGroup
 from megatron_klear.rollout import SamplingParams
 from megatron_klear.rollout.endpoint import Endpoint
@@ -33,6 +34,7 @@ class ManagedGroups:
         restart: see `RolloutManager`.
 
     Raises:
+        ConfigError: `scheduling.rollout_only`, which is for engines that generate with the trainer.
         CheckpointError: the ledger cannot be used, or is not the one of the run's checkpoint.
     """
 
@@ -44,6 +46,10 @@ class ManagedGroups:
         endpoints: Callable[[], Sequence[Endpoint]],
         restart: Restart | None = None,
     ) -> None:
+        if session.settings.scheduling.rollout_only:
+            raise ConfigError(
+                ["scheduling.rollout_only: got true, which the manager of separate engines cannot do yet"]
+            )
         self.session, self._prompts, self._rollouts = session, prompts, rollouts
         self._endpoints, self._restart = endpoints, restart
         self._close = ExitStack()

@@ -53,6 +53,8 @@ def test_the_base_settings_have_no_problem(problems, entry):
         (["model.hf_dir=nowhere"], 1, "model.hf_dir", "No such file"),
         (["scheduling.mode=async"], 1, "scheduling.mode", "rollout.engine is local"),
         (["scheduling.start_seconds=5"], 1, "scheduling.start_seconds", "scheduling.stall_seconds = 120"),
+        (["scheduling.rollout_only=true", "scheduling.mode=async"], 1, "scheduling.rollout_only", "mode is async"),
+        (["scheduling.rollout_only=true", "scheduling.replay_from=x"], 1, "scheduling.rollout_only", "replay_from"),
         (["scheduling.replay_from=nowhere"], 1, "scheduling.replay_from", "no ledger.sqlite"),
         (["checkpoint.start_from=nowhere"], 1, "checkpoint.start_from", "no directory"),
     ],

@@ -21,12 +21,14 @@ from megatron_klear.rollout.ledger import LedgerReader
 STEPS, PER_STEP, ROWS = 7, 8, 48
 CONFIG = "examples/quickstart_rl.yaml"
 MANAGED = str(Path(__file__).with_name("managed_worker.py"))
-SHORT = ["checkpoint.every_steps=2", "checkpoint.keep=4", "evaluation.at_end=false"]
+# A random model is never right; but a stray thinking tag makes some of its responses malformed, which gives gradients.
+VARIED = ["reward.malformed=-2.0", "reward.require_think=false", "rollout.max_response_tokens=40"]
+SHORT = [*VARIED, "checkpoint.every_steps=2", "checkpoint.keep=4", "evaluation.at_end=false"]
 
 
-def tensors_of(run: Path) -> dict[str, torch.Tensor]:
-    """Weights and optimizer state of the last checkpoint."""
-    checkpoint = run / "checkpoints" / f"step_{STEPS:08d}"
+def tensors_of(run: Path, step: int = STEPS) -> dict[str, torch.Tensor]:
+    """Weights and optimizer state of a checkpoint."""
+    checkpoint = run / "checkpoints" / f"step_{step:08d}"
     metadata = dcp.FileSystemReader(checkpoint).read_metadata().state_dict_metadata
     state = {
         name: torch.empty(entry.size, dtype=entry.properties.dtype)
@@ -87,6 +89,11 @@ def test_every_prompt_once_and_the_same_bits_when_replayed_cut_back_or_robbed_of
     state = json.loads((whole / "checkpoints" / f"step_{STEPS:08d}" / "run_state.json").read_text())
     assert (state["ledger"]["step"], state["ledger"]["in_flight"]) == (STEPS, [])
 
+    moved = tensors_of(whole, STEPS - 1), tensors_of(whole)
+    assert any(
+        not torch.equal(moved[0][name], moved[1][name]) for name in moved[0] if not name.startswith("optimizer.")
+    )
+
     cut = copy_back_to(2, whole, tmp_path / "cut")
     run("cut")
     assert differing(whole, cut) == []
@@ -107,6 +114,27 @@ def test_every_prompt_once_and_the_same_bits_when_replayed_cut_back_or_robbed_of
     replayed = run("replayed", f"scheduling.replay_from={whole}")
     assert differing(whole, replayed) == []
     assert not (replayed / "ledger.sqlite").exists()
+
+
+def test_generated_first_and_trained_later(run, start, rl_overrides, tmp_path):
+    """rollout_only leaves the weights as they are, also over a resume; a replay then trains on its steps."""
+    overrides = [*rl_overrides("generated"), *SHORT, "scheduling.rollout_only=true"]
+    for steps in (2, 3):
+        launch = start("train_rl", CONFIG, [*overrides, f"rl.steps={steps}"])
+        assert launch.wait() == [0, 0], launch.output()
+    generated = tmp_path / "generated"
+    rows = walked(generated)
+    assert [(step, state) for step, *_, state in rows] == [(s, "committed") for s in (1, 2, 3) for _ in range(PER_STEP)]
+    weights = [tensors_of(generated, step) for step in (2, 3)]
+    parameters = [name for name in weights[0] if not name.startswith("optimizer.")]
+    assert parameters
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in parameters)
+
+    trained = run("trained", f"scheduling.replay_from={generated}", "rl.steps=3")
+    assert any(not torch.equal(tensors_of(trained, 3)[name], weights[1][name]) for name in parameters)
+    logged = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
+    first = [json.loads(line) for line in (generated / "metrics.jsonl").read_text().splitlines()]
+    assert [row["reward/mean"] for row in logged] == [row["reward/mean"] for row in first]
 
 
 def test_a_damaged_ledger_stops_all_ranks_with_one_message(start, rl_overrides, tmp_path):
