@@ -20,20 +20,21 @@ if TYPE_CHECKING:
 def train(session: Session, prompts: PromptData, cursor: DataCursor, heldout: PromptData | None) -> None:
     """The RL step in the paper's order."""
     from megatron_klear.session.evaluation import Evaluation
+    from megatron_klear.session.ledger import RunLedger
     from megatron_klear.session.metrics import rollout_metrics, update_metrics
     from megatron_klear.session.off_policy import off_policy
     from megatron_klear.session.policy import filtered, minibatches, objective, old_logprobs
     from megatron_klear.trainer import policy_minibatch
 
     settings = session.settings
-    with Evaluation(session, heldout) as evaluation:
+    with Evaluation(session, heldout) as evaluation, RunLedger(session, prompts) as ledger:
         rollouts = evaluation.rollouts
-        rollouts.publish(version=session.step)
+        with ledger.publishing(session.step):
+            rollouts.publish(version=session.step)
         evaluation.at_start()
         for step in session.steps():
-            batch = [prompts.prompts[i] for i in cursor.next_batch()]  # x ~ D
-            groups = rollouts.score(batch, rollouts.generate(batch, step=step))  # M responses, rewards, Eq. 4
-            kept = filtered(groups, settings.algorithm)  # Section 5.2.5
+            groups = ledger.groups(step, cursor, rollouts)  # x ~ D, M responses, rewards, Eq. 4
+            kept = [] if settings.scheduling.rollout_only else filtered(groups, settings.algorithm)  # Section 5.2.5
             old = old_logprobs(session, kept)  # pi_old, by the trainer
             weights, mismatch = off_policy(session, kept, old, published=step - 1, attested=rollouts.attested)
             reports = []
@@ -46,7 +47,9 @@ def train(session: Session, prompts: PromptData, cursor: DataCursor, heldout: Pr
                         )  # Eqs. 11, 12
                     )
             session.trainer.advance_schedule_to(step * session.updates_per_step)
-            rollouts.publish(version=step)
+            ledger.trained(step)
+            with ledger.publishing(step):
+                rollouts.publish(version=step)
             evaluation.when_due(step)
             session.keep_examples(rollouts.examples(groups, step), step)
             session.finish_step(step, {**rollout_metrics(groups, kept), **mismatch, **update_metrics(reports)})

@@ -64,6 +64,8 @@ def find_problems(settings: Settings, *, entry: Entry, world_size: int, broken: 
     _check_backends(settings, problems)
     _check_training(settings, entry, problems)
     _check_rewards(settings, problems)
+    if entry == "rl":
+        _check_scheduling(settings, problems)
     _check_files(settings, entry, architecture, problems)
     return problems.texts
 
@@ -211,6 +213,30 @@ def _check_rewards(settings: Settings, problems: Problems) -> None:
     if reward.malformed > reward.wrong:
         text = f"got {reward.malformed}, must not be above reward.wrong = {reward.wrong}"
         problems.add("reward.malformed", text, "reward.wrong")
+
+
+def _check_scheduling(settings: Settings, problems: Problems) -> None:
+    scheduling = settings.scheduling
+    if scheduling.mode != "sync" and settings.rollout.engine == "local":
+        problems.add(
+            "scheduling.mode",
+            f"got {scheduling.mode}, and rollout.engine is local, which generates in the training processes and so "
+            "cannot while they train; set sync, or serve from engines of their own",
+            "rollout.engine",
+        )
+    if scheduling.start_seconds < scheduling.stall_seconds:
+        text = (
+            f"got {scheduling.start_seconds}, must not be below scheduling.stall_seconds = {scheduling.stall_seconds}"
+        )
+        problems.add("scheduling.start_seconds", text, "scheduling.stall_seconds")
+    if scheduling.rollout_only and scheduling.mode != "sync":
+        text = f"got true, and scheduling.mode is {scheduling.mode}; without training there is nothing to run ahead of"
+        problems.add("scheduling.rollout_only", text + ": set sync", "scheduling.mode")
+    if scheduling.rollout_only and scheduling.replay_from is not None:
+        problems.add("scheduling.rollout_only", "got true beside scheduling.replay_from, which generates nothing")
+    source = scheduling.replay_from
+    if source is not None and not (Path(source) / "ledger.sqlite").is_file():
+        problems.add("scheduling.replay_from", f"{source} holds no ledger.sqlite; name a run directory of train_rl")
 
 
 def _check_files(settings: Settings, entry: Entry, architecture: Architecture | None, problems: Problems) -> None:

@@ -16,7 +16,7 @@ from pydantic.fields import FieldInfo
 from megatron_klear.config.fields import Unit
 from megatron_klear.config.schema import Entry, Settings
 
-_NOT_USED: dict[Entry, frozenset[str]] = {"sft": frozenset({"rl", "algorithm"}), "rl": frozenset({"sft"})}
+_NOT_USED: dict[Entry, frozenset[str]] = {"sft": frozenset({"rl", "algorithm", "scheduling"}), "rl": frozenset({"sft"})}
 """Sections that do not concern an entry (grading an evaluation after SFT still needs `reward` and `rollout`)."""
 
 

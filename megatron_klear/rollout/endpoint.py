@@ -85,8 +85,8 @@ class Endpoint(Protocol):
         """
         ...
 
-    async def abort(self, request_id: str) -> None:
-        """Interrupt a request; its `generate` then returns what it has, with finish reason `abort`."""
+    async def abort(self, request_id: str | None) -> None:
+        """Interrupt a request, None all of them; `generate` then returns what it has, finish reason `abort`."""
         ...
 
     async def check(self) -> int:

@@ -13,12 +13,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from megatron_klear.algorithm import group_advantages
 from megatron_klear.config import EvaluationSettings
 from megatron_klear.model import hf_config, hf_named_tensors
 from megatron_klear.records import Grade, Prompt, RolloutGroup, ScoredGroup
 from megatron_klear.reward import AnswerFormat, GradeRequest, MathGraderPool, RewardRules
 from megatron_klear.rollout import LocalEngine, SamplingParams, merge_groups, shard_prompts
+from megatron_klear.rollout.ledger import scored_group
 from megatron_klear.session.session import Session
 
 
@@ -105,10 +105,11 @@ class Rollouts:
     def score(self, prompts: Sequence[Prompt], mine: Sequence[RolloutGroup]) -> list[ScoredGroup]:
         """Grade this rank's groups and gather everyone's, in the order of `prompts`, with their advantages (Eq. 4)."""
         with self.session.phase("grade"):
-            graded = self._grade(mine)
+            graded = {group.prompt.prompt_id: grades for group, grades in zip(mine, self.grade(mine), strict=True)}
         with self.session.phase("gather"):
             groups, grades = self._gather(prompts, mine, graded)
-        return [self._with_advantages(group, grades[group.prompt.prompt_id]) for group in groups]
+        std = self.session.settings.algorithm.advantage_std
+        return [scored_group(group, grades[group.prompt.prompt_id], normalize_std=std) for group in groups]
 
     def evaluate(self, prompts: Sequence[Prompt], settings: EvaluationSettings, *, step: int) -> Accuracy:
         """Accuracy on held-out problems, avg@n (greedy when the temperature is 0)."""
@@ -173,20 +174,20 @@ class Rollouts:
                 mine, num_responses=num_responses, sampling=sampling, seed=seed, on_progress=show
             )
 
-    def _grade(self, groups: Sequence[RolloutGroup]) -> dict[str, tuple[Grade, ...]]:
-        """Grades per prompt id; responses are decoded without the end-of-turn token that closes them."""
+    def grade(self, groups: Sequence[RolloutGroup]) -> list[tuple[Grade, ...]]:
+        """Grades of each group's responses, which are decoded without the end-of-turn token that closes them."""
         requests = [
             GradeRequest(
-                f"{group.prompt.prompt_id}#{j}",
+                f"{i}: {group.prompt.prompt_id}#{j}",
                 self._answer_text(rollout.response_ids),
                 group.prompt.reference,
                 rollout.finish_reason,
             )
-            for group in groups
+            for i, group in enumerate(groups)
             for j, rollout in enumerate(group.rollouts)
         ]
         grades = iter(self.graders.grade_many(requests))
-        return {group.prompt.prompt_id: tuple(next(grades) for _ in group.rollouts) for group in groups}
+        return [tuple(next(grades) for _ in group.rollouts) for group in groups]
 
     def _answer_text(self, response_ids: np.ndarray) -> str:
         ended = len(response_ids) > 0 and int(response_ids[-1]) in self.stop_token_ids
@@ -202,23 +203,6 @@ class Rollouts:
         dist.all_gather_object(parts, (list(mine), graded))
         merged = {name: grades for _, part in parts for name, grades in part.items()}
         return merge_groups(prompts, [groups for groups, _ in parts]), merged
-
-    def _with_advantages(self, group: RolloutGroup, grades: tuple[Grade, ...]) -> ScoredGroup:
-        rewards = np.array([g.reward for g in grades], dtype=np.float32)
-        graded = np.array([g.outcome != "ungraded" for g in grades], dtype=np.bool_)
-        advantages = group_advantages(
-            torch.from_numpy(rewards).double(),
-            torch.from_numpy(graded),
-            normalize_std=self.session.settings.algorithm.advantage_std,
-        )
-        return ScoredGroup(
-            group=group,
-            grades=grades,
-            rewards=rewards,
-            is_correct=np.array([g.outcome == "correct" for g in grades], dtype=np.bool_),
-            graded=graded,
-            advantages=advantages.numpy().astype(np.float32),
-        )
 
 
 def _seed(session: Session, step: int, use: int) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -115,6 +115,7 @@ class Session:
             interactive=None if settings.observe.progress else False,
         )
         self.cursor: Any = None  # the entry's data cursor; its place is part of every checkpoint
+        self.ledger_position: Callable[[], Any] = lambda: None  # the rollout ledger's; rank 0's is stored
 
     def _prepare_directory(self, checkpoints: Path) -> list[int]:
         """Make the run directory; returns the steps of the checkpoints in it, the same on every rank."""
@@ -215,6 +216,16 @@ class Session:
         if stopping and step < self.total_steps:
             raise Preempted(f"stopped after step {step} of {self.total_steps}; start again on {self.root} to resume")
 
+    def stop_if_asked(self) -> None:
+        """Stop in a step that only waits so far; the checkpoint is that of the step before.
+
+        Raises:
+            Preempted: after saving, when any rank was asked to stop.
+        """
+        if self._any_rank(self.stop.received):
+            self.save()
+            raise Preempted(f"stopped before step {self.step + 1}; start again on {self.root} to resume")
+
     @contextlib.contextmanager
     def set_aside_phases(self) -> Iterator[None]:
         """Keep what happens inside (evaluation, saving) out of the step's times and throughput."""
@@ -231,7 +242,8 @@ class Session:
             return
         cursor = None if self.cursor is None else self.cursor.state_dict()
         with self.set_aside_phases(), self.phase("save"):
-            self.store.save(self.step, {"entry": self.entry, "step": self.step, "cursor": cursor})
+            state = {"entry": self.entry, "step": self.step, "cursor": cursor, "ledger": self.ledger_position()}
+            self.store.save(self.step, state)
         self._saved_step = self.step
 
     def describe(self, data: str) -> None:

@@ -60,13 +60,17 @@ Start = Callable[..., Launch]
 
 @pytest.fixture
 def start(tmp_path: Path) -> Start:
-    """Start an entry: `start("train_sft", config, [overrides], ranks=2)`; whatever is left is killed at the end."""
+    """Start an entry: `start("train_sft", config, [overrides], ranks=2)`, or a script by its path.
+
+    Whatever is left is killed at the end.
+    """
     launches: list[Launch] = []
 
     def launch(entry: str, config: str | Path, overrides: Sequence[str] = (), *, ranks: int = 2) -> Launch:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
+        program = [entry] if entry.endswith(".py") else ["-m", f"megatron_klear.{entry}"]
         processes, logs = [], []
         for rank in range(ranks):
             log = tmp_path / f"launch{len(launches)}_rank{rank}.log"
@@ -85,7 +89,7 @@ def start(tmp_path: Path) -> Start:
             with log.open("wb") as stream:
                 processes.append(
                     subprocess.Popen(
-                        [sys.executable, "-m", f"megatron_klear.{entry}", str(config), *overrides],
+                        [sys.executable, *program, str(config), *overrides],
                         cwd=ROOT,
                         env=environment,
                         stdin=subprocess.DEVNULL,

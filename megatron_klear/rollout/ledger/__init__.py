@@ -1,0 +1,33 @@
+"""The rollout ledger: one SQLite file per run that says of every prompt how far it has come.
+
+A group moves along `reserved -> generated -> graded -> committed -> trained`, one transaction per move, keyed by
+(epoch, prompt_id). What a kill leaves behind and what a checkpoint of another age makes of it is in `resuming.py`.
+"""
+
+from __future__ import annotations
+
+from megatron_klear.rollout.ledger.entries import STATES, GroupState, StoredGroup
+from megatron_klear.rollout.ledger.reading import GroupFilter, LedgerReader, ResponseRow
+from megatron_klear.rollout.ledger.replay import replay_step, scored_group
+from megatron_klear.rollout.ledger.resuming import LedgerPosition, Reconciled, position, reconcile
+from megatron_klear.rollout.ledger.writing import Ledger
+
+LEDGER_FILE = "ledger.sqlite"
+"""Name of the ledger below `run.dir`."""
+
+__all__ = [
+    "LEDGER_FILE",
+    "STATES",
+    "GroupFilter",
+    "GroupState",
+    "Ledger",
+    "LedgerPosition",
+    "LedgerReader",
+    "Reconciled",
+    "ResponseRow",
+    "StoredGroup",
+    "position",
+    "reconcile",
+    "replay_step",
+    "scored_group",
+]

@@ -1,0 +1,204 @@
+"""Questions to a ledger, also while its run goes on: which groups, which responses, and how they ended."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from megatron_klear.rollout.ledger.database import open_for_reading, readable_errors
+from megatron_klear.rollout.ledger.encoding import unpack_versions
+from megatron_klear.rollout.ledger.entries import StoredGroup
+from megatron_klear.rollout.ledger.loading import load_groups
+from megatron_klear.rollout.ledger.schema import TRAINED_NOT_ONCE
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupFilter:
+    """Which responses to look at; None asks for nothing.
+
+    Attributes:
+        state: of the group.
+        step: that the group is committed to or was trained in.
+        outcome: of the response's grade.
+        min_reward, max_reward: of the response, both included.
+        min_tokens, max_tokens: its length, both included.
+        version: a version that some of its tokens were sampled from.
+        prompt_id: exactly, or with `%` as in SQL's LIKE.
+        epoch: pass over the data.
+    """
+
+    state: str | None = None
+    step: int | None = None
+    outcome: str | None = None
+    min_reward: float | None = None
+    max_reward: float | None = None
+    min_tokens: int | None = None
+    max_tokens: int | None = None
+    version: int | None = None
+    prompt_id: str | None = None
+    epoch: int | None = None
+
+    def where(self) -> tuple[str, list[Any]]:
+        """An SQL condition over `g` (groups) and `r` (responses, absent for groups without any), and its values."""
+        # A reward of an ungraded response is stored as 0 and means nothing.
+        conditions: list[tuple[str, Any]] = [
+            ("g.state = ?", self.state),
+            ("g.step = ?", self.step),
+            ("r.outcome = ?", self.outcome),
+            ("r.outcome != 'ungraded' AND r.reward >= ?", self.min_reward),
+            ("r.outcome != 'ungraded' AND r.reward <= ?", self.max_reward),
+            ("r.num_tokens >= ?", self.min_tokens),
+            ("r.num_tokens <= ?", self.max_tokens),
+            ("EXISTS (SELECT 1 FROM json_each(r.versions) v WHERE json_extract(v.value, '$[0]') = ?)", self.version),
+            ("g.prompt_id LIKE ?" if "%" in (self.prompt_id or "") else "g.prompt_id = ?", self.prompt_id),
+            ("g.epoch = ?", self.epoch),
+        ]
+        asked = [(text, value) for text, value in conditions if value is not None]
+        return " AND ".join(f"({text})" for text, _ in asked) or "1", [value for _, value in asked]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupRow:
+    """A line about a group; counts and means are over the responses that the filter lets through.
+
+    Attributes:
+        group_id, epoch, prompt_id, state, step, draws: see `StoredGroup`.
+        finished: finished responses.
+        num_responses: M.
+        correct: correct ones.
+        reward: mean over the graded; None without any.
+        tokens: mean length.
+        oldest_version, newest_version: over all tokens.
+    """
+
+    group_id: int
+    epoch: int
+    prompt_id: str
+    state: str
+    step: int | None
+    draws: int
+    finished: int
+    num_responses: int
+    correct: int
+    reward: float | None
+    tokens: float | None
+    oldest_version: int | None
+    newest_version: int | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ResponseRow:
+    """A line about a response.
+
+    Attributes:
+        group_id, epoch, prompt_id, state, step: of its group.
+        response_index: 0 to M-1.
+        finish_reason: `abort` while it is unfinished.
+        num_tokens: so far.
+        versions: (version, tokens) runs.
+        attempts: requests that it took.
+        outcome, reward, reason: its grade; None before.
+    """
+
+    group_id: int
+    epoch: int
+    prompt_id: str
+    state: str
+    step: int | None
+    response_index: int
+    finish_reason: str
+    num_tokens: int
+    versions: tuple[tuple[int, int], ...]
+    attempts: int
+    outcome: str | None
+    reward: float | None
+    reason: str | None
+
+
+_GROUP_ROWS = """
+SELECT g.group_id, g.epoch, g.prompt_id, g.state, g.step, g.draws,
+       COUNT(r.response_index) - COALESCE(SUM(r.finish_reason = 'abort'), 0) AS finished, g.num_responses,
+       COALESCE(SUM(r.outcome = 'correct'), 0) AS correct,
+       AVG(CASE WHEN r.outcome != 'ungraded' THEN r.reward END) AS reward, AVG(r.num_tokens) AS tokens,
+       MIN(r.oldest_version) AS oldest_version, MAX(r.newest_version) AS newest_version
+FROM groups g LEFT JOIN responses r USING (group_id)
+WHERE {where} GROUP BY g.group_id ORDER BY g.group_id DESC LIMIT {limit}
+"""
+_RESPONSE_ROWS = """
+SELECT g.group_id, g.epoch, g.prompt_id, g.state, g.step, r.response_index, r.finish_reason, r.num_tokens, r.versions,
+       r.attempts, r.outcome, r.reward, r.reason
+FROM groups g JOIN responses r USING (group_id)
+WHERE {where} ORDER BY g.group_id, r.response_index LIMIT {limit}
+"""
+
+
+class LedgerReader:
+    """Reads a ledger without disturbing the run that writes it.
+
+    Args:
+        file: `run_dir/ledger.sqlite`.
+
+    Raises:
+        RolloutError: missing, damaged, or of another schema.
+    """
+
+    def __init__(self, file: Path | str) -> None:
+        self.file = Path(file)
+        self._connection = open_for_reading(self.file)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._connection.close()
+
+    def states(self) -> dict[str, int]:
+        """Number of groups per state."""
+        return dict(self._rows("SELECT state, COUNT(*) FROM groups GROUP BY state"))
+
+    def steps(self) -> list[int]:
+        """Steps that have groups, going up."""
+        return [row[0] for row in self._rows("SELECT DISTINCT step FROM groups WHERE step IS NOT NULL ORDER BY step")]
+
+    def group_rows(self, chosen: GroupFilter, limit: int = -1) -> list[GroupRow]:
+        """Groups with a response that the filter lets through, newest first; a negative limit gives all."""
+        where, values = chosen.where()
+        names = GroupRow.__dataclass_fields__
+        rows = self._rows(_GROUP_ROWS.format(where=where, limit=int(limit)), values)
+        return [GroupRow(**dict(zip(names, row, strict=True))) for row in rows]
+
+    def response_rows(self, chosen: GroupFilter, limit: int = -1) -> Iterator[ResponseRow]:
+        """Responses that the filter lets through, in order of group and index."""
+        where, values = chosen.where()
+        names = ResponseRow.__dataclass_fields__
+        for row in self._rows(_RESPONSE_ROWS.format(where=where, limit=int(limit)), values):
+            fields = dict(zip(names, row, strict=True))
+            yield ResponseRow(**{**fields, "versions": unpack_versions(fields["versions"])})
+
+    def load(self, group_id: int) -> StoredGroup | None:
+        """One whole group; None when there is none of that id."""
+        with readable_errors(self.file):
+            return next(load_groups(self._connection, [group_id]), None)
+
+    def groups_of_step(self, step: int) -> list[StoredGroup]:
+        """Whole groups of a step, in its order."""
+        ids = [row[0] for row in self._rows("SELECT group_id FROM groups WHERE step = ? ORDER BY place", [step])]
+        with readable_errors(self.file):
+            return list(load_groups(self._connection, ids))
+
+    def trained_not_once(self) -> list[tuple[int, str, str, int]]:
+        """(epoch, prompt_id, state, times trained) of groups whose history contradicts their state; must be empty."""
+        return self._rows(TRAINED_NOT_ONCE)
+
+    def events(self) -> list[tuple[float, str, int | None, int | None, str]]:
+        """(time, event, group_id, step, detail) of all that was noted, oldest first."""
+        return self._rows("SELECT at, event, group_id, step, detail FROM events ORDER BY event_id")
+
+    def _rows(self, query: str, values: list[Any] | None = None) -> list[Any]:
+        with readable_errors(self.file):
+            return self._connection.execute(query, values or []).fetchall()

@@ -1,0 +1,68 @@
+"""A step's groups out of a ledger, ready to train on: training without engines."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from megatron_klear.errors import RolloutError
+from megatron_klear.records import Grade, RolloutGroup, ScoredGroup
+from megatron_klear.rollout.ledger.entries import StoredGroup
+from megatron_klear.rollout.ledger.reading import LedgerReader
+
+
+def scored_group(group: RolloutGroup, grades: tuple[Grade, ...], *, normalize_std: bool) -> ScoredGroup:
+    """A graded group with its advantages.
+
+    Equation: Eq. 4.
+
+    Args:
+        group: the responses [M].
+        grades: one per response [M].
+        normalize_std: divide by the standard deviation of the rewards (algorithm.advantage_std).
+    """
+    import torch  # here: reading a ledger must not cost its seconds
+
+    from megatron_klear.algorithm import group_advantages
+
+    rewards = np.array([g.reward for g in grades], dtype=np.float32)
+    graded = np.array([g.outcome != "ungraded" for g in grades], dtype=np.bool_)
+    advantages = group_advantages(
+        torch.from_numpy(rewards).double(), torch.from_numpy(graded), normalize_std=normalize_std
+    )
+    return ScoredGroup(
+        group=group,
+        grades=grades,
+        rewards=rewards,
+        is_correct=np.array([g.outcome == "correct" for g in grades], dtype=np.bool_),
+        graded=graded,
+        advantages=advantages.numpy().astype(np.float32),
+    )
+
+
+def replay_step(reader: LedgerReader, step: int, *, normalize_std: bool) -> list[ScoredGroup]:
+    """The groups that a step of a run was trained on, in its order.
+
+    Args:
+        reader: of the run's ledger.
+        step: counted from 1.
+        normalize_std: see `scored_group`.
+
+    Raises:
+        RolloutError: the ledger has no such step, or its tokens were removed to save space.
+    """
+    groups = reader.groups_of_step(step)
+    if not groups:
+        known = reader.steps()
+        text = f"it holds steps {known[0]} to {known[-1]}" if known else "it holds no finished step"
+        raise RolloutError(f"{reader.file}: no groups of step {step} to replay; {text} (scheduling.replay_from)")
+    return [_scored(reader, group, normalize_std) for group in groups]
+
+
+def _scored(reader: LedgerReader, group: StoredGroup, normalize_std: bool) -> ScoredGroup:
+    if not group.is_complete or len(group.grades) != group.num_responses:
+        raise RolloutError(
+            f"{reader.file}: the responses of prompt {group.prompt.prompt_id} in step {group.step} are no longer whole "
+            "(scheduling.keep_steps removes tokens of old steps); replay a later step"
+        )
+    grades = tuple(group.grades[i] for i in range(group.num_responses))
+    return scored_group(group.rollout_group(), grades, normalize_std=normalize_std)

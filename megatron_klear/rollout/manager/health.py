@@ -1,0 +1,266 @@
+"""Which engines can be trusted with requests: told by the tokens they bring, and not only by a health check."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from statistics import median
+from typing import Any
+
+from megatron_klear.config import SchedulingSettings
+from megatron_klear.errors import RolloutError
+from megatron_klear.rollout.endpoint import Endpoint
+from megatron_klear.rollout.manager.engines import Engine, EnginePool
+from megatron_klear.rollout.manager.work import Request
+
+Restart = Callable[[Endpoint, str], Awaitable[Endpoint]]
+"""Given a lost engine and why, starts it anew, loads the current weights, and returns how to reach it."""
+
+MOST_RESTARTS = 3
+"""Restarts in a row, without one whole response in between, after which an engine is given up."""
+_FAILURES_IN_A_ROW = 5
+"""Failed requests in a row after which an engine that passes its health check is lost all the same."""
+_CHECK_SECONDS = 10.0
+_SLOW_WINDOWS = 2
+
+
+class EngineCare:
+    """Finds engines that are dead, hung or slow, has them restarted, and lets them in again.
+
+    Dead: a request fails and the health check after it, too. Hung: busy and without a new token for
+    `scheduling.stall_seconds`; an engine that has not answered since its start may be compiling and gets
+    `scheduling.start_seconds`. Slow: `scheduling.slow_factor` times slower per request than the median; it keeps one
+    request, by which it can show that it is quick again.
+
+    Args:
+        pool: the engines.
+        settings: the limits.
+        restart: makes a new engine of a lost one; None waits for the old one to answer again.
+        on_lost: called with an engine that is to be given up; takes its requests back.
+        on_ready: called when an engine can take requests again.
+        on_failure: called once when there are too few engines.
+        move: takes a request away from an engine; `hung` when it will not answer.
+    """
+
+    def __init__(
+        self,
+        pool: EnginePool,
+        settings: SchedulingSettings,
+        restart: Restart | None,
+        *,
+        on_lost: Callable[[Engine], None],
+        on_ready: Callable[[], None],
+        on_failure: Callable[[RolloutError], None],
+        move: Callable[..., None],
+    ) -> None:
+        self.tick_seconds = min(settings.stall_seconds / 4, 15.0)
+        self.version = -1
+        self._settled = asyncio.Event()
+        self._pool, self._settings, self._restart = pool, settings, restart
+        self._on_lost, self._on_ready, self._on_failure, self._move = on_lost, on_ready, on_failure, move
+        self._short_since: float | None = None
+        self._measured_at = 0.0
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self.lost = self.rejoined = 0
+
+    def start(self) -> None:
+        """Begin to watch."""
+        self._measured_at = asyncio.get_running_loop().time()
+        self._spawn(self._watch())
+
+    def stop(self) -> list[asyncio.Task[Any]]:
+        """The tasks that are to be cancelled."""
+        return list(self._tasks)
+
+    def suspect(self, engine: Engine, *, on_well: Callable[[], None]) -> None:
+        """A request failed: ask the engine whether it lives, and send it nothing until it has answered.
+
+        Args:
+            engine: that failed.
+            on_well: called when it is well, so that the request is to blame.
+        """
+        engine.failures += 1
+        if engine.status == "serving":
+            engine.status = "checked"
+            self._spawn(self._check(engine, on_well))
+
+    def expect_publish(self) -> None:
+        """Engines change their weights from now until `check_versions`: nobody is judged by them meanwhile."""
+        self._settled.clear()
+
+    async def check_versions(self, version: int) -> None:
+        """Ask all engines in use which weights they have; those with others than `version` are lost."""
+        self.version = version
+        self._settled.set()
+        asked = [engine for engine in self._pool if engine.status in ("serving", "checked")]
+        answers = await asyncio.gather(*(self._version_of(engine) for engine in asked), return_exceptions=True)
+        for engine, answer in zip(asked, answers, strict=True):
+            if isinstance(answer, BaseException):
+                self.lose(engine, f"does not answer after a publish: {_text(answer)}")
+            elif answer != version:
+                self.lose(engine, f"has weights of version {answer} after version {version} was published")
+
+    def lose(self, engine: Engine, why: str) -> None:
+        """Give an engine's requests to others, and start it anew where that is possible."""
+        if engine.status not in ("serving", "checked"):
+            return
+        self.lost += 1
+        engine.status, engine.last_error = "down", why
+        engine.down_since = asyncio.get_running_loop().time()
+        self._on_lost(engine)
+        if self._restart is not None:
+            self._spawn(self._start_again(engine, self._restart))
+        self._judge()
+
+    async def _version_of(self, engine: Engine) -> int:
+        return await asyncio.wait_for(engine.endpoint.check(), _CHECK_SECONDS)
+
+    async def _check(self, engine: Engine, on_well: Callable[[], None]) -> None:
+        try:
+            await self._version_of(engine)
+        except Exception as error:  # whatever its client raises, the engine did not say that it lives
+            self.lose(engine, f"{engine.last_error}; then its check failed: {_text(error)}")
+            return
+        if engine.failures >= _FAILURES_IN_A_ROW:
+            self.lose(engine, f"failed {engine.failures} requests in a row, the last one: {engine.last_error}")
+            return
+        if engine.status == "checked":
+            engine.status = "serving"
+            self._pool.offer(engine)
+        on_well()
+        self._on_ready()
+
+    async def _start_again(self, engine: Engine, restart: Restart) -> None:
+        """Restart until it serves with current weights, or has failed too often."""
+        while engine.restarts < MOST_RESTARTS:
+            engine.restarts += 1
+            engine.status = "starting"
+            try:
+                async with asyncio.timeout(self._settings.start_seconds):
+                    endpoint = await restart(engine.endpoint, engine.last_error)
+                    engine.endpoint = endpoint
+                await self._settled.wait()
+                found = await self._version_of(engine)
+                if found == self.version:
+                    self._let_in(engine)
+                    return
+                engine.last_error = f"came back with weights of version {found} where {self.version} is in use"
+            except Exception as error:  # starting an engine is other people's code; it failed, whatever it raised
+                engine.last_error = f"restart {engine.restarts} failed: {_text(error)}"
+            engine.status = "down"
+            await asyncio.sleep(min(2.0**engine.restarts, self._settings.stall_seconds))
+        engine.status = "given up"
+        self._judge()
+
+    def _let_in(self, engine: Engine) -> None:
+        self.rejoined += 1
+        engine.status, engine.has_answered, engine.failures = "serving", False, 0
+        engine.slow_windows, engine.is_slow, engine.measured_rate = 0, False, None
+        engine.last_progress = asyncio.get_running_loop().time()
+        self._pool.offer(engine)
+        self._judge()
+        self._on_ready()
+
+    async def _watch(self) -> None:
+        while True:
+            await asyncio.sleep(self.tick_seconds)
+            now = asyncio.get_running_loop().time()
+            for engine in self._pool:
+                if engine.status == "serving" and engine.requests:
+                    self._watch_engine(engine, now)
+                elif engine.status == "down" and self._restart is None:
+                    self._spawn(self._ask_whether_back(engine))
+            if now - self._measured_at >= self._settings.stall_seconds / 2:
+                self._measure(now - self._measured_at)
+                self._measured_at = now
+            self._judge()
+
+    def _watch_engine(self, engine: Engine, now: float) -> None:
+        settings = self._settings
+        limit = settings.stall_seconds if engine.has_answered else settings.start_seconds
+        silent = now - engine.last_progress
+        if silent > limit:
+            name = "scheduling.stall_seconds" if engine.has_answered else "scheduling.start_seconds"
+            self.lose(engine, f"brought no token for {silent:.0f} s with {engine.outstanding} requests ({name})")
+            return
+        # One request may be lost in an engine that works for the others; one that waits there for its turn is not.
+        for request in list(engine.requests.values()):
+            patience = 3 * settings.stall_seconds if request.tokens else settings.start_seconds
+            if now - request.last_progress > patience:
+                self._move(request, hung=True)
+
+    def _measure(self, seconds: float) -> None:
+        """Tokens per second and request of each engine since the last time, and who lags far behind."""
+        for engine in self._pool:
+            brought, engine.measured_tokens = engine.tokens - engine.measured_tokens, engine.tokens
+            busy = engine.status == "serving" and engine.has_answered and engine.outstanding > 0
+            engine.measured_rate = brought / seconds / engine.outstanding if busy else None
+        rates = [engine.measured_rate for engine in self._pool if engine.measured_rate is not None]
+        usual = median(rates) if len(rates) > 1 else 0.0
+        if usual == 0.0:
+            return
+        for engine in self._pool:
+            rate = engine.measured_rate
+            if rate is None:
+                continue
+            if rate * self._settings.slow_factor < usual:
+                engine.slow_windows += 1
+                if engine.slow_windows >= _SLOW_WINDOWS and not engine.is_slow:
+                    engine.is_slow = True
+                    engine.last_error = f"{usual / max(rate, 1e-9):.0f} times slower than the median engine"
+                    requests: list[Request] = list(engine.requests.values())
+                    for request in requests[1:]:
+                        self._move(request, hung=False)
+            else:
+                engine.slow_windows = 0
+                if engine.is_slow and rate * 2 >= usual:
+                    engine.is_slow = False
+                    self._pool.offer(engine)
+                    self._on_ready()
+
+    async def _ask_whether_back(self, engine: Engine) -> None:
+        try:
+            found = await self._version_of(engine)
+        except Exception as error:  # still not there; the next tick asks again
+            engine.last_error = engine.last_error or _text(error)
+            return
+        if engine.status == "down" and found == self.version and self._settled.is_set():
+            self._let_in(engine)
+
+    def _judge(self) -> None:
+        """End the run when too few engines are left, or have been for too long."""
+        settings, now = self._settings, asyncio.get_running_loop().time()
+        serving = sum(engine.status in ("serving", "checked") for engine in self._pool)
+        coming = sum(engine.status in ("down", "starting") for engine in self._pool)
+        starting = any(engine.status == "starting" for engine in self._pool)
+        if serving >= settings.min_engines:
+            self._short_since = None
+            return
+        if self._short_since is None:
+            self._short_since = now
+        waited = now - self._short_since
+        if serving + coming < settings.min_engines or (waited >= settings.outage_seconds and not starting):
+            self._on_failure(RolloutError(self._account(serving, waited)))
+
+    def _account(self, serving: int, waited: float) -> str:
+        others = [engine for engine in self._pool if engine.status not in ("serving", "checked")]
+        lines = [f"  - {engine.name}: {engine.status}, {engine.last_error}" for engine in others[:16]]
+        more = [f"  - and {len(others) - 16} more"] if len(others) > 16 else []
+        return "\n".join(
+            [
+                f"{serving} of {len(self._pool.engines)} engines serve, fewer than scheduling.min_engines = "
+                f"{self._settings.min_engines}, for {waited:.0f} s. Nothing that was answered is lost: mend the "
+                "engines and start again to resume. The others:",
+                *lines,
+                *more,
+            ]
+        )
+
+    def _spawn(self, work: Any) -> None:
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+
+def _text(error: BaseException) -> str:
+    return "no answer in time" if isinstance(error, TimeoutError) else f"{error or type(error).__name__}"

@@ -1,0 +1,216 @@
+"""The rollout ledger of real runs: complete, replayed to the bit, recalled after a kill, done without when lost."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import random
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from megatron_klear.errors import RolloutError
+from megatron_klear.rollout.ledger import LedgerReader
+
+STEPS, PER_STEP, ROWS = 7, 8, 48
+CONFIG = "examples/quickstart_rl.yaml"
+MANAGED = str(Path(__file__).with_name("managed_worker.py"))
+# A random model is never right; but a stray thinking tag makes some of its responses malformed, which gives gradients.
+VARIED = ["reward.malformed=-2.0", "reward.require_think=false", "rollout.max_response_tokens=40"]
+SHORT = [*VARIED, "checkpoint.every_steps=2", "checkpoint.keep=4", "evaluation.at_end=false"]
+
+
+def tensors_of(run: Path, step: int = STEPS) -> dict[str, torch.Tensor]:
+    """Weights and optimizer state of a checkpoint."""
+    checkpoint = run / "checkpoints" / f"step_{step:08d}"
+    metadata = dcp.FileSystemReader(checkpoint).read_metadata().state_dict_metadata
+    state = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in metadata.items()
+        if isinstance(entry, TensorStorageMetadata)
+    }
+    dcp.load(state, checkpoint_id=checkpoint, no_dist=True)
+    return state
+
+
+def differing(first: Path, second: Path) -> list[str]:
+    mine, theirs = tensors_of(first), tensors_of(second)
+    assert mine.keys() == theirs.keys()
+    return [name for name, tensor in mine.items() if not torch.equal(tensor, theirs[name])]
+
+
+def walked(run: Path) -> list[tuple[int, int, str, str]]:
+    """(step, epoch, prompt, state) of every group, in the order of training."""
+    with LedgerReader(run / "ledger.sqlite") as reader:
+        assert reader.trained_not_once() == []
+        return [
+            (step, group.epoch, group.prompt.prompt_id, group.state)
+            for step in reader.steps()
+            for group in reader.groups_of_step(step)
+        ]
+
+
+@pytest.fixture
+def run(start, rl_overrides, tmp_path):
+    """Run, or go on with, the run of this name: `run("name", *overrides)`."""
+
+    def go(name: str, *overrides: str) -> Path:
+        launch = start("train_rl", CONFIG, [*rl_overrides(name), *SHORT, f"rl.steps={STEPS}", *overrides])
+        assert launch.wait() == [0, 0], launch.output()
+        return tmp_path / name
+
+    return go
+
+
+def copy_back_to(step: int, run: Path, copy: Path) -> Path:
+    """A copy of a run without the checkpoints after `step`, as if it had been killed before they were written."""
+    shutil.copytree(run, copy)
+    for checkpoint in (copy / "checkpoints").iterdir():
+        if checkpoint.name > f"step_{step:08d}":
+            shutil.rmtree(checkpoint)
+    return copy
+
+
+def test_every_prompt_once_and_the_same_bits_when_replayed_cut_back_or_robbed_of_the_ledger(run, tmp_path):
+    """Seven steps of eight prompts cross from the first epoch of 48 into the second."""
+    whole = run("whole")
+    rows = walked(whole)
+    assert [state for *_, state in rows] == ["trained"] * STEPS * PER_STEP
+    assert [step for step, *_ in rows] == [step for step in range(1, STEPS + 1) for _ in range(PER_STEP)]
+    keys = [(epoch, prompt) for _, epoch, prompt, _ in rows]
+    assert len(set(keys)) == STEPS * PER_STEP
+    assert [epoch for epoch, _ in keys] == [0] * ROWS + [1] * (STEPS * PER_STEP - ROWS)
+    state = json.loads((whole / "checkpoints" / f"step_{STEPS:08d}" / "run_state.json").read_text())
+    assert (state["ledger"]["step"], state["ledger"]["in_flight"]) == (STEPS, [])
+
+    moved = tensors_of(whole, STEPS - 1), tensors_of(whole)
+    assert any(
+        not torch.equal(moved[0][name], moved[1][name]) for name in moved[0] if not name.startswith("optimizer.")
+    )
+
+    cut = copy_back_to(2, whole, tmp_path / "cut")
+    run("cut")
+    assert differing(whole, cut) == []
+    assert walked(cut) == rows
+    with LedgerReader(cut / "ledger.sqlite") as reader:
+        events = [event for _, event, *_ in reader.events()]
+    assert events.count("rolled back") == (STEPS - 2) * PER_STEP
+    # The responses of step 3 were sampled from the weights of step 2, which are still there; later ones were not.
+    assert events.count("drawn again") == (STEPS - 3) * PER_STEP
+
+    robbed = copy_back_to(4, whole, tmp_path / "robbed")
+    for file in robbed.glob("ledger.sqlite*"):
+        file.unlink()
+    run("robbed")
+    assert differing(whole, robbed) == []
+    assert walked(robbed) == rows[4 * PER_STEP :]
+
+    replayed = run("replayed", f"scheduling.replay_from={whole}")
+    assert differing(whole, replayed) == []
+    assert not (replayed / "ledger.sqlite").exists()
+
+
+def test_generated_first_and_trained_later(run, start, rl_overrides, tmp_path):
+    """rollout_only leaves the weights as they are, also over a resume; a replay then trains on its steps."""
+    overrides = [*rl_overrides("generated"), *SHORT, "scheduling.rollout_only=true"]
+    for steps in (2, 3):
+        launch = start("train_rl", CONFIG, [*overrides, f"rl.steps={steps}"])
+        assert launch.wait() == [0, 0], launch.output()
+    generated = tmp_path / "generated"
+    rows = walked(generated)
+    assert [(step, state) for step, *_, state in rows] == [(s, "committed") for s in (1, 2, 3) for _ in range(PER_STEP)]
+    weights = [tensors_of(generated, step) for step in (2, 3)]
+    parameters = [name for name in weights[0] if not name.startswith("optimizer.")]
+    assert parameters
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in parameters)
+
+    trained = run("trained", f"scheduling.replay_from={generated}", "rl.steps=3")
+    assert any(not torch.equal(tensors_of(trained, 3)[name], weights[1][name]) for name in parameters)
+    logged = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
+    first = [json.loads(line) for line in (generated / "metrics.jsonl").read_text().splitlines()]
+    assert [row["reward/mean"] for row in logged] == [row["reward/mean"] for row in first]
+
+
+def test_a_damaged_ledger_stops_all_ranks_with_one_message(start, rl_overrides, tmp_path):
+    file = tmp_path / "damaged" / "ledger.sqlite"
+    file.parent.mkdir()
+    file.write_bytes(b"\xa5" * 20_000)
+    launch = start("train_rl", CONFIG, [*rl_overrides("damaged"), *SHORT, f"rl.steps={STEPS}"])
+    assert launch.wait() == [1, 1], launch.output()
+    lines = [line for line in launch.output().splitlines() if "ledger is damaged" in line]
+    assert len(lines) == 1, launch.output()
+    assert "Move it aside" in lines[0]
+    assert str(file) in lines[0]
+    assert file.read_bytes() == b"\xa5" * 20_000
+
+
+def test_generation_beside_training_survives_kills(start, rl_overrides, tmp_path):
+    """Two ranks train on what the manager takes from simulated engines, asynchronously, and are killed three times."""
+    rng = random.Random(0)
+    name = tmp_path / "managed"
+    overrides = [
+        *rl_overrides("managed"), *SHORT, "rl.steps=14", "scheduling.mode=async", "scheduling.max_staleness=2",
+        "scheduling.order=completion",
+    ]  # fmt: skip
+    for life in range(4):
+        launch = start(MANAGED, CONFIG, overrides)
+        if life == 3:
+            assert launch.wait() == [0, 0], launch.output()
+            break
+        metrics = name / "metrics.jsonl"
+        wanted = 3 * life + rng.randint(1, 3)
+        deadline = time.monotonic() + 200
+        while not metrics.is_file() or len(metrics.read_bytes().splitlines()) < wanted:
+            assert time.monotonic() < deadline, launch.output()
+            assert all(p.poll() is None for p in launch.processes), launch.output()
+            time.sleep(0.01)
+        time.sleep(rng.random() * 0.3)
+        launch.signal(signal.SIGKILL)
+        launch.wait()
+    rows = walked(name)
+    trained = [(epoch, prompt) for _, epoch, prompt, state in rows if state == "trained"]
+    assert len(trained) == len(set(trained)) == 14 * PER_STEP
+    assert [step for step, *_, state in rows if state == "trained"] == [
+        s for s in range(1, 15) for _ in range(PER_STEP)
+    ]
+    with LedgerReader(name / "ledger.sqlite") as reader:
+        staleness = [g.step - 1 - g.oldest_version for step in range(1, 15) for g in reader.groups_of_step(step)]
+        mixed = [
+            len(r.policy_versions) > 1
+            for s in range(1, 15)
+            for g in reader.groups_of_step(s)
+            for r in g.rollouts.values()
+        ]
+        assert reader.states()["trained"] + 2 * PER_STEP >= sum(reader.states().values())
+    assert min(staleness) >= 0
+    assert max(staleness) <= 2
+    assert any(mixed)
+    logged = [json.loads(line)["step"] for line in (name / "metrics.jsonl").read_text().splitlines()]
+    assert logged == list(range(1, 15))
+
+
+def test_asked_to_stop_while_it_waits_for_engines_it_stops(start, rl_overrides, tmp_path, monkeypatch):
+    """A response takes minutes, and the signal is acted on in seconds; what was reserved stays reserved."""
+    monkeypatch.setenv("SIMULATED_SECONDS_PER_TOKEN", "60")
+    launch = start(MANAGED, CONFIG, [*rl_overrides("asked"), *SHORT, f"rl.steps={STEPS}"])
+    ledger = tmp_path / "asked" / "ledger.sqlite"
+    deadline = time.monotonic() + 200
+    while time.monotonic() < deadline:
+        assert all(p.poll() is None for p in launch.processes), launch.output()
+        with contextlib.suppress(RolloutError), LedgerReader(ledger) as reader:
+            if reader.states():
+                break
+        time.sleep(0.05)
+    launch.processes[1].send_signal(signal.SIGTERM)
+    began = time.monotonic()
+    assert launch.wait() == [75, 75], launch.output()
+    assert time.monotonic() - began < 60
+    assert "start again" in launch.output()
+    with LedgerReader(ledger) as reader:
+        assert reader.states() == {"reserved": PER_STEP}

@@ -1,0 +1,103 @@
+"""A ledger that is damaged, of another age, full or in use says so in one message and loses nothing."""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_klear.errors import RolloutError
+from megatron_klear.rollout.ledger import Ledger, LedgerReader
+
+
+def test_a_second_writer_is_told_who_the_first_is(ledger, file):
+    other = subprocess.run(
+        [sys.executable, "-c", f"from megatron_klear.rollout.ledger import Ledger; Ledger({str(file)!r})"],
+        capture_output=True, text=True, timeout=60, env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])},
+    )  # fmt: skip
+    assert other.returncode == 1
+    assert f"{file} is in use: process " in other.stderr.splitlines()[-1]
+    with pytest.raises(RolloutError, match=r"in use: process \d+ on .* writes to it"):
+        Ledger(file)
+
+
+def test_people_read_while_the_run_writes(ledger, file, advance):
+    advance(ledger, "a", "graded")
+    with LedgerReader(file) as reader, ledger.transaction():
+        advance(ledger, "b", "graded")
+        assert reader.states() == {"graded": 1}
+    with LedgerReader(file) as reader:
+        assert reader.states() == {"graded": 2}
+
+
+def test_another_schema_is_refused(file):
+    Ledger(file).close()
+    connection = sqlite3.connect(file)
+    connection.execute("PRAGMA user_version = 99")
+    connection.close()
+    for opening in (Ledger, LedgerReader):
+        with pytest.raises(
+            RolloutError, match="schema 99, and this version of megatron_klear reads and writes schema 1"
+        ):
+            opening(file)
+
+
+def test_another_database_is_refused(file):
+    connection = sqlite3.connect(file)
+    connection.execute("CREATE TABLE t (x)")
+    connection.close()
+    for opening in (Ledger, LedgerReader):
+        with pytest.raises(RolloutError, match="no rollout ledger"):
+            opening(file)
+
+
+def test_missing_ledger_is_said_to_be_missing(file):
+    with pytest.raises(RolloutError, match="no ledger"):
+        LedgerReader(file)
+    with pytest.raises(RolloutError, match="run\\.dir"):
+        Ledger(file.parent / "nowhere" / "ledger.sqlite")
+
+
+@pytest.mark.parametrize("start", [0, 100, 4096])
+def test_damage_is_one_clear_message(file, advance, start):
+    with Ledger(file) as ledger, ledger.transaction():
+        for i in range(200):
+            advance(ledger, f"p{i}", "graded")
+    content = bytearray(file.read_bytes())
+    content[start : start + 8 * 4096] = b"\xa5" * (8 * 4096)
+    file.write_bytes(content)
+    with pytest.raises(RolloutError, match=r"ledger is damaged|no rollout ledger") as caught:
+        Ledger(file)
+    assert str(file) in str(caught.value)
+
+
+def test_a_full_disk_keeps_what_was_committed(ledger, file, advance, make_prompt, make_rollout):
+    kept = advance(ledger, "kept", "graded")
+    pages = ledger.connection.execute("PRAGMA page_count").fetchone()[0]
+    ledger.connection.execute(f"PRAGMA max_page_count = {pages + 2}")
+    [group] = ledger.reserve([(0, make_prompt("big"))], num_responses=1)
+    with pytest.raises(RolloutError, match=r"cannot grow .*Free disk space and start again"):
+        ledger.save_response(group, 0, make_rollout((0, 50_000)))
+    assert ledger.states() == {"graded": 1, "reserved": 1}
+    assert ledger.load([kept])[0].is_complete
+    ledger.connection.execute("PRAGMA max_page_count = 1000000")
+    assert ledger.save_response(group, 0, make_rollout((0, 50_000)))
+
+
+def test_a_locked_ledger_is_reported_in_time(file, monkeypatch):
+    from megatron_klear.rollout.ledger import database
+
+    monkeypatch.setattr(database, "_BUSY_SECONDS", 0.2)
+    with Ledger(file) as ledger:
+        other = sqlite3.connect(file, isolation_level=None)
+        other.execute("BEGIN IMMEDIATE")
+        with pytest.raises(RolloutError, match="another process has locked the ledger"):
+            ledger.set_fact("a", "b")
+        other.execute("ROLLBACK")
+        other.close()
+        ledger.set_fact("a", "b")
+        assert ledger.fact("a") == "b"

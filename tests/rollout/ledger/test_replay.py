@@ -1,0 +1,46 @@
+"""Steps out of a ledger, with the advantages of Eq. 4."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from megatron_klear.errors import RolloutError
+from megatron_klear.records import Grade
+from megatron_klear.rollout.ledger import LedgerReader, replay_step
+
+
+def test_a_step_is_replayed_in_its_order_with_its_advantages(ledger, file, make_prompt, make_rollout):
+    rewards = {"a": [1.0, -1.0, -1.0], "b": [1.0, 1.0, 1.0], "c": [1.0, None, -1.0]}
+    ids = ledger.reserve([(0, make_prompt(name)) for name in rewards], num_responses=3)
+    for group, values in zip(ids, rewards.values(), strict=True):
+        for index in range(3):
+            ledger.save_response(group, index, make_rollout((0, 3), seed=index))
+        ledger.save_grades(group, [
+            Grade(outcome="ungraded", reward=0.0) if value is None
+            else Grade(outcome="correct" if value > 0 else "wrong", reward=value)
+            for value in values
+        ])  # fmt: skip
+    ledger.commit(4, [ids[2], ids[0], ids[1]])
+    ledger.trained(4)
+    with LedgerReader(file) as reader:
+        groups = replay_step(reader, 4, normalize_std=True)
+        plain = replay_step(reader, 4, normalize_std=False)
+        with pytest.raises(RolloutError, match=r"no groups of step 5 to replay; it holds steps 4 to 4"):
+            replay_step(reader, 5, normalize_std=True)
+    assert [g.group.prompt.prompt_id for g in groups] == ["c", "a", "b"]
+    # a: mean -1/3, standard deviation sqrt(8/9); c: mean 0 and deviation 1 over the two that are graded.
+    expected = {"a": [math.sqrt(2), -math.sqrt(0.5), -math.sqrt(0.5)], "b": [0, 0, 0], "c": [1, 0, -1]}
+    for group in groups:
+        assert group.advantages.tolist() == pytest.approx(expected[group.group.prompt.prompt_id], rel=1e-6)
+    assert plain[1].advantages.tolist() == pytest.approx([4 / 3, -2 / 3, -2 / 3], rel=1e-6)
+    assert groups[0].graded.tolist() == [True, False, True]
+    assert groups[1].is_correct.tolist() == [True, False, False]
+
+
+def test_a_step_whose_tokens_were_removed_says_so(ledger, file, advance):
+    advance(ledger, "a", "trained", step=1)
+    ledger.prune(1)
+    with LedgerReader(file) as reader, pytest.raises(RolloutError, match=r"scheduling\.keep_steps"):
+        replay_step(reader, 1, normalize_std=True)

@@ -1,0 +1,396 @@
+"""Engines that die, hang, slow down, answer nonsense or lose requests: the run goes on and its result is the same."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from megatron_klear.errors import RolloutError
+from megatron_klear.rollout.endpoint import EndpointError
+from megatron_klear.rollout.ledger import LedgerReader
+
+STEPS = 6
+
+
+@pytest.fixture
+def undisturbed(make_world):
+    return make_world(engines=3).run(STEPS).trace
+
+
+def later(seconds, action, *arguments):
+    """Do something so many simulated seconds from now."""
+    asyncio.get_running_loop().call_later(seconds, action, *arguments)
+
+
+def once(step, action):
+    """Call `action(world)` at the start of a step."""
+
+    def before(number, world):
+        if number == step:
+            action(world)
+
+    return before
+
+
+def trained_once(world):
+    with LedgerReader(world.ledger.file) as reader:
+        assert reader.trained_not_once() == []
+    keys = [key for _, key, _ in world.trace]
+    assert len(keys) == len(set(keys)) == STEPS * world.per_step
+
+
+@pytest.mark.parametrize("fault", ["die", "hang"])
+def test_a_lost_engine_changes_nothing_but_the_time(make_world, undisturbed, fault):
+    """It goes while requests run on it; no one brings it back."""
+    world = make_world(engines=3, before_step=once(2, lambda w: later(1.0, getattr(w.engines[1], fault))))
+    world.run(STEPS)
+    trained_once(world)
+    assert world.trace == undisturbed
+    care = world.scheduler.dispatcher.care
+    assert care.lost == 1
+    words = {"die": "connection re", "hang": "brought no token for"}[fault]
+    assert words in world.scheduler.dispatcher.pool.engines[1].last_error
+
+
+def test_an_engine_that_comes_back_with_current_weights_rejoins(make_world, undisturbed):
+    def come_and_go(world):
+        engine = world.engines[1]
+        later(1.0, engine.die)
+        later(8.0, lambda: engine.revive(world.done_steps))
+
+    world = make_world(engines=2, before_step=once(2, come_and_go), train_seconds=10.0).run(STEPS)
+    trained_once(world)
+    assert world.trace == undisturbed
+    assert world.scheduler.dispatcher.care.rejoined == 1
+    assert world.scheduler.dispatcher.pool.engines[1].status == "serving"
+
+
+def test_an_engine_that_comes_back_with_old_weights_stays_out(make_world):
+    """A step of 40 groups takes minutes; the engine is back after 8 s, with weights that nobody wants any more."""
+    at = {}
+
+    def come_and_go(world):
+        engine = world.engines[1]
+        later(1.0, engine.die)
+        later(8.0, lambda: engine.revive(-5))
+        later(8.1, engine.requests_seen.clear)
+
+    def look(step, world):
+        if step == 1:
+            come_and_go(world)
+        at[step] = (asyncio.get_running_loop().time(), list(world.engines[1].requests_seen))
+
+    world = make_world(engines=2, slots=2, per_step=40, before_step=look).run(2, num_prompts=200)
+    seconds, requests = at[2]
+    assert seconds > 60.0
+    assert requests == []
+    assert world.engines[1].requests_seen, "after the next publish it has the right ones"
+
+
+def test_restart_is_asked_for_with_the_reason_and_the_engine_rejoins(make_world, undisturbed):
+    told = []
+
+    async def restart(endpoint, why):
+        told.append((endpoint.name, why))
+        await asyncio.sleep(3.0)
+        endpoint.revive(world.scheduler.dispatcher.version)
+        return endpoint
+
+    world = make_world(engines=2, restart=restart, before_step=once(2, lambda w: later(1.0, w.engines[0].hang)))
+    world.run(STEPS)
+    trained_once(world)
+    assert world.trace == undisturbed
+    assert [name for name, _ in told] == ["engine 0"]
+    assert "scheduling.stall_seconds" in told[0][1]
+    assert world.scheduler.dispatcher.care.rejoined == 1
+
+
+def test_an_engine_that_starts_slowly_is_not_given_up(make_world, undisturbed):
+    """Nothing comes for 50 s, far over stall_seconds: it compiles, and start_seconds is 60."""
+
+    def compile_first(world):
+        for engine in world.engines:
+            real = engine.generate
+
+            async def slow_start(request, on_tokens=None, real=real):
+                if asyncio.get_running_loop().time() < 50.0:
+                    await asyncio.sleep(50.0 - asyncio.get_running_loop().time())
+                return await real(request, on_tokens)
+
+            engine.generate = slow_start
+
+    world = make_world(engines=2, before_step=once(1, compile_first), stall_seconds=5.0).run(STEPS)
+    assert world.scheduler.dispatcher.care.lost == 0
+    assert world.trace == undisturbed
+
+
+def test_a_slow_engine_hands_its_responses_over_and_is_used_again_when_quick(make_world):
+    def slow(world):
+        later(1.0, world.engines[0].change_speed, 50.0)
+
+    settings = {"mode": "async", "max_staleness": 2, "order": "completion", "stall_seconds": 20.0}
+    world = make_world(engines=4, before_step=once(2, slow), per_step=16, slots=8, **settings)
+    world.run(4, num_prompts=100)
+    dispatcher = world.scheduler.dispatcher
+    assert dispatcher.counts["moved requests"] + dispatcher.counts["abandoned requests"] > 0
+    assert dispatcher.pool.engines[0].is_slow or dispatcher.care.lost == 1
+
+
+def test_moved_responses_are_drawn_anew_where_order_is_fixed(make_world, undisturbed):
+    """With the tokens of the slow engine kept, the result would depend on when it was found to be slow."""
+
+    def slow(world):
+        later(1.0, world.engines[0].change_speed, 2.0)
+
+    world = make_world(engines=3, before_step=once(2, slow), stall_seconds=8.0).run(STEPS)
+    assert world.scheduler.dispatcher.counts["moved requests"] > 0
+    assert world.trace == undisturbed
+
+
+NONSENSE = {
+    "too few logprobs": lambda p: replace(p, logprobs=p.logprobs[:-1]),
+    "NaN": lambda p: replace(p, logprobs=np.full_like(p.logprobs, np.nan)),
+    "positive logprobs": lambda p: replace(p, logprobs=p.logprobs + 3),
+    "unknown tokens": lambda p: replace(p, token_ids=p.token_ids + 1000),
+    "no versions": lambda p: replace(p, policy_versions=()),
+    "future version": lambda p: replace(p, policy_versions=((99, len(p.token_ids)),)),
+    "half a response": lambda p: replace(
+        p, token_ids=p.token_ids[:1], logprobs=p.logprobs[:1], policy_versions=((p.policy_versions[0][0], 1),)
+    ),
+    "too long": lambda p: replace(
+        p, token_ids=np.tile(p.token_ids, 200), logprobs=np.tile(p.logprobs, 200),
+        policy_versions=((p.policy_versions[0][0], 200 * len(p.token_ids)),),
+    ),
+    "not an answer": lambda p: None,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", NONSENSE)
+def test_nonsense_is_never_trained_on(make_world, undisturbed, kind):
+    """One engine of three answers it from the second step on; a one-token response cannot be told from its half."""
+
+    def corrupt(part):
+        return NONSENSE[kind](part) if len(part.token_ids) > 1 else part
+
+    def begin(world):
+        world.engines[2].corrupt = corrupt
+
+    world = make_world(engines=3, before_step=once(2, begin)).run(STEPS)
+    trained_once(world)
+    assert world.trace == undisturbed
+    assert world.scheduler.dispatcher.counts["failed requests"] > 0
+
+
+def test_lost_requests_are_sent_again(make_world, undisturbed):
+    """The engine works on for the others and simply never answers one."""
+    world = make_world(engines=2, before_step=once(2, lambda w: w.engines[0].lose_next(1))).run(STEPS)
+    assert world.trace == undisturbed
+    assert world.scheduler.dispatcher.counts["abandoned requests"] >= 1
+
+
+def test_no_request_id_is_used_twice(make_world):
+    world = make_world(
+        engines=2, before_step=once(2, lambda w: (w.engines[0].fail_next(3), later(1, w.engines[1].die)))
+    )
+    world.run(STEPS)
+    seen = [request_id for engine in world.engines for request_id in engine.requests_seen]
+    assert len(seen) == len(set(seen))
+
+
+@pytest.mark.parametrize("mode", ["sync", "one_step_off", "async"])
+@pytest.mark.parametrize("seed", range(4))
+def test_random_faults_lose_nothing(make_world, mode, seed):
+    """Every few seconds something happens to some engine; the first one is spared."""
+    rng = random.Random(seed)
+
+    async def restart(endpoint, why):
+        await asyncio.sleep(rng.uniform(0.5, 5.0))
+        if rng.random() < 0.3:
+            raise OSError("no such host")
+        endpoint.revive(world.scheduler.dispatcher.version)
+        endpoint.corrupt = None
+        return endpoint
+
+    def trouble():
+        engine = rng.choice(world.engines[1:])
+        action = rng.choice(["die", "hang", "fail", "lose", "slow", "nonsense"])
+        if action in ("die", "hang"):
+            getattr(engine, action)()
+        elif action in ("fail", "lose"):
+            getattr(engine, f"{action}_next")(rng.randint(1, 3))
+        elif action == "slow":
+            engine.change_speed(rng.choice([0.05, 0.2, 5.0]))
+        else:
+            engine.corrupt = NONSENSE[rng.choice(sorted(NONSENSE))]
+        later(rng.uniform(0.2, 4.0), trouble)
+
+    order = rng.choice(["fixed", "completion"])
+    world = make_world(engines=4, mode=mode, order=order, max_staleness=2, restart=restart, max_failures=50,
+                       before_step=once(1, lambda w: later(0.5, trouble)))  # fmt: skip
+    world.run(STEPS)
+    trained_once(world)
+    assert max(world.staleness_seen) <= world.scheduler.staleness
+    assert world.scheduler.dispatcher.counts["failed requests"] > 0
+
+
+def test_the_loss_of_all_engines_names_them_and_their_last_errors(make_world):
+    def all_die(world):
+        for number, engine in enumerate(world.engines):
+            later(1.0, engine.die, f"host {number} is down")
+
+    world = make_world(engines=3, before_step=once(2, all_die))
+    with pytest.raises(RolloutError) as caught:
+        world.run(STEPS)
+    text = str(caught.value)
+    assert text.startswith("0 of 3 engines serve, fewer than scheduling.min_engines = 1, for ")
+    for number in range(3):
+        assert f"engine {number}: down, " in text
+        assert f"host {number} is down" in text or "connection reset" in text
+    with LedgerReader(world.ledger.file) as reader:
+        assert reader.states()["trained"] == world.per_step
+
+
+def test_the_run_ends_below_min_engines_and_not_before(make_world):
+    def one_dies(world):
+        later(1.0, world.engines[0].die)
+
+    make_world(engines=3, min_engines=2, before_step=once(2, one_dies)).run(STEPS)
+    with pytest.raises(RolloutError, match=r"2 of 3 engines serve, fewer than scheduling\.min_engines = 3"):
+        make_world(engines=3, min_engines=3, before_step=once(2, one_dies), train_seconds=40.0).run(STEPS)
+
+
+def test_an_engine_that_cannot_be_restarted_is_given_up(make_world):
+    async def restart(endpoint, why):
+        raise OSError("out of GPU memory")
+
+    world = make_world(engines=1, restart=restart, before_step=once(2, lambda w: later(1.0, w.engines[0].die)))
+    with pytest.raises(RolloutError, match=r"engine 0: given up, restart 3 failed: out of GPU memory"):
+        world.run(STEPS)
+
+
+def test_a_request_that_fails_everywhere_ends_the_run_by_its_prompt(make_world):
+    def poison(world):
+        for engine in world.engines:
+            real = engine.generate
+
+            async def refusing(request, on_tokens=None, real=real, engine=engine):
+                if len(request.token_ids) == 3 + 5:  # prompt p5
+                    raise EndpointError(f"{engine.name}: answered 500", retry=True)
+                return await real(request, on_tokens)
+
+            engine.generate = refusing
+
+    world = make_world(engines=3, max_failures=4, before_step=once(1, poison))
+    with pytest.raises(RolloutError, match=r"prompt p5, response \d: 4 requests failed .*answered 500"):
+        world.run(STEPS)
+
+
+def test_what_would_fail_alike_elsewhere_is_not_tried_elsewhere(make_world):
+    def refuse(world):
+        async def refusing(request, on_tokens=None):
+            calls.append(1)
+            raise EndpointError("engine 0: the model has another vocabulary", retry=False)
+
+        for engine in world.engines:
+            engine.generate = refusing
+
+    calls: list[int] = []
+    world = make_world(engines=2, per_step=1, in_flight=1, before_step=once(1, refuse))
+    with pytest.raises(RolloutError, match=r"prompt p0 cannot be answered: .*another vocabulary"):
+        world.run(STEPS)
+    assert len(calls) <= 2
+
+
+def test_a_grader_that_breaks_ends_the_run_with_its_words(make_world, monkeypatch):
+    world = make_world(before_step=once(2, lambda w: setattr(w.scheduler._grading, "_grade", lambda groups: 1 / 0)))
+    with pytest.raises(RolloutError, match="grading failed: ZeroDivisionError"):
+        world.run(STEPS)
+
+
+def test_a_full_disk_ends_the_run_and_the_next_life_goes_on_from_there(make_world, undisturbed):
+    def fill(world):
+        pages = world.ledger.connection.execute("PRAGMA page_count").fetchone()[0]
+        world.ledger.connection.execute(f"PRAGMA max_page_count = {pages}")
+
+    world = make_world(engines=3, before_step=once(3, fill))
+    with pytest.raises(RolloutError, match=r"the ledger cannot grow .*Free disk space and start again"):
+        world.run(STEPS)
+    world.ledger.connection.execute("PRAGMA max_page_count = 1000000")
+    again = make_world(engines=3, ledger=world.ledger, done_steps=world.done_steps, trace=world.trace)
+    for engine in again.engines:
+        engine.version = world.done_steps
+    again.run(STEPS)
+    trained_once(again)
+    assert again.trace == undisturbed
+
+
+def test_an_answer_that_comes_after_all_is_ignored(make_world, undisturbed):
+    """A client that cannot be cancelled brings the answer of a hung engine when others have given theirs."""
+
+    def stubborn(world):
+        engine = world.engines[1]
+        real = engine.generate
+
+        async def late(request, on_tokens=None):
+            work = asyncio.ensure_future(real(request, on_tokens))
+            while True:
+                try:
+                    part = await asyncio.shield(work)
+                    await asyncio.sleep(45.0)
+                    return part
+                except asyncio.CancelledError:
+                    continue
+
+        engine.generate = late
+
+    world = make_world(engines=2, before_step=once(2, stubborn), train_seconds=50.0).run(STEPS)
+    assert world.scheduler.dispatcher.care.lost >= 1
+    trained_once(world)
+    assert world.trace == undisturbed
+
+
+def test_an_engine_that_missed_a_publish_is_started_anew(make_world, undisturbed):
+    told = []
+
+    async def restart(endpoint, why):
+        told.append(why)
+        del endpoint.stuck
+        return endpoint
+
+    def miss(world):
+        engine = world.engines[1]
+        engine.stuck = True
+        real = engine.check
+
+        async def check():
+            return 1 if hasattr(engine, "stuck") else await real()
+
+        engine.check = check
+
+    world = make_world(engines=2, restart=restart, before_step=once(2, miss)).run(STEPS)
+    assert told == ["has weights of version 1 after version 2 was published"]
+    assert world.trace == undisturbed
+
+
+def test_an_engine_restarted_during_a_long_publish_is_judged_after_it(make_world, undisturbed):
+    """It comes back in the midst of it, when the weights that the manager takes for current are on their way out."""
+    restarts = []
+
+    async def restart(endpoint, why):
+        restarts.append(why)
+        await asyncio.sleep(20.0)  # the step is over by then, and the publish under way
+        endpoint.revive(-1)
+        return endpoint
+
+    def die_while_training(world):
+        later(1.0, world.engines[1].die)
+
+    world = make_world(engines=2, restart=restart, before_step=once(2, die_while_training), publish_seconds=100.0)
+    world.run(STEPS)
+    assert len(restarts) == 1
+    assert world.scheduler.dispatcher.pool.engines[1].status == "serving"
+    assert world.trace == undisturbed
