@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import concurrent.futures
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from megatron_klear.errors import KlearError, WeightSyncError
+
+_WAKE_SECONDS = 0.5
 
 
 class EngineCaller(Protocol):
@@ -54,11 +56,15 @@ class EngineGroup:
     Args:
         callers: one per engine.
         timeout_seconds: of every exchange (weight_sync.timeout_seconds).
+        waiting: called while waiting for answers, several times a second.
     """
 
-    def __init__(self, callers: Sequence[EngineCaller], timeout_seconds: float) -> None:
+    def __init__(
+        self, callers: Sequence[EngineCaller], timeout_seconds: float, *, waiting: Callable[[], None] = lambda: None
+    ) -> None:
         self.callers = tuple(callers)
         self.timeout_seconds = timeout_seconds
+        self._waiting = waiting
 
     def start(self, path: str, bodies: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> PendingCalls:
         """Send a request to every engine at once; one body for all, or one for each."""
@@ -67,7 +73,7 @@ class EngineGroup:
             caller.start(path, body, timeout_seconds=self.timeout_seconds)
             for caller, body in zip(self.callers, each, strict=True)
         ]
-        return PendingCalls(path, self.callers, futures)
+        return PendingCalls(path, self.callers, futures, self._waiting)
 
     def call(self, path: str, bodies: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> list[Any]:
         """Send a request to every engine and wait for all answers; see `PendingCalls.answers`."""
@@ -86,8 +92,22 @@ class PendingCalls:
         path: str,
         callers: Sequence[EngineCaller],
         futures: Sequence[concurrent.futures.Future[tuple[int, str]]],
+        waiting: Callable[[], None],
     ) -> None:
-        self._path, self._callers, self._futures = path, callers, futures
+        self._path, self._callers, self._futures, self._waiting = path, callers, futures, waiting
+
+    def failures(self) -> list[str]:
+        """What went wrong with calls that have ended; waits for none."""
+        problems = []
+        for caller, future in zip(self._callers, self._futures, strict=True):
+            if future.done():
+                error = future.exception()
+                status, text = (200, "") if error else future.result()
+                if error is not None:
+                    problems.append(str(error))
+                elif status != 200:
+                    problems.append(f"{caller.name}: {self._path} answered status {status}: {text}")
+        return problems
 
     def answers(self, *, absent_is_none: bool = False) -> Any:
         """The answers as JSON (text where it is none), in the order of engines.
@@ -98,6 +118,8 @@ class PendingCalls:
         answers: list[Any] = []
         problems: list[str] = []
         absent = 0
+        while concurrent.futures.wait(self._futures, timeout=_WAKE_SECONDS).not_done:
+            self._waiting()
         for caller, future in zip(self._callers, self._futures, strict=True):
             try:
                 status, text = future.result()

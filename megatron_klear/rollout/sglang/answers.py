@@ -95,9 +95,8 @@ class AnswerReader:
         if kind is None:
             raise self._malformed(f"finish_reason {dict(reason)}")
         if kind == "abort" and reason.get("status_code"):
-            raise EndpointError(
-                f"{self._engine}: gave a request up: {reason.get('message')} (status {reason['status_code']})", retry=True
-            )  # fmt: skip
+            status = reason["status_code"]
+            raise EndpointError(f"{self._engine}: gave a request up: {reason.get('message')} ({status})", retry=True)
         return GeneratedPart(
             token_ids=np.array(self._tokens, dtype=np.int64),
             logprobs=np.array(self._logprobs, dtype=np.float32),

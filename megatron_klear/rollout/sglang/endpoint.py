@@ -81,9 +81,8 @@ class SglangEndpoint:
         except Refused as refusal:
             finished = True
             if refusal.status == 400:
-                raise RolloutError(
-                    f"{self.name} refuses request {request.request_id} of {len(request.token_ids)} tokens: {refusal.text}"
-                ) from refusal
+                what = f"request {request.request_id} of {len(request.token_ids)} tokens"
+                raise RolloutError(f"{self.name} refuses {what}: {refusal.text}") from refusal
             raise EndpointError(f"{self.name}: /generate answered {refusal}; is it SGLang?", retry=True) from refusal
         finally:
             if not finished:
@@ -144,13 +143,15 @@ class SglangEndpoint:
             )
         outside = [token for token in request.sampling.stop_token_ids if not 0 <= token < self._vocab_size]
         if outside:
-            problems.append(f"stop tokens {outside} are outside the vocabulary of {self._vocab_size} (rollout.stop_tokens)")
+            problems.append(
+                f"stop tokens {outside} are outside the vocabulary of {self._vocab_size} (rollout.stop_tokens)"
+            )
         if request.max_new_tokens < 1:
             problems.append(f"max_new_tokens is {request.max_new_tokens}; it must be at least 1")
         elif len(ids) + request.max_new_tokens + CONTEXT_MARGIN > self._context_length:
             problems.append(
-                f"{len(ids)} tokens, {request.max_new_tokens} more and a margin of {CONTEXT_MARGIN} exceed the engine's "
-                f"context of {self._context_length} (rollout.max_response_tokens, data.max_prompt_tokens)"
+                f"{len(ids)} tokens, {request.max_new_tokens} more and a margin of {CONTEXT_MARGIN} exceed the "
+                f"engine's context of {self._context_length} (rollout.max_response_tokens, data.max_prompt_tokens)"
             )
         if problems:
             raise RolloutError(f"{self.name} cannot serve request {request.request_id}: " + "; ".join(problems))

@@ -201,4 +201,3 @@ def _joined(parts: Sequence[GeneratedPart], *, finish_reason: str | None = None)
         finish_reason=parts[-1].finish_reason if finish_reason is None else "length",
         policy_versions=tuple(versions),
     )
-

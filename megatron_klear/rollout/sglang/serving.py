@@ -85,9 +85,7 @@ class SglangEngine:
         ConfigError: a server cannot be reached or does not serve our model; all of them in one message.
     """
 
-    def __init__(
-        self, urls: Sequence[str], settings: SglangSettings, expected: Expected, *, in_flight: int
-    ) -> None:
+    def __init__(self, urls: Sequence[str], settings: SglangSettings, expected: Expected, *, in_flight: int) -> None:
         self._loop = LoopThread("sglang")
         try:
             self.engines = self._loop.run(self._connect(urls, settings, expected))

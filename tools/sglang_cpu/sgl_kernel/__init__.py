@@ -24,8 +24,8 @@ def assign_req_to_token_pool_cpu(
 ) -> None:
     """Write each request's new cache places into its row: `req_to_token[row, start:end]`, in the order of requests."""
     lengths = (end_offset - start_offset).tolist()
-    rows = zip(req_pool_indices.tolist(), start_offset.tolist(), torch.split(out_cache_loc[: sum(lengths)], lengths))
-    for row, start, places in rows:
+    pieces = torch.split(out_cache_loc[: sum(lengths)], lengths)
+    for row, start, places in zip(req_pool_indices.tolist(), start_offset.tolist(), pieces, strict=True):
         req_to_token[row, start : start + len(places)] = places.to(req_to_token.dtype)
 
 
