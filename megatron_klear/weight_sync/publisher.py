@@ -157,8 +157,8 @@ class Publisher:
             raise failure
         self._transport.finish()
         if self._pause_mode != "in_place":
-            # Prefixes that the old weights computed must not be taken for the new ones'. In place, unfinished
-            # responses hold on to them; that is what the mode asks for.
+            # Prefixes that the old weights computed must not be taken for the new ones'. In place unfinished responses
+            # hold on to them, and only requests that name another version are safe (see `SglangEndpoint`).
             self._engines.call("/flush_cache", {})
 
     def _verify(self, expected: list[dict[str, str]]) -> bool:

@@ -20,7 +20,7 @@ from megatron_klear.rollout.sharding import require_unique_ids
 log = logging.getLogger(__name__)
 
 _RETRY_PAUSE_SECONDS = 0.5
-_PROGRESS_SECONDS = 0.5
+_PROGRESS_SECONDS = 0.2
 
 
 class EndpointPool:

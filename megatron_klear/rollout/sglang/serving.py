@@ -18,7 +18,7 @@ from megatron_klear.rollout.sglang.endpoint import SglangEndpoint
 from megatron_klear.rollout.sglang.engine import EndpointPool
 from megatron_klear.rollout.sglang.loop import LoopThread
 
-_WAKE_SECONDS = 0.5
+_WAKE_SECONDS = 0.1
 _Result = TypeVar("_Result")
 
 
@@ -99,6 +99,11 @@ class SglangEngine:
     def failures(self) -> int:
         """Requests so far that brought no whole answer."""
         return self._pool.failures
+
+    def use_version(self, version: int) -> None:
+        """Note that weights of this version have been published to all servers."""
+        for engine in self.engines:
+            engine.endpoint.use_version(version)
 
     def generate(
         self,
