@@ -26,7 +26,7 @@ from megatron_klear.conformance.reference import reference_model
 from megatron_klear.errors import KlearError
 from megatron_klear.model import hf_config, hf_named_tensors, load_hf_weights
 from megatron_klear.parallel import FirstRank
-from megatron_klear.records import Prompt, ParallelContext, RolloutGroup, TrainSequence
+from megatron_klear.records import ParallelContext, Prompt, RolloutGroup, TrainSequence
 from megatron_klear.rollout import ProgressCallback, SamplingParams
 from megatron_klear.rollout.sglang import Expected, SglangEngine
 from megatron_klear.trainer import Trainer
@@ -82,9 +82,7 @@ class Rank:
     def publisher(self, action: dict[str, Any]) -> Publisher:
         group, transport = None, None
         if self.engine is not None:
-            group = EngineGroup(
-                [e.caller for e in self.engine.engines], 240.0, waiting=self.first_rank.alive
-            )
+            group = EngineGroup([e.caller for e in self.engine.engines], 240.0, waiting=self.first_rank.alive)
             transport = self.transport(action, group)
         return Publisher(
             group,
@@ -128,11 +126,9 @@ class Rank:
             self.engine.use_version(action["version"])
         groups = self.share(lambda: self.generate(responses=4, tokens=24, seed=action["version"]))
         result = {"proof": report.proof, "num_bytes": report.num_bytes, "seconds": report.seconds}
-        result |= {"versions": sorted({v for g in groups for r in g.rollouts for v, _ in r.policy_versions})}
         result |= self.compare(groups)
         if meanwhile is not None:
-            spans = self.share(lambda: meanwhile())
-            result["spans"] = spans
+            result["interrupted"] = self.compare(self.share(meanwhile))
         return result
 
     def share(self, action: Any) -> Any:
@@ -149,11 +145,18 @@ class Rank:
         assert self.engine is not None
         rng = np.random.default_rng(seed)
         prompts = [
-            Prompt(prompt_id=f"p{i}", domain="math", token_ids=rng.integers(0, self.arch.vocab_size, 5 + 3 * i), reference="")
+            Prompt(
+                prompt_id=f"p{i}",
+                domain="math",
+                token_ids=rng.integers(0, self.arch.vocab_size, 5 + 3 * i),
+                reference="",
+            )
             for i in range(3)
         ]
         sampling = SamplingParams(temperature=1.0, top_p=1.0, max_response_tokens=tokens, stop_token_ids=())
-        return self.engine.generate(prompts, num_responses=responses, sampling=sampling, seed=seed, on_progress=on_progress)
+        return self.engine.generate(
+            prompts, num_responses=responses, sampling=sampling, seed=seed, on_progress=on_progress
+        )
 
     def generate_meanwhile(self, action: dict[str, Any]) -> Any:
         """Start a long generation before the publish; returns what waits for its spans of versions."""
@@ -169,14 +172,14 @@ class Rank:
         thread.start()
         assert begun.wait(120.0)
 
-        def wait() -> list[Any]:
+        def wait() -> list[RolloutGroup]:
             thread.join()
-            return [[list(span) for span in r.policy_versions] for g in found[0] for r in g.rollouts]
+            return found[0]
 
         return wait
 
     def compare(self, groups: list[RolloutGroup]) -> dict[str, Any]:
-        """The engine's logprobs against the trainer's, and both as numbers for the test."""
+        """What the engine and the trainer say of each response's tokens, and the version that each came from."""
         sequences, sampled = [], []
         for group in groups:
             for index, rollout in enumerate(group.rollouts):
@@ -184,14 +187,20 @@ class Rank:
                 zeros = np.zeros(len(ids), np.float32)
                 sequences.append(
                     TrainSequence(
-                        sequence_id=f"{group.prompt.prompt_id}#{index}", token_ids=ids, policy_weight=zeros,
-                        lm_weight=zeros, advantages=zeros, old_logprobs=zeros, rollout_logprobs=zeros,
-                    )  # fmt: skip
+                        sequence_id=f"{group.prompt.prompt_id}#{index}",
+                        token_ids=ids,
+                        policy_weight=zeros,
+                        lm_weight=zeros,
+                        advantages=zeros,
+                        old_logprobs=zeros,
+                        rollout_logprobs=zeros,
+                    )
                 )
                 sampled.append(rollout.rollout_logprobs)
         scored = self.trainer.token_logprobs(sequences, temperature=1.0)
         return {
             "tokens": [s.token_ids.tolist() for s in sequences],
+            "versions": [np.repeat(*zip(*r.policy_versions, strict=True)).tolist() for g in groups for r in g.rollouts],
             "engine": [values.tolist() for values in sampled],
             "trainer": [values[-len(s) :].tolist() for values, s in zip(scored, sampled, strict=True)],
         }
