@@ -69,8 +69,8 @@ class Rank:
         self.job = job
         sizes = ParallelSettings(tp=job["tp"], pp=job["pp"], timeout_seconds=300.0)
         self.context: ParallelContext = parallel.start(sizes)
-        self.arch = architecture(tied=job["tied"])
-        layout = Layout(tp=job["tp"], pp=job["pp"], tied=job["tied"], dtype=job["dtype"])
+        self.arch = architecture(tied=False)
+        layout = Layout(tp=job["tp"], pp=job["pp"], dtype=job["dtype"])
         weights = reference_model(self.arch).state_dict()
         self.trainer: Trainer = layout_trainer(layout, sizes, self.context, weights)
         self.first_rank = FirstRank(self.context, silence_seconds=120.0)
