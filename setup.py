@@ -33,6 +33,7 @@ setup(
         "jinja2",
         "math-verify",
         "matplotlib",
+        "httpx2",
         "psutil",
         "rich",
         "tensorboard",

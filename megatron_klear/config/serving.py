@@ -21,18 +21,18 @@ class SglangSettings:
     """Servers that run already, as http://HOST:PORT; none starts `sglang.servers` on the first rank's machine."""
 
     servers: Annotated[int, Unit("servers"), Positive] = 1
-    """Servers to start, each with `sglang.tp` GPUs of its own where there are GPUs."""
+    """Servers to start, each with `sglang.server_tp` GPUs of its own where there are GPUs."""
 
-    tp: Ranks = 1
+    server_tp: Ranks = 1
     """Tensor parallel size of each server."""
 
-    first_gpu: Annotated[int, NonNegative] = 0
+    first_gpu: Annotated[int, Unit("number"), NonNegative] = 0
     """Number of the first GPU for the servers that are started; the others take the GPUs after it."""
 
     host: Annotated[str, Field(min_length=1)] = "127.0.0.1"
     """Address that started servers listen on; another machine's trainer needs one that it can reach."""
 
-    port: Annotated[int | None, Field(ge=1, le=65535)] = None
+    port: Annotated[int | None, Unit("number"), Field(ge=1, le=65535)] = None
     """Port of the first started server, the others take the ports after it; null finds free ones."""
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"

@@ -67,7 +67,7 @@ def run_entry(entry: Entry, body: Callable[[Settings, StopRequest], None], argv:
     logging.basicConfig(
         level=logging.INFO if rank == 0 else logging.ERROR, format="%(asctime)s %(message)s", datefmt="%H:%M:%S"
     )
-    for noisy in ("megatron.core", "torch", "transformers", "matplotlib"):
+    for noisy in ("megatron.core", "torch", "transformers", "matplotlib", "httpx2", "httpcore2"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
     stop = StopRequest()
     try:

@@ -116,11 +116,11 @@ class Publisher:
         if not proven:
             self._require_logprobs()
         self._first_rank.run("let the engines go on", self._continue)
+        self._version = version
         if not proven:
             # Only an engine that generates can show its log-probabilities, so that this proof comes after.
             assert self._check_logprobs is not None
             self._check_logprobs()
-        self._version = version
         seconds = time.monotonic() - start
         proof: Literal["checksum", "logprobs"] = "checksum" if proven else "logprobs"
         return PublishReport(version=version, num_bytes=num_bytes, seconds=seconds, proof=proof)

@@ -60,7 +60,7 @@ def server_command(
         "--skip-tokenizer-init",
         *("--host", settings.host),
         *("--port", str(port)),
-        *("--tp-size", str(settings.tp)),
+        *("--tp-size", str(settings.server_tp)),
         *("--dtype", dtype if settings.dtype == "auto" else settings.dtype),
         *("--context-length", str(longest_sequence + CONTEXT_MARGIN)),
         *("--max-running-requests", str(batch_responses)),
@@ -93,8 +93,8 @@ def server_environment(settings: SglangSettings, index: int, *, on_cpu: bool) ->
     if on_cpu:
         # Without a number of its own SGLang binds threads to all cores, where they wait for the trainer's.
         return environment | {"SGLANG_USE_CPU_ENGINE": "1", "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
-    first = settings.first_gpu + index * settings.tp
-    return environment | {"CUDA_VISIBLE_DEVICES": _gpus(os.environ, first, settings.tp)}
+    first = settings.first_gpu + index * settings.server_tp
+    return environment | {"CUDA_VISIBLE_DEVICES": _gpus(os.environ, first, settings.server_tp)}
 
 
 def _gpus(environment: Mapping[str, str], first: int, count: int) -> str:

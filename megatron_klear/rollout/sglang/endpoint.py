@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from megatron_klear.errors import RolloutError
+from megatron_klear.records import FloatArray, IntArray
 from megatron_klear.rollout.endpoint import EndpointError, GeneratedPart, GenerationRequest, TokensCallback
 from megatron_klear.rollout.sglang.answers import NO_VERSION, AnswerReader, parse_version
 from megatron_klear.rollout.sglang.command import CONTEXT_MARGIN
@@ -105,6 +106,31 @@ class SglangEndpoint:
                 retry=False,
             )
         return part
+
+    async def score(self, token_ids: IntArray, *, timeout_seconds: float) -> FloatArray:
+        """Log-probability of every token of a sequence given those before it, at temperature 1; entry 0 is 0.
+
+        Raises:
+            EndpointError: no whole answer.
+        """
+        body = {
+            "input_ids": token_ids.tolist(),
+            "sampling_params": {"max_new_tokens": 0, "temperature": 1.0},
+            "return_logprob": True,
+            "logprob_start_len": 0,
+            "extra_key": f"version {self._version}",
+        }
+        try:
+            answer = await self.connection.post("/generate", body, timeout_seconds=timeout_seconds)
+            entries = answer["meta_info"]["input_token_logprobs"]
+            logprobs = np.array([0.0, *(float(entry[0]) for entry in entries[1:])], dtype=np.float32)
+        except (Refused, KeyError, TypeError, ValueError, IndexError) as error:
+            raise EndpointError(f"{self.name}: no logprobs of a given sequence: {error}", retry=False) from error
+        if len(logprobs) != len(token_ids):
+            raise EndpointError(
+                f"{self.name}: {len(logprobs)} logprobs of a sequence of {len(token_ids)} tokens", retry=False
+            )
+        return logprobs
 
     async def abort(self, request_id: str) -> None:
         """Interrupt a request; its `generate` then returns what it has, with finish reason `abort`."""

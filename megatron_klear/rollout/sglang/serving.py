@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from megatron_klear.config.serving import SglangSettings
 from megatron_klear.errors import ConfigError
-from megatron_klear.records import Prompt, RolloutGroup
+from megatron_klear.records import FloatArray, IntArray, Prompt, RolloutGroup
 from megatron_klear.rollout.engine import ProgressCallback, RolloutProgress, SamplingParams
 from megatron_klear.rollout.sglang.compatibility import EngineFacts, Expected, examine
 from megatron_klear.rollout.sglang.connection import Connection, Refused
@@ -140,6 +140,17 @@ class SglangEngine:
                 waiting()
 
         return self._run(answer, between)
+
+    def score(self, token_ids: IntArray, *, timeout_seconds: float) -> dict[str, FloatArray]:
+        """What every server says of a sequence, by name; see `SglangEndpoint.score`.
+
+        Raises:
+            EndpointError: a server gives no whole answer.
+        """
+        return {
+            engine.endpoint.name: self._loop.run(engine.endpoint.score(token_ids, timeout_seconds=timeout_seconds))
+            for engine in self.engines
+        }
 
     def _run(self, coroutine: Coroutine[Any, Any, _Result], between: Callable[[], None]) -> _Result:
         future = self._loop.start(coroutine)
