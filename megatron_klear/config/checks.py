@@ -221,7 +221,9 @@ def _check_serving(settings: Settings, architecture: Architecture | None, proble
             text = f"no {python}; run tools/setup_sglang.sh (KLEAR_SGLANG_VENV says where), or set sglang.urls"
             problems.add("sglang.venv", text)
         if architecture is not None:
-            problems.divides("model.num_attention_heads", architecture.num_attention_heads, sglang.server_tp, "sglang.server_tp")
+            problems.divides(
+                "model.num_attention_heads", architecture.num_attention_heads, sglang.server_tp, "sglang.server_tp"
+            )
         last = (sglang.port or 1) + sglang.servers - 1
         if last > 65535:
             problems.add("sglang.port", f"got {sglang.port}; {sglang.servers} servers need ports up to {last}")

@@ -20,8 +20,8 @@ import sys
 import time
 from pathlib import Path
 
-GRACE_SECONDS = 5.0
-"""Time that the server has to end by itself after SIGTERM, when the trainer asks for it."""
+GRACE_SECONDS = 10.0
+"""Time that the server has to end by itself after SIGTERM, when the trainer asks for it; SGLang looks every 5 s."""
 
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
