@@ -29,7 +29,7 @@ def fleet(folder: Path, **settings: Any) -> ServerFleet:
 
 def test_a_server_that_ends_while_starting_shows_the_end_of_its_log(tmp_path: Path) -> None:
     venv = fake_environment(tmp_path, "echo 'ImportError: no kernels'; exit 3")
-    with pytest.raises(RolloutError, match=r"(?s)server 0 ended with status 3 .*engine_0.log:\nImportError: no kernels"):
+    with pytest.raises(RolloutError, match=r"(?s)server 0 ended with status 3 .*_0.log:\nImportError: no kernels"):
         fleet(tmp_path, venv=venv).start_all()
 
 
