@@ -22,6 +22,7 @@ _POLL_SECONDS = (0.02, 0.5)
 """First and longest pause between two looks into the store."""
 
 _ALIVE_SECONDS = 1.0
+_READ_SECONDS = 10.0
 _Result = TypeVar("_Result")
 
 
@@ -65,6 +66,7 @@ class FirstRank:
             result = action()
         except BaseException as error:
             self._tell(key, _described(error))
+            self._wait_until_read(key)
             raise
         self._tell(key, {"result": result})
         return result
@@ -81,7 +83,22 @@ class FirstRank:
         if self._size > 1:
             _store().set(key, json.dumps(outcome))
 
+    def _wait_until_read(self, key: str) -> None:
+        """Let the others read of a failure before this rank ends, and with it perhaps the store."""
+        deadline = time.monotonic() + _READ_SECONDS
+        while self._size > 1 and _store().add(f"{key}/read", 0) < self._size - 1 and time.monotonic() < deadline:
+            time.sleep(_POLL_SECONDS[0])
+
     def _wait(self, key: str, what: str) -> Any:
+        try:
+            outcome = self._outcome(key, what)
+        except dist.DistError as error:
+            raise errors.RolloutError(f"the first rank ended while it was to {what}") from error
+        if "kind" in outcome:
+            raise _rebuilt(outcome)
+        return outcome["result"]
+
+    def _outcome(self, key: str, what: str) -> dict[str, Any]:
         store = _store()
         alive_key, sign = f"{self._name}/alive", b""
         heard, pause = time.monotonic(), _POLL_SECONDS[0]
@@ -97,13 +114,11 @@ class FirstRank:
                 )
             time.sleep(pause)
             pause = min(pause * 1.5, _POLL_SECONDS[1])
-        outcome = json.loads(store.get(key))
-        if store.add(f"{key}/read", 1) == self._size - 1:
+        outcome: dict[str, Any] = json.loads(store.get(key))
+        if store.add(f"{key}/read", 1) == self._size - 1 and "kind" not in outcome:
             store.delete_key(key)
             store.delete_key(f"{key}/read")
-        if "kind" in outcome:
-            raise _rebuilt(outcome)
-        return outcome["result"]
+        return outcome
 
 
 def _store() -> dist.Store:

@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -54,7 +55,7 @@ def command_line(pid: str) -> str:
     ],
 )
 def test_what_cannot_be_reached_stops_every_rank_with_status_2(
-    start: Callable[..., object], rl_overrides: Callable[[str], list[str]], override: str, text: str
+    start: Callable[..., Any], rl_overrides: Callable[[str], list[str]], override: str, text: str
 ) -> None:
     launch = start("train_rl", CONFIG, [*rl_overrides("unserved"), "rollout.engine=sglang", override])
     assert launch.wait(240) == [2, 2], launch.output()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import queue
 import socket
 import time
@@ -29,7 +30,7 @@ def rank_main(case: str, rank: int, port: int, results: Any) -> None:
     except Exception as error:
         outcome = (type(error).__name__, str(error))
     results.put((rank, outcome, len(beats)))
-    if case != "silent":
+    if case in ("result", "slow"):
         dist.barrier()
 
 
@@ -70,11 +71,15 @@ class Cases:
         return first.run("fail", fail)
 
     @staticmethod
+    def killed(first: FirstRank) -> Any:
+        return first.run("end", lambda: os._exit(1))
+
+    @staticmethod
     def surprise(first: FirstRank) -> Any:
         return first.run("divide", lambda: 1 / 0)
 
 
-def run(case: str) -> dict[int, tuple[Any, int]]:
+def run(case: str, answering: int = SIZE) -> dict[int, tuple[Any, int]]:
     context = multiprocessing.get_context("fork")
     results = context.Queue()
     with socket.socket() as probe:
@@ -85,7 +90,7 @@ def run(case: str) -> dict[int, tuple[Any, int]]:
         process.start()
     found = {}
     try:
-        for _ in ranks:
+        for _ in range(answering):
             rank, outcome, beats = results.get(timeout=60)
             found[rank] = (outcome, beats)
     except queue.Empty:
@@ -124,6 +129,12 @@ def test_errors_reach_every_rank_as_they_are(case: str, kind: str, text: str) ->
     for outcome, _ in run(case).values():
         assert outcome[0] == kind
         assert text in outcome[1]
+
+
+def test_a_first_rank_that_was_killed_is_named_at_once() -> None:
+    found = run("killed", answering=2)
+    for outcome, _ in found.values():
+        assert outcome == ("RolloutError", "the first rank ended while it was to end")
 
 
 def test_an_unexpected_error_reaches_the_others_with_its_name() -> None:
