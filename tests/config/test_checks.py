@@ -6,6 +6,8 @@ import json
 
 import pytest
 
+SGLANG = ["rollout.engine=sglang"]
+
 
 @pytest.mark.parametrize("entry", ["sft", "rl"])
 def test_the_base_settings_have_no_problem(problems, entry):
@@ -52,6 +54,13 @@ def test_the_base_settings_have_no_problem(problems, entry):
         (["model.vocab_size=5"], 1, "model.vocab_size", "fewer than the 6"),
         (["model.hf_dir=nowhere"], 1, "model.hf_dir", "No such file"),
         (["checkpoint.start_from=nowhere"], 1, "checkpoint.start_from", "no directory"),
+        ([*SGLANG, "sglang.venv=nowhere"], 1, "sglang.venv", "no nowhere/bin/python; run tools/setup_sglang.sh"),
+        ([*SGLANG, "sglang.urls=[host:80]"], 1, "sglang.urls", "'host:80', must be http://HOST:PORT"),
+        ([*SGLANG, "sglang.urls=[http://a:1,http://a:1]"], 1, "sglang.urls", "more than once"),
+        ([*SGLANG, "sglang.server_tp=3"], 1, "model.num_attention_heads", "a multiple of sglang.server_tp = 3"),
+        ([*SGLANG, "sglang.port=65535", "sglang.servers=2"], 1, "sglang.port", "2 servers need ports up to 65536"),
+        ([*SGLANG, "sglang.quantization=fp8"], 1, "weight_sync.verify", "set logprobs or checksum_or_logprobs"),
+        ([*SGLANG, "sglang.quantization=fp8", "run.device=cpu"], 1, "sglang.quantization", "needs a GPU"),
     ],
 )
 def test_a_combination_that_cannot_work_is_refused(problems, overrides, world_size, path, words):
@@ -134,3 +143,10 @@ def test_weights_must_be_there_and_agree_even_when_every_size_is_given(load, pro
     (hf_dir / "model.safetensors").unlink()
     (text,) = problems("model.preset=null", f"model.hf_dir={hf_dir}")
     assert "no *.safetensors" in text
+
+
+def test_sglangs_settings_are_judged_only_when_it_is_the_engine(problems):
+    bad = ["sglang.venv=nowhere", "sglang.quantization=fp8"]
+    assert problems(*bad) == []
+    assert len(problems(*SGLANG, *bad)) == 2
+    assert problems(*SGLANG, "sglang.urls=[http://a:1,https://b]") == []
