@@ -49,7 +49,7 @@ def test_settings_become_arguments(venv: str) -> None:
     assert found["--max-total-tokens"] == "9000"
     assert found["--max-running-requests"] == "32"
     assert found["--context-length"] == "108"
-    assert found["--more"] == "1"
+    assert found["--enable-x"] == "1"
     assert "--device" not in found
 
 
