@@ -87,6 +87,7 @@ setup(
         "jinja2",
         "math-verify",
         "matplotlib",
+        "httpx2",
         "psutil",
         "rich",
         "tensorboard",

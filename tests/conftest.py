@@ -1,10 +1,20 @@
-"""What holds for every test: one thread per process, no network, and a GPU for those alone that are marked `gpu`."""
+"""What holds for every test: one thread per process, no network, and a GPU for those alone that are marked `gpu`.
+
+Also SGLang's real servers, started once for all tests that need them, where SGLang's environment is there.
+"""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from megatron_klear.config.serving import SglangSettings
 
 # Before torch is imported anywhere, and inherited by every process that a test starts.
 for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
@@ -12,6 +22,9 @@ for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("MPLBACKEND", "Agg")
+
+SGLANG_LONGEST = 96
+"""Prompt and response together that the test servers take."""
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -33,3 +46,41 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in marked:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device, and `-m gpu`: torch sees none"))
+
+
+@pytest.fixture(scope="session")
+def sglang_settings() -> SglangSettings:
+    """Settings that name SGLang's environment; skips where there is none."""
+    from megatron_klear.config.serving import SglangSettings
+
+    venv = Path(os.environ.get("KLEAR_SGLANG_VENV") or Path(__file__).parents[1] / ".venv-sglang")
+    if not (venv / "bin" / "python").exists():
+        pytest.skip(f"needs SGLang's environment and {venv} is none; make it with tools/setup_sglang.sh")
+    return SglangSettings(venv=str(venv), stream_interval=4, start_seconds=400.0)
+
+
+@pytest.fixture(scope="session")
+def sglang_urls(sglang_settings: SglangSettings, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """URL of a real server by data type; they serve conformance's small Qwen3 and have no weights yet."""
+    from megatron_klear.conformance.compare import architecture
+    from megatron_klear.model import hf_config
+    from megatron_klear.rollout.sglang import ServerFleet
+
+    with ExitStack() as stack:
+        fleets = {}
+        for dtype in ("float32", "bfloat16"):
+            fleets[dtype] = stack.enter_context(
+                ServerFleet(
+                    sglang_settings,
+                    hf_config(architecture(tied=False), dtype=dtype),
+                    tmp_path_factory.mktemp(f"sglang_{dtype}"),
+                    dtype=dtype,
+                    on_cpu=True,
+                    batch_responses=16,
+                    longest_sequence=SGLANG_LONGEST,
+                )
+            )
+            fleets[dtype].start(0)
+        for fleet in fleets.values():
+            fleet.wait_ready(0)
+        yield {dtype: fleet.url(0) for dtype, fleet in fleets.items()}

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 from megatron_klear.config.architecture import (
     Architecture,
@@ -66,6 +67,8 @@ def find_problems(settings: Settings, *, entry: Entry, world_size: int, broken: 
     _check_rewards(settings, problems)
     if entry == "rl":
         _check_scheduling(settings, problems)
+    if settings.rollout.engine == "sglang":
+        _check_serving(settings, architecture, problems)
     _check_files(settings, entry, architecture, problems)
     return problems.texts
 
@@ -237,6 +240,38 @@ def _check_scheduling(settings: Settings, problems: Problems) -> None:
     source = scheduling.replay_from
     if source is not None and not (Path(source) / "ledger.sqlite").is_file():
         problems.add("scheduling.replay_from", f"{source} holds no ledger.sqlite; name a run directory of train_rl")
+
+
+def _check_serving(settings: Settings, architecture: Architecture | None, problems: Problems) -> None:
+    """Check that SGLang can be started or reached, and that a publish can be proved as it is asked for."""
+    sglang, verify = settings.sglang, settings.weight_sync.verify
+    for url in sglang.urls:
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname or parts.path not in ("", "/"):
+            problems.add("sglang.urls", f"got {url!r}, must be http://HOST:PORT")
+    for url in sorted({url for url in sglang.urls if sglang.urls.count(url) > 1}):
+        problems.add("sglang.urls", f"{url} is named more than once")
+    if not sglang.urls:
+        python = Path(sglang.venv) / "bin" / "python"
+        if not os.access(python, os.X_OK):
+            text = f"no {python}; run tools/setup_sglang.sh (KLEAR_SGLANG_VENV says where), or set sglang.urls"
+            problems.add("sglang.venv", text)
+        if architecture is not None:
+            problems.divides(
+                "model.num_attention_heads", architecture.num_attention_heads, sglang.server_tp, "sglang.server_tp"
+            )
+        last = (sglang.port or 1) + sglang.servers - 1
+        if last > 65535:
+            problems.add("sglang.port", f"got {sglang.port}; {sglang.servers} servers need ports up to {last}")
+    if sglang.quantization != "none" and verify == "checksum":
+        problems.add(
+            "weight_sync.verify",
+            f"got checksum, but with sglang.quantization = {sglang.quantization} an engine's weights are no longer the "
+            "trainer's; set logprobs or checksum_or_logprobs",
+            "sglang.quantization",
+        )
+    if sglang.quantization == "fp8" and settings.run.device == "cpu":
+        problems.add("sglang.quantization", "got fp8, which needs a GPU, and run.device is cpu")
 
 
 def _check_files(settings: Settings, entry: Entry, architecture: Architecture | None, problems: Problems) -> None:

@@ -29,6 +29,7 @@ from megatron_klear.config.fields import (
     Tokens,
     Unit,
 )
+from megatron_klear.config.serving import SglangSettings, WeightSyncSettings
 
 Entry = Literal["sft", "rl"]
 
@@ -197,8 +198,8 @@ class RlSettings:
 class RolloutSettings:
     """How responses are sampled for training."""
 
-    engine: Literal["local"] = "local"
-    """What generates: `local` is a transformers model inside the training processes."""
+    engine: Literal["local", "sglang"] = "local"
+    """What generates: a transformers model inside the training processes, or SGLang's servers (section `sglang`)."""
 
     responses_per_prompt: Annotated[int, Unit("responses"), Field(ge=2)] = 8
     """Responses of a group (M in the paper: 8); at least 2, since advantages compare within the group."""
@@ -213,7 +214,7 @@ class RolloutSettings:
     """Longest response; prompt and response together fill the paper's 32K."""
 
     batch_responses: Responses = 64
-    """Responses that one engine generates at a time."""
+    """Responses that one engine generates at a time; each SGLang server is one engine."""
 
     stop_tokens: tuple[str, ...] = ()
     """Tokens that end a response, by their text, besides the tokenizer's own end token."""
@@ -430,6 +431,8 @@ class Settings:
     rl: RlSettings = field(default_factory=RlSettings)
     rollout: RolloutSettings = field(default_factory=RolloutSettings)
     scheduling: SchedulingSettings = field(default_factory=SchedulingSettings)
+    sglang: SglangSettings = field(default_factory=SglangSettings)
+    weight_sync: WeightSyncSettings = field(default_factory=WeightSyncSettings)
     reward: RewardSettings = field(default_factory=RewardSettings)
     algorithm: AlgorithmSettings = field(default_factory=AlgorithmSettings)
     correction: CorrectionSettings = field(default_factory=CorrectionSettings)

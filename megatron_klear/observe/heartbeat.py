@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 LOGS_FOLDER = "logs"
+_RENEW_SECONDS = 1.0
 
 
 class Heartbeat:
@@ -28,9 +29,12 @@ class Heartbeat:
         folder = Path(run_dir) / LOGS_FOLDER
         folder.mkdir(parents=True, exist_ok=True)
         self._path = folder / f"rank_{rank:05d}.json"
+        self._last: tuple[int, str] = (0, "start")
+        self._written = 0.0
 
     def beat(self, step: int, phase: str) -> None:
         """Note that this rank now does `phase` of `step`; a full disk is no reason to stop."""
+        self._last, self._written = (step, phase), time.monotonic()
         # Replaced whole: a rank that is stopped in the middle of writing must not seem never to have reported.
         fresh = self._path.with_suffix(".new")
         try:
@@ -39,6 +43,11 @@ class Heartbeat:
             os.replace(fresh, self._path)
         except OSError:
             return
+
+    def renew(self) -> None:
+        """Note that this rank is still at what it noted last; writes once a second at most."""
+        if time.monotonic() - self._written > _RENEW_SECONDS:
+            self.beat(*self._last)
 
 
 def whereabouts(run_dir: str | Path, world_size: int) -> list[str]:

@@ -2,5 +2,6 @@
 
 from megatron_klear.parallel.context import reset_layout, start, stop
 from megatron_klear.parallel.cpu_device import cuda_means_cpu
+from megatron_klear.parallel.first_rank import FirstRank
 
-__all__ = ["cuda_means_cpu", "reset_layout", "start", "stop"]
+__all__ = ["FirstRank", "cuda_means_cpu", "reset_layout", "start", "stop"]

@@ -99,7 +99,7 @@ def _run(entry: Entry, body: Callable[[Settings, StopRequest], None], argv: Sequ
     logging.basicConfig(
         level=logging.INFO if rank == 0 else logging.ERROR, format="%(asctime)s %(message)s", datefmt="%H:%M:%S"
     )
-    for noisy in ("megatron.core", "torch", "transformers", "matplotlib"):
+    for noisy in ("megatron.core", "torch", "transformers", "matplotlib", "httpx2", "httpcore2"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
     stop = StopRequest()
     try:

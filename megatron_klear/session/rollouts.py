@@ -19,6 +19,7 @@ from megatron_klear.records import Grade, Prompt, RolloutGroup, ScoredGroup
 from megatron_klear.reward import AnswerFormat, GradeRequest, MathGraderPool, RewardRules
 from megatron_klear.rollout import LocalEngine, SamplingParams, merge_groups, shard_prompts
 from megatron_klear.rollout.ledger import scored_group
+from megatron_klear.session.serving import ServedEngine
 from megatron_klear.session.session import Session
 
 
@@ -50,12 +51,16 @@ class Rollouts:
         self.session = session
         settings, context = session.settings, session.context
         dtype = torch.bfloat16 if settings.model.dtype == "bfloat16" else torch.float32
-        self.engine = LocalEngine(
-            hf_config(session.arch, dtype=settings.model.dtype),
-            device=context.device,
-            dtype=dtype,
-            batch_responses=settings.rollout.batch_responses,
-        )
+        self.engine: LocalEngine | ServedEngine
+        if settings.rollout.engine == "sglang":
+            self.engine = ServedEngine(session)
+        else:
+            self.engine = LocalEngine(
+                hf_config(session.arch, dtype=settings.model.dtype),
+                device=context.device,
+                dtype=dtype,
+                batch_responses=settings.rollout.batch_responses,
+            )
         local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         reward = settings.reward
         self.graders = MathGraderPool(
@@ -81,7 +86,10 @@ class Rollouts:
 
     @property
     def attested(self) -> bool:
-        """Whether the engine is known to have the weights of its version: this one is handed the tensors themselves."""
+        """Whether the engine is known to have the weights of its version.
+
+        The one in this process is handed the tensors themselves, and no publish to servers ends without a proof.
+        """
         return True
 
     def publish(self, version: int) -> None:
@@ -161,7 +169,9 @@ class Rollouts:
         self, prompts: Sequence[Prompt], sampling: SamplingParams, num_responses: int, *, seed: int
     ) -> list[RolloutGroup]:
         world = self.session.context.world
-        mine = shard_prompts(prompts, world.rank, world.size)
+        # Servers take all prompts at once and balance them; an engine inside this process takes this rank's share.
+        served = isinstance(self.engine, ServedEngine)
+        mine = list(prompts) if served else shard_prompts(prompts, world.rank, world.size)
         with self.session.phase("generate", len(mine) * num_responses) as advance:
             done = 0
 
@@ -170,9 +180,13 @@ class Rollouts:
                 advance(progress.finished_responses - done)
                 done = progress.finished_responses
 
-            return self.engine.generate(
+            groups = self.engine.generate(
                 mine, num_responses=num_responses, sampling=sampling, seed=seed, on_progress=show
             )
+        if not served:
+            return groups
+        share = {prompt.prompt_id for prompt in shard_prompts(prompts, world.rank, world.size)}
+        return [group for group in groups if group.prompt.prompt_id in share]
 
     def grade(self, groups: Sequence[RolloutGroup]) -> list[tuple[Grade, ...]]:
         """Grades of each group's responses, which are decoded without the end-of-turn token that closes them."""

@@ -6,6 +6,8 @@ import json
 
 import pytest
 
+SGLANG = ["rollout.engine=sglang"]
+
 
 @pytest.mark.parametrize("entry", ["sft", "rl"])
 def test_the_base_settings_have_no_problem(problems, entry):
@@ -60,6 +62,13 @@ def test_the_base_settings_have_no_problem(problems, entry):
         (["checkpoint.start_from=nowhere"], 1, "checkpoint.start_from", "no directory"),
         (["checkpoint.start_from=/"], 1, "checkpoint.start_from", "no checkpoint in /"),
         (["tokenizer.think_end=<think>"], 1, "tokenizer.think_end", "must differ"),
+        ([*SGLANG, "sglang.venv=nowhere"], 1, "sglang.venv", "no nowhere/bin/python; run tools/setup_sglang.sh"),
+        ([*SGLANG, "sglang.urls=[host:80]"], 1, "sglang.urls", "'host:80', must be http://HOST:PORT"),
+        ([*SGLANG, "sglang.urls=[http://a:1,http://a:1]"], 1, "sglang.urls", "more than once"),
+        ([*SGLANG, "sglang.server_tp=3"], 1, "model.num_attention_heads", "a multiple of sglang.server_tp = 3"),
+        ([*SGLANG, "sglang.port=65535", "sglang.servers=2"], 1, "sglang.port", "2 servers need ports up to 65536"),
+        ([*SGLANG, "sglang.quantization=fp8"], 1, "weight_sync.verify", "set logprobs or checksum_or_logprobs"),
+        ([*SGLANG, "sglang.quantization=fp8", "run.device=cpu"], 1, "sglang.quantization", "needs a GPU"),
     ],
 )
 def test_a_combination_that_cannot_work_is_refused(problems, overrides, world_size, path, words):
@@ -156,3 +165,10 @@ def test_checkpoints_to_start_from_are_found_where_they_may_lie(problems, tmp_pa
 def test_a_run_that_has_begun_needs_no_weights_to_start_from(problems, tmp_path):
     (tmp_path / "run" / "checkpoints" / "step_00000002").mkdir(parents=True)
     assert problems(f"checkpoint.start_from={tmp_path}/gone") == []
+
+
+def test_sglangs_settings_are_judged_only_when_it_is_the_engine(problems):
+    bad = ["sglang.venv=nowhere", "sglang.quantization=fp8"]
+    assert problems(*bad) == []
+    assert len(problems(*SGLANG, *bad)) == 2
+    assert problems(*SGLANG, "sglang.urls=[http://a:1,https://b]") == []

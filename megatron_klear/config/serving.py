@@ -1,0 +1,88 @@
+"""Settings of the serving engines and of how weights reach them."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from megatron_klear.config.fields import SECTION, NonNegative, Positive, PositiveFloat, Ranks, Seconds, Tokens, Unit
+
+
+@dataclass(frozen=True, kw_only=True, config=SECTION)
+class SglangSettings:
+    """SGLang's servers; used when `rollout.engine` is sglang."""
+
+    venv: Annotated[str, Field(min_length=1)] = ".venv-sglang"
+    """Virtual environment that the servers run in, as tools/setup_sglang.sh makes it; not used with `sglang.urls`."""
+
+    urls: tuple[str, ...] = ()
+    """Servers that run already, as http://HOST:PORT; none starts `sglang.servers` on the first rank's machine."""
+
+    servers: Annotated[int, Unit("servers"), Positive] = 1
+    """Servers to start, each with `sglang.server_tp` GPUs of its own where there are GPUs."""
+
+    server_tp: Ranks = 1
+    """Tensor parallel size of each server."""
+
+    first_gpu: Annotated[int, Unit("number"), NonNegative] = 0
+    """Number of the first GPU for the servers that are started; the others take the GPUs after it."""
+
+    host: Annotated[str, Field(min_length=1)] = "127.0.0.1"
+    """Address that started servers listen on; another machine's trainer needs one that it can reach."""
+
+    port: Annotated[int | None, Unit("number"), Field(ge=1, le=65535)] = None
+    """Port of the first started server, the others take the ports after it; null finds free ones."""
+
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Data type of weights and computation in started servers; auto takes `model.dtype`."""
+
+    quantization: Literal["none", "fp8"] = "none"
+    """fp8 has started servers quantise the weights they are sent; their checksums are then no longer the trainer's."""
+
+    memory_fraction: Annotated[float | None, Field(gt=0, lt=1)] = None
+    """Share of a GPU's memory for weights and KV cache; null leaves it to SGLang."""
+
+    max_total_tokens: Annotated[int | None, Unit("tokens"), Positive] = None
+    """Tokens that a server's KV cache holds; null leaves it to SGLang, on a CPU it fits `rollout.batch_responses`."""
+
+    stream_interval: Tokens = 64
+    """Tokens between two reports of progress on a response."""
+
+    extra_args: tuple[str, ...] = ()
+    """More arguments of `sglang.launch_server`, as they would stand on its command line."""
+
+    start_seconds: Seconds = 1800.0
+    """How long a server may take to start, compiling included, before it is given up."""
+
+    idle_seconds: Seconds = 600.0
+    """How long a response may go without a new token before it is given up; there is no limit on its whole time."""
+
+    retries: Annotated[int, Unit("retries"), NonNegative] = 3
+    """How often a response is asked for again after a failure that may pass, on another server where there is one."""
+
+
+@dataclass(frozen=True, kw_only=True, config=SECTION)
+class WeightSyncSettings:
+    """How the trainer's weights reach the serving engines; used when `rollout.engine` is sglang."""
+
+    transport: Literal["auto", "disk", "distributed", "tensor"] = "auto"
+    """By files in `run.dir`/weights, by broadcast (gloo or NCCL), or through memory of the machine; auto takes tensor
+    when all servers run on the first rank's machine, and distributed otherwise."""
+
+    pause_mode: Literal["abort", "in_place", "retract"] = "abort"
+    """What a publish does to unfinished responses: end them, keep them with their KV cache, or recompute that."""
+
+    bucket_bytes: Annotated[int, Unit("bytes"), Field(ge=2**10)] = 512 * 2**20
+    """Weights are sent in buckets of about this size; two of them are in memory at a time."""
+
+    verify: Literal["checksum", "logprobs", "checksum_or_logprobs"] = "checksum"
+    """Proof of every publish: each tensor's checksum; the log-probabilities of a probe sequence; or checksums where
+    the engine can tell them and log-probabilities where not. Without a proof the run stops."""
+
+    logprob_tolerance: PositiveFloat = 0.05
+    """Largest difference between engine and trainer on the probe sequence, in nats."""
+
+    timeout_seconds: Seconds = 900.0
+    """How long one exchange with an engine may take during a publish."""

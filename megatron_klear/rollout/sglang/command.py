@@ -1,0 +1,115 @@
+"""The command line and environment of one SGLang server."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from megatron_klear.config.serving import SglangSettings
+from megatron_klear.errors import ConfigError
+
+CONTEXT_MARGIN = 8
+"""Tokens of its context that SGLang does not fill: it refuses or cuts short what comes closer (6 in 0.5.23)."""
+
+CPU_ARGUMENTS = ("--device", "cpu", "--attention-backend", "torch_native")
+
+
+def server_python(settings: SglangSettings) -> Path:
+    """The Python of SGLang's environment.
+
+    Raises:
+        ConfigError: there is none at `sglang.venv`.
+    """
+    python = Path(settings.venv) / "bin" / "python"
+    if not os.access(python, os.X_OK):
+        raise ConfigError(
+            [f"sglang.venv: no {python}; run tools/setup_sglang.sh (KLEAR_SGLANG_VENV says where), or name running "
+             "servers in sglang.urls"]
+        )  # fmt: skip
+    return python
+
+
+def server_command(
+    settings: SglangSettings,
+    model_dir: Path,
+    *,
+    dtype: str,
+    port: int,
+    on_cpu: bool,
+    batch_responses: int,
+    longest_sequence: int,
+) -> list[str]:
+    """Program and arguments that start one server.
+
+    It starts with weights of no meaning, since the trainer's arrive before the first request, and without a
+    tokenizer, since requests and answers are token ids.
+
+    Args:
+        settings: section `sglang`.
+        model_dir: directory with the model's config.json.
+        dtype: data type where `sglang.dtype` is auto.
+        port: to listen on.
+        on_cpu: whether it computes on the CPU.
+        batch_responses: responses generated at a time.
+        longest_sequence: prompt and response together, in tokens.
+    """
+    arguments = [
+        *("--model-path", str(model_dir)),
+        *("--load-format", "dummy"),
+        "--skip-tokenizer-init",
+        *("--host", settings.host),
+        *("--port", str(port)),
+        *("--tp-size", str(settings.server_tp)),
+        *("--dtype", dtype if settings.dtype == "auto" else settings.dtype),
+        *("--context-length", str(longest_sequence + CONTEXT_MARGIN)),
+        *("--max-running-requests", str(batch_responses)),
+        *("--stream-interval", str(settings.stream_interval)),
+        "--incremental-streaming-output",
+        "--skip-server-warmup",
+        "--sleep-on-idle",
+    ]
+    max_total_tokens = settings.max_total_tokens
+    if on_cpu:
+        arguments += CPU_ARGUMENTS
+        if max_total_tokens is None:
+            # What SGLang would take by itself is most of the machine's memory.
+            max_total_tokens = batch_responses * (longest_sequence + CONTEXT_MARGIN)
+    if max_total_tokens is not None:
+        arguments += ["--max-total-tokens", str(max_total_tokens)]
+    if settings.memory_fraction is not None:
+        arguments += ["--mem-fraction-static", str(settings.memory_fraction)]
+    if settings.quantization != "none":
+        arguments += ["--quantization", settings.quantization]
+    return [str(server_python(settings)), "-m", "sglang.launch_server", *arguments, *settings.extra_args]
+
+
+def server_environment(settings: SglangSettings, index: int, *, on_cpu: bool) -> dict[str, str]:
+    """Environment variables of server number `index`: the trainer's, less what would steer the server wrongly."""
+    environment = {name: value for name, value in os.environ.items() if not _is_the_trainers(name)}
+    environment |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
+    # The margin may exceed the model's positions; no token is ever placed there.
+    environment["SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN"] = "1"
+    if on_cpu:
+        # Without a number of its own SGLang binds threads to all cores, where they wait for the trainer's.
+        return environment | {"SGLANG_USE_CPU_ENGINE": "1", "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+    first = settings.first_gpu + index * settings.server_tp
+    return environment | {"CUDA_VISIBLE_DEVICES": _gpus(os.environ, first, settings.server_tp)}
+
+
+def _gpus(environment: Mapping[str, str], first: int, count: int) -> str:
+    visible = environment.get("CUDA_VISIBLE_DEVICES")
+    names = [str(n) for n in range(first + count)] if visible is None else visible.split(",")
+    if len(names) < first + count:
+        raise ConfigError(
+            [f"sglang.servers: needs GPUs {first} to {first + count - 1}, and CUDA_VISIBLE_DEVICES shows {len(names)}"]
+        )
+    return ",".join(names[first : first + count])
+
+
+def _is_the_trainers(name: str) -> bool:
+    """Whether a variable speaks of the trainer's Python or of its process group."""
+    return name.startswith(("TORCHELASTIC_", "PYTHON")) or name in (
+        *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_RANK"),
+        *("ROLE_NAME", "ROLE_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "VIRTUAL_ENV", "CUDA_VISIBLE_DEVICES"),
+    )

@@ -1,0 +1,214 @@
+"""One SGLang server as an `Endpoint`: requests are token ids, answers are tokens with logprobs and versions."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from megatron_klear.errors import RolloutError
+from megatron_klear.records import FloatArray, IntArray
+from megatron_klear.rollout.endpoint import EndpointError, GeneratedPart, GenerationRequest, TokensCallback
+from megatron_klear.rollout.sglang.answers import NO_VERSION, AnswerReader, parse_version
+from megatron_klear.rollout.sglang.command import CONTEXT_MARGIN
+from megatron_klear.rollout.sglang.connection import Connection, Refused
+
+_ALIVE_SECONDS = 10.0
+_ABORT_SECONDS = 10.0
+
+
+class SglangEndpoint:
+    """One server; implements `Endpoint`.
+
+    Args:
+        connection: to the server.
+        vocab_size: of the model; a token outside it would end a server on a CPU, so none is sent.
+        context_length: longest sequence that the server takes, in tokens.
+        incremental: whether the server streams new tokens only (its --incremental-streaming-output).
+        stream_interval: tokens between two chunks of a stream.
+        idle_seconds: longest time without a new token.
+    """
+
+    def __init__(
+        self,
+        connection: Connection,
+        *,
+        vocab_size: int,
+        context_length: int,
+        incremental: bool,
+        stream_interval: int = 64,
+        idle_seconds: float = 600.0,
+    ) -> None:
+        self.connection = connection
+        self._vocab_size = vocab_size
+        self._context_length = context_length
+        self._incremental = incremental
+        self._stream_interval = stream_interval
+        self._idle_seconds = idle_seconds
+        self._version = NO_VERSION
+
+    @property
+    def name(self) -> str:
+        """As in `engine 3 (http://127.0.0.1:30000)`."""
+        return self.connection.name
+
+    def use_version(self, version: int) -> None:
+        """Have requests from now on share cached prefixes only with requests of this version of the weights.
+
+        A publish that leaves unfinished responses in place cannot empty the prefix cache, and what old weights computed
+        of a prompt would be taken for the new ones': tens of percent off in probability, for a prompt of which no more
+        than the first token was seen before.
+        """
+        self._version = version
+
+    async def generate(self, request: GenerationRequest, on_tokens: TokensCallback | None = None) -> GeneratedPart:
+        """Draw the tokens of one request.
+
+        Raises:
+            EndpointError: no whole answer came; `retry` says whether the same request may be sent elsewhere.
+            RolloutError: the request itself is wrong.
+        """
+        self._check(request)
+        reader = AnswerReader(self.name, vocab_size=self._vocab_size, incremental=self._incremental)
+        finished = False
+        try:
+            async with asyncio.timeout(self._idle_seconds) as limit:
+                async for chunk in self.connection.stream("/generate", self._body(request)):
+                    before = reader.num_tokens
+                    reader.add(chunk)
+                    if reader.num_tokens > before:
+                        limit.reschedule(asyncio.get_running_loop().time() + self._idle_seconds)
+                        if on_tokens is not None:
+                            on_tokens(reader.num_tokens)
+            finished = True
+        except TimeoutError as error:
+            raise EndpointError(
+                f"{self.name}: no new token of request {request.request_id} for {self._idle_seconds:g} s "
+                f"(sglang.idle_seconds), {reader.num_tokens} tokens in",
+                retry=True,
+            ) from error
+        except Refused as refusal:
+            finished = True
+            if refusal.status == 400:
+                what = f"request {request.request_id} of {len(request.token_ids)} tokens"
+                raise RolloutError(f"{self.name} refuses {what}: {refusal.text}") from refusal
+            raise EndpointError(f"{self.name}: /generate answered {refusal}; is it SGLang?", retry=True) from refusal
+        finally:
+            if not finished:
+                await self._abandon(request.request_id)
+        part = reader.finish()
+        if part.finish_reason == "length" and len(part.token_ids) < request.max_new_tokens:
+            raise EndpointError(
+                f"{self.name}: ended request {request.request_id} at {len(part.token_ids)} of "
+                f"{request.max_new_tokens} tokens; its context or KV cache is too small (sglang.max_total_tokens)",
+                retry=False,
+            )
+        return part
+
+    async def score(self, token_ids: IntArray, *, timeout_seconds: float) -> FloatArray:
+        """Log-probability of every token of a sequence given those before it, at temperature 1; entry 0 is 0.
+
+        Raises:
+            EndpointError: no whole answer.
+        """
+        body = {
+            "input_ids": token_ids.tolist(),
+            "sampling_params": {"max_new_tokens": 0, "temperature": 1.0},
+            "return_logprob": True,
+            "logprob_start_len": 0,
+            "extra_key": f"version {self._version}",
+        }
+        try:
+            answer = await self.connection.post("/generate", body, timeout_seconds=timeout_seconds)
+            entries = answer["meta_info"]["input_token_logprobs"]
+            logprobs = np.array([0.0, *(float(entry[0]) for entry in entries[1:])], dtype=np.float32)
+        except (Refused, KeyError, TypeError, ValueError, IndexError) as error:
+            raise EndpointError(f"{self.name}: no logprobs of a given sequence: {error}", retry=False) from error
+        if len(logprobs) != len(token_ids):
+            raise EndpointError(
+                f"{self.name}: {len(logprobs)} logprobs of a sequence of {len(token_ids)} tokens", retry=False
+            )
+        return logprobs
+
+    async def abort(self, request_id: str | None) -> None:
+        """Interrupt a request, None all of them; `generate` then returns what it has, finish reason `abort`."""
+        body = {"rid": "", "abort_all": True} if request_id is None else {"rid": request_id}
+        try:
+            await self.connection.post_for_text("/abort_request", body, timeout_seconds=_ABORT_SECONDS)
+        except Refused as refusal:
+            raise EndpointError(f"{self.name}: /abort_request answered {refusal}", retry=False) from refusal
+
+    async def check(self) -> int:
+        """Return the version of the weights in use, -1 for those that no trainer has sent.
+
+        Raises:
+            EndpointError: it is not alive.
+        """
+        # Not /health: that one generates a token, and waits in vain while generation is paused.
+        try:
+            info = await self.connection.get("/model_info", timeout_seconds=_ALIVE_SECONDS)
+            self.use_version(parse_version(info["weight_version"]))
+            return self._version
+        except (Refused, KeyError, TypeError, ValueError) as error:
+            raise EndpointError(f"{self.name}: /model_info tells no weight version: {error}", retry=True) from error
+
+    async def close(self) -> None:
+        """Release connections; a second call does nothing."""
+        await self.connection.close()
+
+    async def _abandon(self, request_id: str) -> None:
+        """Have the server drop a request that nobody waits for; it may be gone itself."""
+        try:
+            await asyncio.shield(self.abort(request_id))
+        except EndpointError:
+            return
+
+    def _check(self, request: GenerationRequest) -> None:
+        """Refuse what would fail on every engine, or end it.
+
+        Raises:
+            RolloutError: names the settings.
+        """
+        ids, problems = request.token_ids, []
+        if len(ids) == 0:
+            problems.append("it has no tokens")
+        elif ids.min() < 0 or ids.max() >= self._vocab_size:
+            problems.append(
+                f"it holds token ids from {ids.min()} to {ids.max()}, outside the vocabulary of {self._vocab_size} "
+                "(tokenizer.dir, model.vocab_size)"
+            )
+        outside = [token for token in request.sampling.stop_token_ids if not 0 <= token < self._vocab_size]
+        if outside:
+            problems.append(
+                f"stop tokens {outside} are outside the vocabulary of {self._vocab_size} (rollout.stop_tokens)"
+            )
+        if request.max_new_tokens < 1:
+            problems.append(f"max_new_tokens is {request.max_new_tokens}; it must be at least 1")
+        elif len(ids) + request.max_new_tokens + CONTEXT_MARGIN > self._context_length:
+            problems.append(
+                f"{len(ids)} tokens, {request.max_new_tokens} more and a margin of {CONTEXT_MARGIN} exceed the "
+                f"engine's context of {self._context_length} (rollout.max_response_tokens, data.max_prompt_tokens)"
+            )
+        if problems:
+            raise RolloutError(f"{self.name} cannot serve request {request.request_id}: " + "; ".join(problems))
+
+    def _body(self, request: GenerationRequest) -> Mapping[str, Any]:
+        sampling = request.sampling
+        return {
+            "rid": request.request_id,
+            "input_ids": np.asarray(request.token_ids).tolist(),
+            "sampling_params": {
+                "max_new_tokens": request.max_new_tokens,
+                "temperature": sampling.temperature,
+                "top_p": sampling.top_p if sampling.temperature > 0 else 1.0,
+                "stop_token_ids": list(sampling.stop_token_ids) or None,
+                "sampling_seed": int(request.seed) % 2**63,
+                "stream_interval": self._stream_interval,
+                "skip_special_tokens": False,
+            },
+            "extra_key": f"version {self._version}",
+            "return_logprob": True,
+            "stream": True,
+        }

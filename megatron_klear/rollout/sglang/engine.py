@@ -1,0 +1,203 @@
+"""Rollouts from several servers at once, for a caller that waits: whole groups, each at the least busy server."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import itertools
+import logging
+import time
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from megatron_klear.errors import RolloutError
+from megatron_klear.records import Prompt, Rollout, RolloutGroup
+from megatron_klear.rollout.endpoint import Endpoint, EndpointError, GeneratedPart, GenerationRequest
+from megatron_klear.rollout.engine import ProgressCallback, RolloutProgress, SamplingParams
+from megatron_klear.rollout.sharding import require_unique_ids
+
+log = logging.getLogger(__name__)
+
+_RETRY_PAUSE_SECONDS = 0.5
+_PROGRESS_SECONDS = 0.2
+
+
+class EndpointPool:
+    """Shares requests over endpoints; used from one event loop.
+
+    Args:
+        endpoints: at least one.
+        in_flight: requests that one endpoint has at a time.
+        retries: how often a request is sent again after a failure that may pass.
+    """
+
+    def __init__(self, endpoints: Sequence[Endpoint], *, in_flight: int, retries: int) -> None:
+        if not endpoints:
+            raise RolloutError("there is no engine to generate with (sglang.servers, sglang.urls)")
+        self.endpoints = tuple(endpoints)
+        self._slots = [asyncio.Semaphore(in_flight) for _ in endpoints]
+        self._outstanding = [0] * len(endpoints)
+        self._retries = retries
+        self.failures = 0
+        self._numbers = itertools.count()
+
+    async def generate(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        num_responses: int,
+        sampling: SamplingParams,
+        seed: int,
+        on_progress: ProgressCallback | None = None,
+    ) -> list[RolloutGroup]:
+        """Draw `num_responses` responses to each prompt; groups come back in the order of `prompts`.
+
+        A request's seed depends on (seed, prompt_id, index of the response) alone; whether tokens do is the engine's
+        matter.
+
+        Raises:
+            RolloutError: a request that cannot be served, or one that failed more often than it is retried.
+        """
+        require_unique_ids(prompts)
+        if num_responses < 1:
+            raise RolloutError(f"num_responses is {num_responses} (rollout.responses_per_prompt); must be at least 1")
+        progress = _Progress(len(prompts) * num_responses, on_progress)
+        rollouts: dict[tuple[str, int], Rollout] = {}
+
+        async def one(prompt: Prompt, index: int, place: int) -> None:
+            rollouts[prompt.prompt_id, index] = await self._respond(prompt, index, sampling, seed, place, progress)
+
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                for prompt in prompts:
+                    # A whole group at one server: all but the first of it find the prompt in its cache.
+                    place = self._least_busy()
+                    self._outstanding[place] += num_responses
+                    for index in range(num_responses):
+                        tasks.create_task(one(prompt, index, place))
+        except BaseExceptionGroup as group:
+            raise group.exceptions[0] from group
+        progress.report(last=True)
+        return [
+            RolloutGroup(prompt=prompt, rollouts=tuple(rollouts[prompt.prompt_id, i] for i in range(num_responses)))
+            for prompt in prompts
+        ]
+
+    async def _respond(
+        self, prompt: Prompt, index: int, sampling: SamplingParams, seed: int, place: int, progress: _Progress
+    ) -> Rollout:
+        """One response; parts that were interrupted are continued, and failures tried again."""
+        key = (prompt.prompt_id, index)
+        parts: list[GeneratedPart] = []
+        failures = 0
+        try:
+            while True:
+                request = self._request(prompt, index, sampling, seed, parts)
+                done = sum(len(part.token_ids) for part in parts)
+                try:
+                    async with self._slots[place]:
+                        part = await self.endpoints[place].generate(request, progress.counter(key, done))
+                    if part.finish_reason == "abort" and not len(part.token_ids):
+                        name = self.endpoints[place].name
+                        raise EndpointError(f"{name}: gave request {request.request_id} back untouched", retry=True)
+                except EndpointError as error:
+                    self.failures += 1
+                    failures += 1
+                    progress.count(key, done)
+                    if not error.retry or failures > self._retries:
+                        raise
+                    log.warning("%s; asking again (%d of %d, sglang.retries)", error, failures, self._retries)
+                    await asyncio.sleep(_RETRY_PAUSE_SECONDS * failures)
+                    place = self._moved(place)
+                    continue
+                parts.append(part)
+                length = done + len(part.token_ids)
+                if part.finish_reason != "abort":
+                    return _joined(parts)
+                if length >= sampling.max_response_tokens:
+                    return _joined(parts, finish_reason="length")
+        finally:
+            self._outstanding[place] -= 1
+            if parts and parts[-1].finish_reason != "abort":
+                progress.finish(key)
+
+    def _request(
+        self, prompt: Prompt, index: int, sampling: SamplingParams, seed: int, parts: Sequence[GeneratedPart]
+    ) -> GenerationRequest:
+        done = sum(len(part.token_ids) for part in parts)
+        return GenerationRequest(
+            request_id=f"{prompt.prompt_id}#{index}-{seed:x}-{next(self._numbers)}",
+            token_ids=np.concatenate([prompt.token_ids, *(part.token_ids for part in parts)]),
+            max_new_tokens=sampling.max_response_tokens - done,
+            sampling=sampling,
+            seed=request_seed(seed, prompt.prompt_id, index, done),
+        )
+
+    def _least_busy(self) -> int:
+        return min(range(len(self.endpoints)), key=self._outstanding.__getitem__)
+
+    def _moved(self, place: int) -> int:
+        """Another endpoint than `place` where there is one; keeps the count of what each has."""
+        others = [i for i in range(len(self.endpoints)) if i != place] or [place]
+        chosen = min(others, key=self._outstanding.__getitem__)
+        self._outstanding[place] -= 1
+        self._outstanding[chosen] += 1
+        return chosen
+
+
+class _Progress:
+    """Counts tokens and finished responses, and passes them on now and then."""
+
+    def __init__(self, total: int, callback: ProgressCallback | None) -> None:
+        self._total = total
+        self._callback = callback
+        self._tokens: dict[tuple[str, int], int] = {}
+        self._generated = 0
+        self._finished = 0
+        self._reported = 0.0
+
+    def counter(self, key: tuple[str, int], done: int) -> Callable[[int], None]:
+        """What an endpoint calls for one request; `done` tokens came from earlier parts."""
+        return lambda tokens: self.count(key, done + tokens)
+
+    def count(self, key: tuple[str, int], tokens: int) -> None:
+        self._generated += tokens - self._tokens.get(key, 0)
+        self._tokens[key] = tokens
+        self.report()
+
+    def finish(self, key: tuple[str, int]) -> None:
+        self._finished += 1
+        self.report()
+
+    def report(self, *, last: bool = False) -> None:
+        now = time.monotonic()
+        if self._callback is None or (now - self._reported < _PROGRESS_SECONDS and not last):
+            return
+        self._reported = now
+        self._callback(
+            RolloutProgress(
+                finished_responses=self._finished, total_responses=self._total, generated_tokens=self._generated
+            )
+        )
+
+
+def request_seed(seed: int, prompt_id: str, index: int, position: int) -> int:
+    """A seed in [0, 2^63) for one request: of its own for every response, and for every part of one."""
+    digest = hashlib.blake2b(f"{seed}\n{index}\n{position}\n{prompt_id}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def _joined(parts: Sequence[GeneratedPart], *, finish_reason: str | None = None) -> Rollout:
+    versions: list[tuple[int, int]] = []
+    for version, count in itertools.chain.from_iterable(part.policy_versions for part in parts):
+        if versions and versions[-1][0] == version:
+            versions[-1] = (version, versions[-1][1] + count)
+        else:
+            versions.append((version, count))
+    return Rollout(
+        response_ids=np.concatenate([part.token_ids for part in parts]),
+        rollout_logprobs=np.concatenate([part.logprobs for part in parts]),
+        finish_reason=parts[-1].finish_reason if finish_reason is None else "length",
+        policy_versions=tuple(versions),
+    )

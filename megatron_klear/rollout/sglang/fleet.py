@@ -1,0 +1,220 @@
+"""The servers that a run starts: as many as the settings say, each with a port, a log and a place in the fleet."""
+
+from __future__ import annotations
+
+import atexit
+import json
+import logging
+import re
+import socket
+import time
+import weakref
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import httpx2
+
+from megatron_klear.config.serving import SglangSettings
+from megatron_klear.errors import ConfigError, RolloutError
+from megatron_klear.rollout.sglang.command import server_command, server_environment
+from megatron_klear.rollout.sglang.process import ServerProcess
+
+log = logging.getLogger(__name__)
+
+_POLL_SECONDS = 0.25
+_PORT_ATTEMPTS = 3
+_PORT_TAKEN = re.compile(r"address already in use|port .*(in use|not available)", re.IGNORECASE)
+
+_fleets: weakref.WeakSet[ServerFleet] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_all() -> None:
+    for fleet in list(_fleets):
+        fleet.close()
+
+
+class ServerFleet:
+    """SGLang servers on this machine, ended with this process whatever ends it.
+
+    Args:
+        settings: section `sglang`.
+        hf_config: the model's config.json.
+        run_dir: logs go to `logs/engine_*.log` below it, the config to `logs/engine_model`.
+        dtype: the trainer's data type, for `sglang.dtype` auto.
+        on_cpu: whether the servers compute on the CPU.
+        batch_responses: responses that one server generates at a time.
+        longest_sequence: prompt and response together, in tokens.
+    """
+
+    def __init__(
+        self,
+        settings: SglangSettings,
+        hf_config: Mapping[str, Any],
+        run_dir: Path,
+        *,
+        dtype: str,
+        on_cpu: bool,
+        batch_responses: int,
+        longest_sequence: int,
+    ) -> None:
+        self._settings = settings
+        self._logs = run_dir / "logs"
+        self._on_cpu = on_cpu
+        self._model_dir = self._logs / "engine_model"
+        self._model_dir.mkdir(parents=True, exist_ok=True)
+        (self._model_dir / "config.json").write_text(json.dumps(hf_config, indent=1) + "\n")
+        self._shape: dict[str, Any] = {
+            "dtype": dtype,
+            "on_cpu": on_cpu,
+            "batch_responses": batch_responses,
+            "longest_sequence": longest_sequence,
+        }
+        self._processes: dict[int, ServerProcess] = {}
+        self._ports: dict[int, int] = {}
+        _fleets.add(self)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def start(self, index: int) -> None:
+        """Start server number `index`, or start it anew on a port of its own; it is not ready yet.
+
+        Raises:
+            ConfigError: no SGLang environment, too few GPUs, or a fixed port that is taken.
+        """
+        self.stop(index)
+        port = self._choose_port(index)
+        command = server_command(self._settings, self._model_dir.absolute(), port=port, **self._shape)
+        environment = server_environment(self._settings, index, on_cpu=self._on_cpu)
+        self._ports[index] = port
+        self._processes[index] = ServerProcess(command, environment, self._logs / f"engine_{index}.log")
+
+    def start_all(self, waiting: Callable[[], None] | None = None) -> list[str]:
+        """Start all servers at once and wait until each answers.
+
+        Args:
+            waiting: called while waiting, several times a second.
+
+        Returns:
+            their URLs, in order.
+
+        Raises:
+            ConfigError: see `start`.
+            RolloutError: a server ended or is not ready in time; carries the end of its log.
+        """
+        try:
+            for index in range(self._settings.servers):
+                self.start(index)
+            for index in range(self._settings.servers):
+                self.wait_ready(index, waiting)
+        except BaseException:
+            self.close()
+            raise
+        return [self.url(index) for index in range(self._settings.servers)]
+
+    def url(self, index: int) -> str:
+        """Where server number `index` answers."""
+        host = "127.0.0.1" if self._settings.host == "0.0.0.0" else self._settings.host
+        return f"http://{host}:{self._ports[index]}"
+
+    def pid(self, index: int) -> int:
+        """Process id of the server's supervisor."""
+        return self._processes[index].pid
+
+    def is_alive(self, index: int) -> bool:
+        """Whether the server's process runs; it may not be ready yet."""
+        process = self._processes.get(index)
+        return process is not None and process.exit_status() is None
+
+    def log_tail(self, index: int) -> str:
+        """The end of the server's log."""
+        return self._processes[index].log_tail()
+
+    def wait_ready(self, index: int, waiting: Callable[[], None] | None = None) -> None:
+        """Wait until a started server answers; one whose free port was taken meanwhile is given another.
+
+        Raises:
+            RolloutError: it ended, or is not ready after `sglang.start_seconds`; carries the end of its log.
+        """
+        deadline = time.monotonic() + self._settings.start_seconds
+        attempts = 1
+        with httpx2.Client(trust_env=False, timeout=5.0) as client:
+            while not _is_ready(client, self.url(index)):
+                process = self._processes[index]
+                status = process.exit_status()
+                if status is not None:
+                    tail = process.log_tail()
+                    if _PORT_TAKEN.search(tail) and self._settings.port is None and attempts < _PORT_ATTEMPTS:
+                        attempts += 1
+                        self.start(index)
+                        continue
+                    raise RolloutError(
+                        f"SGLang server {index} ended with status {status} while starting (sglang.*); the end of "
+                        f"{process.log}:\n{tail}"
+                    )
+                if time.monotonic() > deadline:
+                    raise RolloutError(
+                        f"SGLang server {index} is not ready after {self._settings.start_seconds:.0f} s "
+                        f"(sglang.start_seconds); the end of {process.log}:\n{process.log_tail()}"
+                    )
+                if waiting is not None:
+                    waiting()
+                time.sleep(_POLL_SECONDS)
+        log.info("SGLang server %d is ready: %s, log %s", index, self.url(index), self._processes[index].log)
+
+    def stop(self, index: int) -> None:
+        """End server number `index` and all its processes; nothing happens when it does not run."""
+        process = self._processes.pop(index, None)
+        if process is not None:
+            process.stop()
+
+    def close(self) -> None:
+        """End all servers and their processes; a second call does nothing."""
+        for process in self._processes.values():
+            process.request_stop()  # all at once, so that their times to end do not add up
+        for index in list(self._processes):
+            self.stop(index)
+        _fleets.discard(self)
+
+    def _choose_port(self, index: int) -> int:
+        if self._settings.port is None:
+            return _free_port(self._settings.host)
+        port = self._settings.port + index
+        if not _is_free(self._settings.host, port):
+            raise ConfigError(
+                [f"sglang.port: port {port} on {self._settings.host} is in use, and server {index} needs it; choose "
+                 "another, or null for free ones"]
+            )  # fmt: skip
+        return port
+
+
+def _is_ready(client: httpx2.Client, url: str) -> bool:
+    """Whether the server has loaded its model: it answers HTTP only then."""
+    try:
+        return client.get(f"{url}/model_info").status_code == 200
+    except httpx2.TransportError:
+        return False
+
+
+def _free_port(host: str) -> int:
+    with socket.socket() as probe:
+        probe.bind((host, 0))
+        return int(probe.getsockname()[1])
+
+
+def _is_free(host: str, port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError:
+            return False
+    return True

@@ -1,0 +1,201 @@
+"""The servers of a run as one engine for a caller that waits, and as callers for publishing weights."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from megatron_klear.config.serving import SglangSettings
+from megatron_klear.errors import ConfigError
+from megatron_klear.records import FloatArray, IntArray, Prompt, RolloutGroup
+from megatron_klear.rollout.engine import ProgressCallback, RolloutProgress, SamplingParams
+from megatron_klear.rollout.sglang.compatibility import EngineFacts, Expected, examine
+from megatron_klear.rollout.sglang.connection import Connection, Refused
+from megatron_klear.rollout.sglang.endpoint import SglangEndpoint
+from megatron_klear.rollout.sglang.engine import EndpointPool
+from megatron_klear.rollout.sglang.loop import LoopThread
+
+_WAKE_SECONDS = 0.1
+_Result = TypeVar("_Result")
+
+
+class SglangCaller:
+    """Control requests to one server, for code that is not asynchronous.
+
+    Args:
+        loop: runs the requests.
+        connection: to the server.
+    """
+
+    def __init__(self, loop: LoopThread, connection: Connection) -> None:
+        self._loop = loop
+        self._connection = connection
+
+    @property
+    def name(self) -> str:
+        """Names the engine in messages."""
+        return self._connection.name
+
+    @property
+    def url(self) -> str:
+        """http://HOST:PORT."""
+        return self._connection.url
+
+    def start(
+        self, path: str, body: Mapping[str, Any], *, timeout_seconds: float
+    ) -> concurrent.futures.Future[tuple[int, str]]:
+        """Send a POST at once; the future gives status and text, or raises RolloutError when no answer came."""
+        return self._loop.start(self._post(path, body, timeout_seconds))
+
+    async def _post(self, path: str, body: Mapping[str, Any], timeout_seconds: float) -> tuple[int, str]:
+        try:
+            return 200, await self._connection.post_for_text(path, body, timeout_seconds=timeout_seconds)
+        except Refused as refusal:
+            return refusal.status, refusal.text
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConnectedEngine:
+    """A server that serves our model.
+
+    Attributes:
+        endpoint: for generation.
+        caller: for publishing weights.
+        facts: what it says of itself.
+    """
+
+    endpoint: SglangEndpoint
+    caller: SglangCaller
+    facts: EngineFacts
+
+
+class SglangEngine:
+    """Generates on running servers.
+
+    Args:
+        urls: one per server.
+        settings: section `sglang`.
+        expected: what they must serve.
+        in_flight: responses that one server has at a time.
+
+    Raises:
+        ConfigError: a server cannot be reached or does not serve our model; all of them in one message.
+    """
+
+    def __init__(self, urls: Sequence[str], settings: SglangSettings, expected: Expected, *, in_flight: int) -> None:
+        self._loop = LoopThread("sglang")
+        try:
+            self.engines = self._loop.run(self._connect(urls, settings, expected))
+            endpoints = [engine.endpoint for engine in self.engines]
+            self._pool = EndpointPool(endpoints, in_flight=in_flight, retries=settings.retries)
+        except BaseException:
+            self._loop.close()
+            raise
+
+    @property
+    def failures(self) -> int:
+        """Requests so far that brought no whole answer."""
+        return self._pool.failures
+
+    def use_version(self, version: int) -> None:
+        """Note that weights of this version have been published to all servers."""
+        for engine in self.engines:
+            engine.endpoint.use_version(version)
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        num_responses: int,
+        sampling: SamplingParams,
+        seed: int,
+        on_progress: ProgressCallback | None = None,
+        waiting: Callable[[], None] | None = None,
+    ) -> list[RolloutGroup]:
+        """Draw `num_responses` responses to each prompt, in the order of `prompts`.
+
+        Args:
+            num_responses: M, at least 1.
+            sampling: temperature, nucleus, length and stop tokens.
+            seed: of the requests; give each step its own.
+            on_progress: called from this thread, now and then and at the end.
+            waiting: called from this thread while it waits, several times a second.
+
+        Raises:
+            RolloutError: a request that cannot be served, or that failed more often than `sglang.retries`.
+        """
+        news: list[RolloutProgress] = []
+        answer = self._pool.generate(
+            prompts, num_responses=num_responses, sampling=sampling, seed=seed, on_progress=news.append
+        )  # fmt: skip
+
+        def between() -> None:
+            if on_progress is not None and news:
+                on_progress(news[-1])
+                news.clear()
+            if waiting is not None:
+                waiting()
+
+        return self._run(answer, between)
+
+    def score(self, token_ids: IntArray, *, timeout_seconds: float) -> dict[str, FloatArray]:
+        """What every server says of a sequence, by name; see `SglangEndpoint.score`.
+
+        Raises:
+            EndpointError: a server gives no whole answer.
+        """
+        return {
+            engine.endpoint.name: self._loop.run(engine.endpoint.score(token_ids, timeout_seconds=timeout_seconds))
+            for engine in self.engines
+        }
+
+    def _run(self, coroutine: Coroutine[Any, Any, _Result], between: Callable[[], None]) -> _Result:
+        future = self._loop.start(coroutine)
+        try:
+            while True:
+                done, _ = concurrent.futures.wait([future], timeout=_WAKE_SECONDS)
+                between()
+                if done:
+                    return future.result()
+        except BaseException:
+            future.cancel()
+            raise
+
+    def close(self) -> None:
+        """Close connections; the servers are not touched, and a second call does nothing."""
+        self._loop.close()
+
+    async def _connect(
+        self, urls: Sequence[str], settings: SglangSettings, expected: Expected
+    ) -> tuple[ConnectedEngine, ...]:
+        connections = [Connection(f"engine {i} ({url.rstrip('/')})", url) for i, url in enumerate(urls)]
+        found = await asyncio.gather(
+            *(examine(connection, expected) for connection in connections), return_exceptions=True
+        )
+        problems: list[str] = []
+        for result in found:
+            if isinstance(result, ConfigError):
+                problems += result.problems
+            elif isinstance(result, BaseException):
+                raise result
+        if problems:
+            raise ConfigError(problems)
+        return tuple(
+            ConnectedEngine(
+                endpoint=SglangEndpoint(
+                    connection,
+                    vocab_size=expected.vocab_size,
+                    context_length=facts.context_length,
+                    incremental=facts.incremental,
+                    stream_interval=settings.stream_interval,
+                    idle_seconds=settings.idle_seconds,
+                ),
+                caller=SglangCaller(self._loop, connection),
+                facts=facts,
+            )
+            for connection, facts in zip(connections, found, strict=True)
+            if isinstance(facts, EngineFacts)
+        )

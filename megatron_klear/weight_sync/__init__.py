@@ -1,0 +1,22 @@
+"""The trainer's weights to serving engines: three transports, versions that go up, and a proof of every publish."""
+
+from __future__ import annotations
+
+from megatron_klear.weight_sync.distributed_transport import DistributedTransport
+from megatron_klear.weight_sync.engines import EngineCaller, EngineGroup, EngineLayout
+from megatron_klear.weight_sync.publisher import Publisher, PublishReport, common_layout
+from megatron_klear.weight_sync.tensor_transport import TensorTransport
+from megatron_klear.weight_sync.transport import DiskTransport, Transport
+
+__all__ = [
+    "DiskTransport",
+    "DistributedTransport",
+    "EngineCaller",
+    "EngineGroup",
+    "EngineLayout",
+    "PublishReport",
+    "Publisher",
+    "TensorTransport",
+    "Transport",
+    "common_layout",
+]

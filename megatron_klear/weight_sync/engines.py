@@ -1,0 +1,145 @@
+"""What publishing needs of a serving engine; the rollout room offers it, and this room imports nothing of that."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from megatron_klear.errors import KlearError, WeightSyncError
+
+_WAKE_SECONDS = 0.5
+
+
+class EngineCaller(Protocol):
+    """Sends control requests to one engine."""
+
+    @property
+    def name(self) -> str:
+        """Names the engine in messages."""
+        ...
+
+    @property
+    def url(self) -> str:
+        """http://HOST:PORT."""
+        ...
+
+    def start(
+        self, path: str, body: Mapping[str, Any], *, timeout_seconds: float
+    ) -> concurrent.futures.Future[tuple[int, str]]:
+        """Send a POST with a JSON body at once; the future gives status and text, or raises a KlearError."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineLayout:
+    """How engines hold their weights, the same for all of them.
+
+    Attributes:
+        tp: tensor parallel size.
+        device: `cpu` or `cuda`; decides how checksums are computed.
+        dtype: of the weights, as torch names it.
+        quantized: whether the weights are changed after they arrive.
+    """
+
+    tp: int
+    device: str
+    dtype: str
+    quantized: bool = False
+
+
+class EngineGroup:
+    """All engines that are published to, called together.
+
+    Args:
+        callers: one per engine.
+        timeout_seconds: of every exchange (weight_sync.timeout_seconds).
+        waiting: called while waiting for answers, several times a second.
+    """
+
+    def __init__(
+        self, callers: Sequence[EngineCaller], timeout_seconds: float, *, waiting: Callable[[], None] = lambda: None
+    ) -> None:
+        self.callers = tuple(callers)
+        self.timeout_seconds = timeout_seconds
+        self._waiting = waiting
+
+    def start(self, path: str, bodies: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> PendingCalls:
+        """Send a request to every engine at once; one body for all, or one for each."""
+        each = [bodies] * len(self.callers) if isinstance(bodies, Mapping) else bodies
+        futures = [
+            caller.start(path, body, timeout_seconds=self.timeout_seconds)
+            for caller, body in zip(self.callers, each, strict=True)
+        ]
+        return PendingCalls(path, self.callers, futures, self._waiting)
+
+    def call(self, path: str, bodies: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> list[Any]:
+        """Send a request to every engine and wait for all answers; see `PendingCalls.answers`."""
+        return self.start(path, bodies).answers()
+
+    def try_call(self, path: str, body: Mapping[str, Any]) -> list[Any] | None:
+        """As `call`; None when no engine knows the path (status 404)."""
+        return self.start(path, body).answers(absent_is_none=True)
+
+
+class PendingCalls:
+    """Requests under way, one per engine."""
+
+    def __init__(
+        self,
+        path: str,
+        callers: Sequence[EngineCaller],
+        futures: Sequence[concurrent.futures.Future[tuple[int, str]]],
+        waiting: Callable[[], None],
+    ) -> None:
+        self._path, self._callers, self._futures, self._waiting = path, callers, futures, waiting
+
+    def failures(self) -> list[str]:
+        """What went wrong with calls that have ended; waits for none."""
+        problems = []
+        for caller, future in zip(self._callers, self._futures, strict=True):
+            if future.done():
+                error = future.exception()
+                status, text = (200, "") if error else future.result()
+                if error is not None:
+                    problems.append(str(error))
+                elif status != 200:
+                    problems.append(f"{caller.name}: {self._path} answered status {status}: {text}")
+        return problems
+
+    def answers(self, *, absent_is_none: bool = False) -> Any:
+        """The answers as JSON (text where it is none), in the order of engines.
+
+        Raises:
+            WeightSyncError: an engine failed or refused; names all that did, and what they said.
+        """
+        answers: list[Any] = []
+        problems: list[str] = []
+        absent = 0
+        while concurrent.futures.wait(self._futures, timeout=_WAKE_SECONDS).not_done:
+            self._waiting()
+        for caller, future in zip(self._callers, self._futures, strict=True):
+            try:
+                status, text = future.result()
+            except KlearError as error:
+                problems.append(str(error))
+                continue
+            if status == 404 and absent_is_none:
+                absent += 1
+            elif status != 200:
+                problems.append(f"{caller.name}: {self._path} answered status {status}: {text}")
+            answers.append(_parsed(text))
+        if absent and absent < len(self._callers):
+            problems.append(f"only some engines know {self._path}; they must all have the same SGLang")
+        if problems:
+            raise WeightSyncError("publishing weights failed: " + "; ".join(problems))
+        return None if absent else answers
+
+
+def _parsed(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text

@@ -1,0 +1,200 @@
+"""Publishing: pause, send, verify, set the version, go on; all ranks of the trainer take part."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from megatron_klear.errors import KlearError, WeightSyncError
+from megatron_klear.parallel import FirstRank
+from megatron_klear.records import ParallelContext
+from megatron_klear.weight_sync.buckets import bucketed, converted
+from megatron_klear.weight_sync.checksums import ExpectedChecksums, verify
+from megatron_klear.weight_sync.engines import EngineGroup, EngineLayout
+from megatron_klear.weight_sync.transport import Transport
+
+PauseMode = Literal["abort", "in_place", "retract"]
+VerifyMode = Literal["checksum", "logprobs", "checksum_or_logprobs"]
+LogprobCheck = Callable[[], None]
+"""A collective on all ranks that compares engine and trainer on a probe; raises WeightSyncError when they differ."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PublishReport:
+    """What a publish did.
+
+    Attributes:
+        version: of the weights now in use.
+        num_bytes: sent to each engine.
+        seconds: from pausing the engines to letting them go on.
+        proof: how it was verified.
+    """
+
+    version: int
+    num_bytes: int
+    seconds: float
+    proof: Literal["checksum", "logprobs"]
+
+
+class Publisher:
+    """Sends the trainer's weights to all engines.
+
+    Args:
+        engines: on the first rank; None on the others.
+        transport: on the first rank; None on the others.
+        layout: how the engines hold weights.
+        head_dim: channels of an attention head.
+        context: the trainer's layout.
+        first_rank: lets the other ranks wait without a collective.
+        bucket_bytes: size of a bucket.
+        pause_mode: what happens to unfinished responses.
+        verify_mode: the proof that is asked for.
+        check_logprobs: compares log-probabilities; needed where `verify_mode` may ask for it.
+    """
+
+    def __init__(
+        self,
+        engines: EngineGroup | None,
+        transport: Transport | None,
+        layout: EngineLayout,
+        *,
+        head_dim: int,
+        context: ParallelContext,
+        first_rank: FirstRank,
+        bucket_bytes: int,
+        pause_mode: PauseMode,
+        verify_mode: VerifyMode,
+        check_logprobs: LogprobCheck | None = None,
+    ) -> None:
+        self._engines, self._transport, self._layout = engines, transport, layout
+        self._head_dim, self._context, self._first_rank = head_dim, context, first_rank
+        self._bucket_bytes, self._pause_mode, self._verify_mode = bucket_bytes, pause_mode, verify_mode
+        self._check_logprobs = check_logprobs
+        self._version = -1
+
+    @property
+    def version(self) -> int:
+        """Of the last set of weights that was published and verified; -1 before the first."""
+        return self._version
+
+    def publish(self, named_tensors: Iterable[tuple[str, torch.Tensor]], *, version: int) -> PublishReport:
+        """Bring a full set of weights to all engines (a collective).
+
+        The engines stay paused when anything goes wrong: nothing is generated with weights of which is not known
+        which they are.
+
+        Args:
+            named_tensors: the whole model under Hugging Face names, in forward order, the same on every rank.
+            version: above the current one.
+
+        Raises:
+            WeightSyncError: on every rank: an engine failed, or its weights are not the trainer's (by name).
+        """
+        if version <= self._version:
+            raise WeightSyncError(
+                f"the engines have weights of version {self._version} and were sent version {version}; versions must "
+                "go up"
+            )
+        start = time.monotonic()
+        checksums = ExpectedChecksums(self._layout, head_dim=self._head_dim, context=self._context)
+        wants_checksums = self._verify_mode != "logprobs" and not self._layout.quantized
+        self._first_rank.run("pause the engines", lambda: self._begin(version))
+        stream: Iterator[tuple[str, torch.Tensor]] = converted(named_tensors, getattr(torch, self._layout.dtype))
+        if wants_checksums:
+            stream = checksums.watch(stream)
+        num_bytes, failure = self._send(stream)
+        expected = checksums.gather() if wants_checksums else None
+        self._first_rank.run("load weights into the engines", lambda: self._finish(failure))
+        proven = expected is not None and self._first_rank.run(
+            "verify the engines' weights", lambda: self._verify(expected)
+        )
+        self._first_rank.run("set the engines' version", lambda: self._set_version(version))
+        if not proven:
+            self._require_logprobs()
+        self._first_rank.run("let the engines go on", self._continue)
+        self._version = version
+        if not proven:
+            # Only an engine that generates can show its log-probabilities, so that this proof comes after.
+            assert self._check_logprobs is not None
+            self._check_logprobs()
+        seconds = time.monotonic() - start
+        proof: Literal["checksum", "logprobs"] = "checksum" if proven else "logprobs"
+        return PublishReport(version=version, num_bytes=num_bytes, seconds=seconds, proof=proof)
+
+    def close(self) -> None:
+        """Leave the engines; a second call does nothing."""
+        if self._transport is not None:
+            self._transport.close()
+
+    def _begin(self, version: int) -> None:
+        assert self._engines is not None
+        assert self._transport is not None
+        self._engines.call("/pause_generation", {"mode": self._pause_mode})
+        self._transport.begin(version)
+
+    def _send(self, stream: Iterable[tuple[str, torch.Tensor]]) -> tuple[int, KlearError | None]:
+        """Iterate the stream to its end on every rank, whatever happens on the first: the others iterate it too."""
+        num_bytes = 0
+        failure: KlearError | None = None
+        for bucket in bucketed(stream, self._bucket_bytes):
+            num_bytes += bucket.num_bytes
+            if self._transport is not None and failure is None:
+                try:
+                    self._transport.send(bucket)
+                except KlearError as error:
+                    failure = error
+            self._first_rank.alive()
+        return num_bytes, failure
+
+    def _finish(self, failure: KlearError | None) -> None:
+        assert self._engines is not None
+        assert self._transport is not None
+        if failure is not None:
+            raise failure
+        self._transport.finish()
+        if self._pause_mode != "in_place":
+            # Prefixes that the old weights computed must not be taken for the new ones'. In place unfinished responses
+            # hold on to them, and only requests that name another version are safe (see `SglangEndpoint`).
+            self._engines.call("/flush_cache", {})
+
+    def _verify(self, expected: list[dict[str, str]]) -> bool:
+        assert self._engines is not None
+        return verify(self._engines, expected)
+
+    def _require_logprobs(self) -> None:
+        """Refuse to go on without checksums, unless the settings allow to compare log-probabilities instead."""
+        if self._verify_mode == "checksum":
+            why = "their weights are quantised" if self._layout.quantized else "they know no /weights_checker"
+            raise WeightSyncError(
+                f"the engines cannot tell checksums of their weights ({why}), and weight_sync.verify asks for them; "
+                "update SGLang, or set weight_sync.verify to logprobs or checksum_or_logprobs"
+            )
+        if self._check_logprobs is None:
+            raise WeightSyncError("weight_sync.verify asks for logprobs, and there is nothing to compute them with")
+
+    def _set_version(self, version: int) -> None:
+        assert self._engines is not None
+        self._engines.call("/update_weight_version", {"new_version": str(version), "abort_all_requests": False})
+
+    def _continue(self) -> None:
+        assert self._engines is not None
+        self._engines.call("/continue_generation", {})
+
+
+def common_layout(layouts: Sequence[EngineLayout], names: Sequence[str]) -> EngineLayout:
+    """The one layout of all engines.
+
+    Raises:
+        WeightSyncError: they differ.
+    """
+    if len(set(layouts)) > 1:
+        texts = [f"{name} {layout}" for name, layout in zip(names, layouts, strict=True)]
+        raise WeightSyncError(
+            "the engines must hold their weights alike (same tp, device, dtype and quantization, sglang.*); got "
+            + "; ".join(texts)
+        )
+    return layouts[0]

@@ -1,0 +1,78 @@
+"""What a server is started with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_klear.config.serving import SglangSettings
+from megatron_klear.errors import ConfigError
+from megatron_klear.rollout.sglang.command import server_command, server_environment
+
+
+@pytest.fixture
+def venv(tmp_path: Path) -> str:
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "python").touch(mode=0o755)
+    return str(tmp_path)
+
+
+def arguments(venv: str, *, on_cpu: bool = False, **settings: Any) -> dict[str, str | None]:
+    """Options of the command line with their values."""
+    command = server_command(
+        SglangSettings(venv=venv, **settings), Path("/model"), dtype="bfloat16", port=4000, on_cpu=on_cpu,
+        batch_responses=32, longest_sequence=100,
+    )  # fmt: skip
+    assert command[:3] == [f"{venv}/bin/python", "-m", "sglang.launch_server"]
+    options = command[3:]
+    following = [*options[1:], "--"]
+    return {o: None if v.startswith("--") else v for o, v in zip(options, following, strict=True) if o.startswith("--")}
+
+
+def test_settings_become_arguments(venv: str) -> None:
+    found = arguments(
+        venv,
+        server_tp=4,
+        quantization="fp8",
+        memory_fraction=0.6,
+        max_total_tokens=9000,
+        extra_args=("--enable-x", "1"),
+    )
+    assert found["--model-path"] == "/model"
+    assert found["--port"] == "4000"
+    assert found["--tp-size"] == "4"
+    assert found["--dtype"] == "bfloat16"
+    assert found["--quantization"] == "fp8"
+    assert found["--mem-fraction-static"] == "0.6"
+    assert found["--max-total-tokens"] == "9000"
+    assert found["--max-running-requests"] == "32"
+    assert found["--context-length"] == "108"
+    assert found["--enable-x"] == "1"
+    assert "--device" not in found
+
+
+def test_a_cpu_server_takes_no_more_memory_than_the_batch_needs(venv: str) -> None:
+    found = arguments(venv, on_cpu=True, dtype="float32")
+    assert found["--device"] == "cpu"
+    assert found["--dtype"] == "float32"
+    assert found["--max-total-tokens"] == str(32 * 108)
+
+
+def test_the_trainers_process_group_is_not_the_servers(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "MASTER_ADDR", "WORLD_SIZE", "PYTHONPATH", "TORCHELASTIC_RUN_ID"):
+        monkeypatch.setenv(name, "1")
+    found = server_environment(SglangSettings(), 0, on_cpu=True)
+    assert not {"RANK", "MASTER_ADDR", "WORLD_SIZE", "PYTHONPATH", "TORCHELASTIC_RUN_ID"} & set(found)
+    assert found["SGLANG_USE_CPU_ENGINE"] == "1"
+
+
+def test_each_server_has_gpus_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    settings = SglangSettings(server_tp=2, first_gpu=1, servers=2)
+    assert server_environment(settings, 1, on_cpu=False)["CUDA_VISIBLE_DEVICES"] == "3,4"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
+    assert server_environment(settings, 0, on_cpu=False)["CUDA_VISIBLE_DEVICES"] == "5,6"
+    with pytest.raises(ConfigError, match="needs GPUs 3 to 4, and CUDA_VISIBLE_DEVICES shows 4"):
+        server_environment(settings, 1, on_cpu=False)

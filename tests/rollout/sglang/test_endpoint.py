@@ -1,0 +1,213 @@
+"""What an endpoint makes of a server's answers, good and bad."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from megatron_klear.errors import RolloutError
+from megatron_klear.rollout.endpoint import EndpointError, GeneratedPart, GenerationRequest
+from megatron_klear.rollout.sglang import Connection, SglangEndpoint
+from tests.rollout.sglang.conftest import StandIn, chunk
+
+STOP = {"type": "stop", "matched": 7}
+ABORT = {"type": "abort", "message": "Aborted", "status_code": None}
+
+Request = Callable[..., GenerationRequest]
+
+
+def generate(
+    url: str, request: GenerationRequest, *, incremental: bool = True, idle: float = 30.0, on_tokens: Any = None
+) -> GeneratedPart:
+    async def run() -> GeneratedPart:
+        endpoint = SglangEndpoint(
+            Connection("engine 0", url), vocab_size=83, context_length=128, incremental=incremental, idle_seconds=idle
+        )
+        try:
+            return await endpoint.generate(request, on_tokens)
+        finally:
+            await endpoint.close()
+
+    return asyncio.run(run())
+
+
+def answer_with(stand_in: StandIn, *events: Any, **options: Any) -> None:
+    stand_in.answers["/generate"] = lambda handler, body: handler.events(*events, **options)
+
+
+def test_a_response_arrives_in_parts(stand_in: StandIn, make_request: Request) -> None:
+    spans = [{"version": "2", "start": 0, "end": 3}, {"version": "3", "start": 3, "end": 4}]
+    answer_with(stand_in, chunk([5], 1), chunk([6, 9], 3), chunk([7], 4, finish=STOP, weight_versions=spans))
+    counts: list[int] = []
+    part = generate(stand_in.url, make_request(stops=(7,)), on_tokens=counts.append)
+    assert part.token_ids.tolist() == [5, 6, 9, 7]
+    assert part.logprobs.dtype == np.float32
+    assert part.logprobs.tolist() == [-0.5] * 4
+    assert part.finish_reason == "stop"
+    assert part.policy_versions == ((2, 3), (3, 1))
+    assert counts == [1, 3, 4]
+    body = dict(stand_in.seen)["/generate"]
+    assert body["input_ids"] == [1, 2, 3]
+    assert body["sampling_params"]["temperature"] == 0.7
+    assert body["sampling_params"]["top_p"] == 0.9
+    assert body["sampling_params"]["stop_token_ids"] == [7]
+    assert body["sampling_params"]["max_new_tokens"] == 8
+    assert "/abort_request" not in stand_in.paths()
+
+
+def test_a_server_that_repeats_all_tokens_gives_the_same(stand_in: StandIn, make_request: Request) -> None:
+    answer_with(stand_in, chunk([5], 1), chunk([5, 6, 9], 3), chunk([5, 6, 9, 7], 4, finish=STOP))
+    part = generate(stand_in.url, make_request(), incremental=False)
+    assert part.token_ids.tolist() == [5, 6, 9, 7]
+    assert part.policy_versions == ((3, 4),)
+
+
+def test_an_interrupted_request_returns_its_part(stand_in: StandIn, make_request: Request) -> None:
+    answer_with(stand_in, chunk([5, 6], 2), chunk([9], 3, finish=ABORT))
+    part = generate(stand_in.url, make_request())
+    assert (part.token_ids.tolist(), part.finish_reason) == ([5, 6, 9], "abort")
+
+
+def test_a_request_interrupted_while_it_waits_repeats_its_last_token(stand_in: StandIn, make_request: Request) -> None:
+    echo = chunk([6], 2, finish=ABORT, output_token_logprobs=[[-0.5, 5, None], [-0.5, 6, None]])
+    echo["meta_info"]["weight_versions"] = [{"version": "3", "start": 0, "end": 5}]  # three more were never sent
+    answer_with(stand_in, chunk([5, 6], 2), echo)
+    part = generate(stand_in.url, make_request())
+    assert part.token_ids.tolist() == [5, 6]
+    assert part.policy_versions == ((3, 2),)
+
+
+def test_a_request_interrupted_before_its_first_token_is_empty(stand_in: StandIn, make_request: Request) -> None:
+    answer_with(stand_in, chunk([], 0, finish=ABORT, weight_versions=[]))
+    part = generate(stand_in.url, make_request())
+    assert (len(part.token_ids), part.policy_versions, part.finish_reason) == (0, (), "abort")
+
+
+FAULTS: dict[str, tuple[tuple[Any, ...], dict[str, Any], bool, str]] = {
+    "no JSON": (("{half",), {}, True, "no JSON: {half"),
+    "no object": (("[1]",), {}, True, "expected an object"),
+    "fields missing": (({"output_ids": [1]},), {}, True, "malformed answer to /generate: KeyError: 'meta_info'"),
+    "no logprobs": ((chunk([5], 1, output_token_logprobs=[]),), {}, True, "0 logprobs for 1 new tokens"),
+    "other tokens": ((chunk([5], 1, output_token_logprobs=[[-1, 6, None]]),), {}, True, "not the tokens"),
+    "fewer tokens": ((chunk([5, 6], 2), chunk([], 1)), {}, True, "1 tokens after 2"),
+    "unknown token": ((chunk([83], 1),), {}, True, "token 83 is outside the vocabulary of 83"),
+    "nan": ((chunk([5], 1, output_token_logprobs=[[float("nan"), 5, None]]),), {}, False, "its weights have diverged"),
+    "a probability above 1": ((chunk([5], 1, output_token_logprobs=[[0.5, 5, None]]),), {}, False, "diverged"),
+    "half a response": ((chunk([5], 1),), {"done": False}, True, "broken off"),
+    "no end": ((chunk([5], 1),), {}, True, r"half a response (1 tokens, no end)"),
+    "unknown end": ((chunk([5], 1, finish={"type": "tired"}),), {}, True, "finish_reason {'type': 'tired'}"),
+    "error event": (({"error": {"message": "out of memory"}},), {}, True, "out of memory"),
+    "given up": ((chunk([5], 1, finish=ABORT | {"status_code": 500}),), {}, True, "gave a request up: Aborted (500)"),
+    "a hole in versions": (
+        (chunk([5, 6], 2, finish=STOP, weight_versions=[{"version": "3", "start": 1, "end": 2}]),), {}, True,
+        "a span starts at 1",
+    ),
+    "versions too short": (
+        (chunk([5, 6], 2, finish=STOP, weight_versions=[{"version": "3", "start": 0, "end": 1}]),), {}, True,
+        "weight_versions cover 1 of 2 tokens",
+    ),
+    "cut short": ((chunk([5], 1, finish={"type": "length"}),), {}, False, "at 1 of 8 tokens; its context or KV cache"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_faulty_answer_is_an_error_that_says_whether_to_retry(
+    fault: str, stand_in: StandIn, make_request: Request
+) -> None:
+    events, options, retry, text = FAULTS[fault]
+    answer_with(stand_in, *events, **options)
+    with pytest.raises(EndpointError) as error:
+        generate(stand_in.url, make_request())
+    assert text in str(error.value)
+    assert str(error.value).startswith("engine 0: ")
+    assert error.value.retry is retry
+
+
+@pytest.mark.parametrize(("status", "retry"), [(503, True), (500, True), (429, True), (404, True)])
+def test_a_status_that_may_pass_is_retried(status: int, retry: bool, stand_in: StandIn, make_request: Request) -> None:
+    stand_in.answers["/generate"] = lambda handler, body: handler.reply(status, "busy")
+    with pytest.raises(EndpointError, match=rf"status {status}: busy") as error:
+        generate(stand_in.url, make_request())
+    assert error.value.retry is retry
+
+
+def test_a_refused_request_is_wrong_everywhere(stand_in: StandIn, make_request: Request) -> None:
+    stand_in.answers["/generate"] = lambda handler, body: handler.reply(400, {"error": {"message": "too long"}})
+    with pytest.raises(RolloutError, match="refuses request r1 of 3 tokens: too long") as error:
+        generate(stand_in.url, make_request())
+    assert not isinstance(error.value, EndpointError)
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"ids": [1, 83]}, r"token ids from 1 to 83, outside the vocabulary of 83 \(tokenizer.dir"),
+        ({"ids": [-1, 2]}, "token ids from -1 to 2"),
+        ({"ids": []}, "it has no tokens"),
+        ({"max_new_tokens": 0}, "max_new_tokens is 0"),
+        ({"ids": [1] * 120}, "120 tokens, 8 more and a margin of 8 exceed the engine's context of 128"),
+        ({"stops": (99,)}, r"stop tokens \[99\] are outside the vocabulary of 83 \(rollout.stop_tokens\)"),
+    ],
+)
+def test_a_wrong_request_is_never_sent(
+    changes: dict[str, Any], text: str, stand_in: StandIn, make_request: Request
+) -> None:
+    with pytest.raises(RolloutError, match=text):
+        generate(stand_in.url, make_request(**changes))
+    assert stand_in.seen == []
+
+
+def test_no_server_is_an_error_to_retry(make_request: Request) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{probe.getsockname()[1]}"
+        with pytest.raises(EndpointError, match="no connection") as error:
+            generate(url, make_request())
+    assert error.value.retry
+
+
+def test_a_stalled_response_is_given_up_and_dropped_at_the_server(stand_in: StandIn, make_request: Request) -> None:
+    released = threading.Event()
+
+    def stall(handler: Any, body: dict[str, Any]) -> None:
+        handler.events(chunk([5], 1), pause=0.0, done=False) if released.wait(20) else None
+
+    stand_in.answers["/generate"] = stall
+    start = time.monotonic()
+    with pytest.raises(EndpointError, match=r"no new token of request r1 for 0.5 s \(sglang.idle_seconds\)") as error:
+        generate(stand_in.url, make_request(), idle=0.5)
+    released.set()
+    assert error.value.retry
+    assert time.monotonic() - start < 10
+    assert ("/abort_request", {"rid": "r1"}) in stand_in.seen
+
+
+def test_progress_and_not_the_whole_time_is_limited(stand_in: StandIn, make_request: Request) -> None:
+    events = [chunk([5], i + 1) for i in range(7)] + [chunk([7], 8, finish=STOP)]
+    answer_with(stand_in, *events, pause=0.3)
+    assert len(generate(stand_in.url, make_request(), idle=1.5).token_ids) == 8
+
+
+def test_check_tells_the_version(stand_in: StandIn) -> None:
+    async def check() -> int:
+        endpoint = SglangEndpoint(
+            Connection("engine 0", stand_in.url), vocab_size=83, context_length=128, incremental=True
+        )
+        try:
+            return await endpoint.check()
+        finally:
+            await endpoint.close()
+
+    assert asyncio.run(check()) == 3
+    stand_in.answers["/model_info"] = {"weight_version": "default"}
+    assert asyncio.run(check()) == -1
+    stand_in.answers["/model_info"] = {"weight_version": "tuesday"}
+    with pytest.raises(EndpointError, match="tells no weight version"):
+        asyncio.run(check())

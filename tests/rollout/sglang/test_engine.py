@@ -1,0 +1,189 @@
+"""Requests over several endpoints: balance, groups by key, retries, and parts put together."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+
+from megatron_klear.errors import RolloutError
+from megatron_klear.records import Prompt, RolloutGroup
+from megatron_klear.rollout import RolloutProgress, SamplingParams
+from megatron_klear.rollout.endpoint import EndpointError, GeneratedPart, GenerationRequest, TokensCallback
+from megatron_klear.rollout.sglang import EndpointPool, engine
+from megatron_klear.rollout.sglang.engine import request_seed
+
+LIMIT = 6
+
+
+@dataclass
+class Fake:
+    """An endpoint that answers a prompt's first token, over and over; or what `script` says, request by request."""
+
+    name: str
+    script: list[Callable[[GenerationRequest], GeneratedPart]] = field(default_factory=list)
+    seen: list[GenerationRequest] = field(default_factory=list)
+    busy: int = 0
+    most_busy: int = 0
+
+    async def generate(self, request: GenerationRequest, on_tokens: TokensCallback | None = None) -> GeneratedPart:
+        self.seen.append(request)
+        self.busy += 1
+        self.most_busy = max(self.busy, self.most_busy)
+        try:
+            await asyncio.sleep(0.01 * (1 + len(self.seen) % 3))  # answers come back out of order
+            made = self.script.pop(0)(request) if self.script else whole(request)
+            if on_tokens is not None:
+                on_tokens(len(made.token_ids))
+            return made
+        finally:
+            self.busy -= 1
+
+    async def abort(self, request_id: str) -> None: ...
+
+    async def check(self) -> int:
+        return 0
+
+    async def close(self) -> None: ...
+
+
+def part(tokens: list[int], reason: str, version: int) -> GeneratedPart:
+    return GeneratedPart(
+        token_ids=np.array(tokens, np.int64),
+        logprobs=np.full(len(tokens), -float(version), np.float32),
+        finish_reason=reason,  # type: ignore[arg-type]
+        policy_versions=((version, len(tokens)),) if tokens else (),
+    )
+
+
+def whole(request: GenerationRequest) -> GeneratedPart:
+    return part([int(request.token_ids[0])] * request.max_new_tokens, "length", 1)
+
+
+def fail(retry: bool = True) -> Callable[[GenerationRequest], GeneratedPart]:
+    def raising(request: GenerationRequest) -> GeneratedPart:
+        raise EndpointError(f"{request.request_id} failed", retry=retry)
+
+    return raising
+
+
+def prompts(count: int) -> list[Prompt]:
+    return [Prompt(prompt_id=f"p{i}", domain="math", token_ids=np.array([i, 9]), reference="") for i in range(count)]
+
+
+def run(
+    endpoints: list[Fake],
+    count: int = 1,
+    *,
+    responses: int = 1,
+    in_flight: int = 4,
+    retries: int = 2,
+    progress: list[RolloutProgress] | None = None,
+) -> list[RolloutGroup]:
+    async def generate() -> list[RolloutGroup]:
+        pool = EndpointPool(endpoints, in_flight=in_flight, retries=retries)
+        sampling = SamplingParams(temperature=1.0, top_p=1.0, max_response_tokens=LIMIT, stop_token_ids=())
+        callback = None if progress is None else progress.append
+        groups = await pool.generate(
+            prompts(count), num_responses=responses, sampling=sampling, seed=4, on_progress=callback
+        )
+        assert pool._outstanding == [0] * len(endpoints)
+        return groups
+
+    return asyncio.run(generate())
+
+
+@pytest.fixture(autouse=True)
+def no_pause(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "_RETRY_PAUSE_SECONDS", 0.0)
+
+
+def test_groups_are_whole_in_order_and_each_on_one_server() -> None:
+    endpoints = [Fake("a"), Fake("b"), Fake("c")]
+    groups = run(endpoints, 10, responses=3)
+    assert [g.prompt.prompt_id for g in groups] == [f"p{i}" for i in range(10)]
+    for number, group in enumerate(groups):
+        assert [r.response_ids.tolist() for r in group.rollouts] == [[number] * LIMIT] * 3
+        assert {r.policy_versions for r in group.rollouts} == {((1, LIMIT),)}
+    places = [{int(r.token_ids[0]) for r in e.seen} for e in endpoints]
+    assert sorted(map(len, places)) == [3, 3, 4]
+    assert not places[0] & places[1] | places[1] & places[2]
+
+
+def test_no_server_has_more_than_its_share_in_flight() -> None:
+    endpoints = [Fake("a"), Fake("b")]
+    run(endpoints, 12, responses=2, in_flight=3)
+    assert [e.most_busy for e in endpoints] == [3, 3]
+
+
+def test_a_failed_request_goes_to_the_other_server_under_a_new_name() -> None:
+    endpoints = [Fake("a", script=[fail()]), Fake("b")]
+    (group,) = run(endpoints)
+    assert group.rollouts[0].response_ids.tolist() == [0] * LIMIT
+    first, second = endpoints[0].seen[0], endpoints[1].seen[0]
+    assert first.request_id != second.request_id
+    assert first.seed == second.seed
+    assert first.token_ids.tolist() == second.token_ids.tolist()
+
+
+def test_a_request_that_keeps_failing_is_an_error() -> None:
+    endpoint = Fake("a", script=[fail()] * 3)
+    with pytest.raises(EndpointError, match="failed"):
+        run([endpoint], retries=2)
+    assert len(endpoint.seen) == 3
+
+
+def test_what_would_fail_alike_is_not_asked_again() -> None:
+    endpoint = Fake("a", script=[fail(retry=False)])
+    with pytest.raises(EndpointError):
+        run([endpoint])
+    assert len(endpoint.seen) == 1
+
+
+def test_an_interrupted_response_is_continued_with_what_is_left_of_its_budget() -> None:
+    endpoint = Fake("a", script=[lambda r: part([5, 6], "abort", 1), lambda r: part([7], "abort", 2)])
+    (group,) = run([endpoint])
+    rollout = group.rollouts[0]
+    assert rollout.response_ids.tolist() == [5, 6, 7, 0, 0, 0]
+    assert rollout.rollout_logprobs.tolist() == [-1, -1, -2, -1, -1, -1]
+    assert rollout.policy_versions == ((1, 2), (2, 1), (1, 3))
+    assert rollout.finish_reason == "length"
+    assert [r.token_ids.tolist() for r in endpoint.seen] == [[0, 9], [0, 9, 5, 6], [0, 9, 5, 6, 7]]
+    assert [r.max_new_tokens for r in endpoint.seen] == [6, 4, 3]
+    assert len({r.seed for r in endpoint.seen}) == 3
+
+
+def test_a_response_interrupted_at_its_last_token_has_reached_its_length() -> None:
+    (group,) = run([Fake("a", script=[lambda r: part([5] * LIMIT, "abort", 1)])])
+    assert group.rollouts[0].finish_reason == "length"
+
+
+def test_a_request_that_comes_back_untouched_again_and_again_is_an_error() -> None:
+    endpoint = Fake("a", script=[lambda r: part([], "abort", 1)] * 10)
+    with pytest.raises(EndpointError, match=r"gave request .* back untouched"):
+        run([endpoint], retries=3)
+    assert len(endpoint.seen) == 4
+
+
+def test_progress_ends_with_everything_done() -> None:
+    progress: list[RolloutProgress] = []
+    run([Fake("a", script=[fail()]), Fake("b")], 4, responses=2, progress=progress)
+    last = progress[-1]
+    assert (last.finished_responses, last.total_responses, last.generated_tokens) == (8, 8, 8 * LIMIT)
+
+
+def test_requests_that_cannot_be_served_are_refused() -> None:
+    with pytest.raises(RolloutError, match="no engine to generate with"):
+        run([])
+    with pytest.raises(RolloutError, match="num_responses is 0"):
+        run([Fake("a")], responses=0)
+
+
+def test_seeds_differ_by_everything_that_names_a_request() -> None:
+    seeds = {request_seed(s, p, i, t) for s in (1, 2) for p in ("p1", "p11") for i in (0, 1, 11) for t in (0, 1)}
+    assert len(seeds) == 24
+    assert all(0 <= seed < 2**63 for seed in seeds)
+    assert request_seed(1, "p1", 0, 0) == request_seed(1, "p1", 0, 0)

@@ -1,0 +1,135 @@
+"""Responses of a real server against transformers with the same weights."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_klear.config.serving import SglangSettings
+from megatron_klear.conformance.compare import architecture
+from megatron_klear.conformance.matrix import SLACK
+from megatron_klear.conformance.reference import reference_model
+from megatron_klear.records import Prompt, RolloutGroup
+from megatron_klear.rollout import SamplingParams
+from megatron_klear.rollout.endpoint import GenerationRequest
+from megatron_klear.rollout.sglang import Expected, SglangEngine
+from megatron_klear.weight_sync import EngineGroup, TensorTransport
+from megatron_klear.weight_sync.buckets import bucketed, converted
+
+VOCAB = 83
+SEED = 50
+
+
+@pytest.fixture(scope="module")
+def engines(sglang_urls: dict[str, str]) -> Iterator[dict[str, SglangEngine]]:
+    """An engine by data type, with the weights of `reference_model(seed=SEED)` as version 50."""
+    made = {}
+    for dtype, url in sglang_urls.items():
+        expected = Expected(vocab_size=VOCAB, longest_sequence=96)
+        engine = SglangEngine([url], SglangSettings(stream_interval=4), expected, in_flight=16)
+        group = EngineGroup([e.caller for e in engine.engines], 120.0)
+        transport = TensorTransport(group, tp=1, by_value=True)
+        weights = reference_model(architecture(tied=False), seed=SEED).named_parameters()
+        transport.begin(SEED)
+        for bucket in bucketed(converted(weights, getattr(torch, dtype)), 2**20):
+            transport.send(bucket)
+        transport.finish()
+        group.call("/flush_cache", {})
+        group.call("/update_weight_version", {"new_version": str(SEED), "abort_all_requests": False})
+        engine.use_version(SEED)
+        made[dtype] = engine
+    yield made
+    for engine in made.values():
+        engine.close()
+
+
+def prompts() -> list[Prompt]:
+    rng = np.random.default_rng(7)
+    return [
+        Prompt(prompt_id=f"p{i}", domain="math", token_ids=rng.integers(0, VOCAB, length), reference="")
+        for i, length in enumerate((1, 6, 17, 40))
+    ]
+
+
+def expected_logprobs(group: RolloutGroup, index: int, dtype: str, temperature: float) -> np.ndarray[Any, Any]:
+    model = reference_model(architecture(tied=False), seed=SEED).to(getattr(torch, dtype))
+    ids = np.concatenate([group.prompt.token_ids, group.rollouts[index].response_ids])
+    with torch.no_grad():
+        logits = model(torch.from_numpy(ids).unsqueeze(0)).logits[0, :-1].double()
+    logprobs = torch.log_softmax(logits / (temperature or 1.0), dim=-1)
+    found = logprobs.gather(-1, torch.from_numpy(ids[1:]).unsqueeze(-1)).squeeze(-1).numpy()
+    return found[len(group.prompt.token_ids) - 1 :]
+
+
+@pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.6, 0.95), (0.0, 1.0)])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_logprobs_are_transformers_at_the_sampling_temperature(
+    engines: dict[str, SglangEngine], dtype: str, temperature: float, top_p: float
+) -> None:
+    sampling = SamplingParams(temperature=temperature, top_p=top_p, max_response_tokens=30, stop_token_ids=(7, 11))
+    groups = engines[dtype].generate(prompts(), num_responses=3, sampling=sampling, seed=3)
+    assert [g.prompt.prompt_id for g in groups] == ["p0", "p1", "p2", "p3"]
+    worst, plain = 0.0, 0.0
+    for group in groups:
+        for index, rollout in enumerate(group.rollouts):
+            ids = rollout.response_ids
+            ended = ids[-1] in (7, 11)
+            assert not np.isin(ids[:-1], (7, 11)).any()
+            assert rollout.finish_reason == ("stop" if ended else "length")
+            assert ended or len(ids) == 30
+            assert rollout.policy_versions == ((SEED, len(ids)),)
+            exact = expected_logprobs(group, index, "float64", temperature)
+            worst = max(worst, float(np.abs(rollout.rollout_logprobs - exact).max()))
+            plain = max(plain, float(np.abs(expected_logprobs(group, index, dtype, temperature) - exact).max()))
+    assert 0.0 < worst <= SLACK * plain
+    if temperature == 0.0:
+        assert all(len({tuple(r.response_ids) for r in g.rollouts}) == 1 for g in groups if dtype == "float32")
+    else:
+        assert any(len({tuple(r.response_ids) for r in g.rollouts}) > 1 for g in groups)
+
+
+def test_a_given_sequence_is_scored(engines: dict[str, SglangEngine]) -> None:
+    prompt = prompts()[3]
+    (scored,) = engines["float32"].score(prompt.token_ids, timeout_seconds=60.0).values()
+    model = reference_model(architecture(tied=False), seed=SEED).double()
+    with torch.no_grad():
+        logprobs = torch.log_softmax(model(torch.from_numpy(prompt.token_ids).unsqueeze(0)).logits[0, :-1], dim=-1)
+    exact = logprobs.gather(-1, torch.from_numpy(prompt.token_ids[1:]).unsqueeze(-1)).squeeze(-1).numpy()
+    assert scored[0] == 0.0
+    np.testing.assert_allclose(scored[1:], exact, atol=1e-4)
+
+
+def test_an_aborted_request_returns_its_part(engines: dict[str, SglangEngine]) -> None:
+    endpoint = engines["float32"].engines[0].endpoint
+    sampling = SamplingParams(temperature=1.0, top_p=1.0, max_response_tokens=85, stop_token_ids=())
+    request = GenerationRequest(
+        request_id="to abort", token_ids=np.array([1, 2, 3]), max_new_tokens=85, sampling=sampling, seed=1
+    )
+
+    async def interrupted() -> Any:
+        begun = asyncio.Event()
+        task = asyncio.create_task(endpoint.generate(request, lambda tokens: begun.set()))
+        await begun.wait()
+        await endpoint.abort("to abort")
+        return await task
+
+    part = engines["float32"]._loop.run(interrupted())
+    assert part.finish_reason == "abort"
+    assert 0 < len(part.token_ids) < 85
+    assert part.policy_versions == ((SEED, len(part.token_ids)),)
+
+
+def test_a_context_is_filled_to_its_last_token(engines: dict[str, SglangEngine]) -> None:
+    sampling = SamplingParams(temperature=1.0, top_p=1.0, max_response_tokens=56, stop_token_ids=())
+    (group,) = engines["float32"].generate(prompts()[3:], num_responses=1, sampling=sampling, seed=1)
+    assert len(group.rollouts[0].response_ids) == 56
+    request = GenerationRequest(
+        request_id="last", token_ids=np.arange(95) % VOCAB, max_new_tokens=1, sampling=sampling, seed=1
+    )  # an interrupted response that wants its last token
+    endpoint = engines["float32"].engines[0].endpoint
+    assert len(engines["float32"]._loop.run(endpoint.generate(request)).token_ids) == 1

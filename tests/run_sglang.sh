@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# Sets up (once) the trainer's and SGLang's environments, and runs the tests that need a real SGLang server. They take
+# about four minutes on two cores. Arguments go to pytest. tests/run.sh runs these tests too where SGLang's environment
+# is there, and skips them, saying so, where it is not.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+root=$PWD
+
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} MKL_NUM_THREADS=${MKL_NUM_THREADS:-1}
+export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+
+bash tools/setup_env.sh
+bash tools/setup_sglang.sh
+exec "${KLEAR_VENV:-$root/.venv}/bin/python" -m pytest tests/rollout/sglang tests/weight_sync tests/e2e/test_sglang.py \
+    --durations=15 --durations-min=2 "$@"

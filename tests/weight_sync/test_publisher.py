@@ -1,0 +1,212 @@
+"""A publish that goes wrong stops with a message, and leaves the engines paused."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import json
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from megatron_klear import parallel
+from megatron_klear.config import ParallelSettings
+from megatron_klear.errors import RolloutError, WeightSyncError
+from megatron_klear.parallel import FirstRank
+from megatron_klear.records import ParallelContext
+from megatron_klear.weight_sync import (
+    DiskTransport,
+    EngineGroup,
+    EngineLayout,
+    Publisher,
+    TensorTransport,
+    common_layout,
+)
+from megatron_klear.weight_sync.checksums import differences
+from megatron_klear.weight_sync.hashes import engine_hash
+
+WEIGHTS = {"model.norm.weight": torch.arange(4.0), "model.layers.0.self_attn.q_norm.weight": torch.ones(3)}
+
+Answer = tuple[int, str] | Exception
+
+
+@pytest.fixture(scope="module")
+def context() -> Iterator[ParallelContext]:
+    parallel.stop()
+    yield parallel.start(ParallelSettings())
+    parallel.stop()
+
+
+class Engine:
+    """An engine that answers 200, and true checksums, unless told otherwise."""
+
+    def __init__(self, name: str, answers: dict[str, Answer] | None = None) -> None:
+        self.name, self.url = name, "http://127.0.0.1:1"
+        self.answers = {"/weights_checker": (200, self.checksums({})), **(answers or {})}
+        self.seen: list[tuple[str, Mapping[str, Any]]] = []
+
+    @staticmethod
+    def checksums(changes: dict[str, str | None]) -> str:
+        told = {name: engine_hash(tensor, "cpu") for name, tensor in WEIGHTS.items()} | changes
+        return json.dumps({"ranks": [{"checksums": {n: h for n, h in told.items() if h is not None}}]})
+
+    def start(self, path: str, body: Mapping[str, Any], *, timeout_seconds: float) -> Any:
+        self.seen.append((path, body))
+        future: concurrent.futures.Future[tuple[int, str]] = concurrent.futures.Future()
+        answer = self.answers.get(path, (200, "{}"))
+        if isinstance(answer, Exception):
+            future.set_exception(answer)
+        else:
+            future.set_result(answer)
+        return future
+
+    def paths(self) -> list[str]:
+        return [path for path, _ in self.seen]
+
+
+@pytest.fixture
+def publisher(context: ParallelContext) -> Callable[..., Publisher]:
+    def make(*engines: Engine, quantized: bool = False, transport: Any = None, **options: Any) -> Publisher:
+        group = EngineGroup(engines, 5.0)
+        settings: dict[str, Any] = {"pause_mode": "abort", "verify_mode": "checksum", "bucket_bytes": 16} | options
+        return Publisher(
+            group,
+            transport(group) if transport else TensorTransport(group, tp=1, by_value=True),
+            EngineLayout(tp=1, device="cpu", dtype="float32", quantized=quantized),
+            head_dim=2,
+            context=context,
+            first_rank=FirstRank(context, silence_seconds=5.0),
+            **settings,
+        )
+
+    return make
+
+
+def test_the_order_of_a_publish(publisher: Callable[..., Publisher]) -> None:
+    engines = [Engine("a"), Engine("b")]
+    made = publisher(*engines)
+    report = made.publish(WEIGHTS.items(), version=4)
+    assert (report.version, report.num_bytes, report.proof) == (4, 28, "checksum")
+    assert made.version == 4
+    for engine in engines:
+        assert engine.paths() == [
+            "/pause_generation",
+            "/begin_weight_update",
+            "/update_weights_from_tensor",
+            "/update_weights_from_tensor",
+            "/end_weight_update",
+            "/flush_cache",
+            "/weights_checker",
+            "/update_weight_version",
+            "/continue_generation",
+        ]
+    bodies = dict(engines[0].seen)
+    assert bodies["/pause_generation"] == {"mode": "abort"}
+    assert bodies["/update_weight_version"] == {"new_version": "4", "abort_all_requests": False}
+
+
+def test_in_place_leaves_the_cache_to_unfinished_responses(publisher: Callable[..., Publisher]) -> None:
+    engine = Engine("a")
+    publisher(engine, pause_mode="in_place").publish(WEIGHTS.items(), version=1)
+    assert "/flush_cache" not in engine.paths()
+
+
+def test_servers_without_update_sessions_need_none(publisher: Callable[..., Publisher]) -> None:
+    engine = Engine("a", {"/begin_weight_update": (404, "Not Found")})
+    publisher(engine).publish(WEIGHTS.items(), version=1)
+    assert "/end_weight_update" not in engine.paths()
+
+
+@pytest.mark.parametrize(
+    ("answers", "text"),
+    [
+        ({"/pause_generation": (500, "tired")}, "b: /pause_generation answered status 500: tired"),
+        ({"/update_weights_from_tensor": (400, "no such name")}, "b: /update_weights_from_tensor answered status 400"),
+        ({"/update_weights_from_tensor": RolloutError("b: broken off")}, "publishing weights failed: b: broken off"),
+        ({"/flush_cache": (400, "busy")}, "b: /flush_cache answered status 400: busy"),
+        ({"/begin_weight_update": (404, "")}, "only some engines know /begin_weight_update"),
+        ({"/weights_checker": (200, '{"ranks": null}')}, "b: /weights_checker answered without checksums"),
+        ({"/weights_checker": (200, Engine.checksums({"model.norm.weight": "0" * 16}))},
+         "b: 1 differ: model.norm.weight"),
+        ({"/weights_checker": (200, Engine.checksums({"model.norm.weight": None}))}, "1 missing: model.norm.weight"),
+        ({"/weights_checker": (200, Engine.checksums({"lm_head.weight": "1"}))}, "1 not of this model: lm_head.weight"),
+    ],
+)  # fmt: skip
+def test_what_fails_is_named_and_the_engines_stay_paused(
+    publisher: Callable[..., Publisher], answers: dict[str, Answer], text: str
+) -> None:
+    engines = [Engine("a"), Engine("b", answers)]
+    made = publisher(*engines)
+    read = []
+    with pytest.raises(WeightSyncError) as error:
+        made.publish(((name, read.append(name) or tensor) for name, tensor in WEIGHTS.items()), version=1)
+    assert text in str(error.value)
+    assert made.version == -1
+    assert all("/continue_generation" not in engine.paths() for engine in engines)
+    if "/pause_generation" not in answers and "/begin_weight_update" not in answers:
+        assert read == list(WEIGHTS), "other ranks would wait for the rest of the stream"
+
+
+def test_versions_go_up(publisher: Callable[..., Publisher]) -> None:
+    made = publisher(Engine("a"))
+    made.publish(WEIGHTS.items(), version=3)
+    with pytest.raises(WeightSyncError, match="have weights of version 3 and were sent version 3; versions must go up"):
+        made.publish(WEIGHTS.items(), version=3)
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+def test_without_checksums_the_policy_decides(publisher: Callable[..., Publisher], quantized: bool) -> None:
+    answers: dict[str, Answer] = {} if quantized else {"/weights_checker": (404, "Not Found")}
+    engine, checked = Engine("a", answers), []
+    made = publisher(engine, quantized=quantized, check_logprobs=lambda: checked.append(True))
+    with pytest.raises(WeightSyncError, match=r"cannot tell checksums .* and weight_sync.verify asks for them"):
+        made.publish(WEIGHTS.items(), version=1)
+    assert "/continue_generation" not in engine.paths()
+    assert checked == []
+    either = publisher(
+        engine, quantized=quantized, verify_mode="checksum_or_logprobs", check_logprobs=lambda: checked.append(True)
+    )
+    assert either.publish(WEIGHTS.items(), version=2).proof == "logprobs"
+    assert checked == [True]
+
+
+def test_disk_keeps_two_whole_versions(publisher: Callable[..., Publisher], tmp_path: Path) -> None:
+    engine = Engine("a")
+    made = publisher(engine, transport=lambda group: DiskTransport(group, tmp_path, {"model_type": "qwen3"}))
+    for version in (1, 2, 3):
+        made.publish(WEIGHTS.items(), version=version)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["version_00000002", "version_00000003"]
+    newest = tmp_path / "version_00000003"
+    assert dict(engine.seen)["/update_weights_from_disk"]["model_path"] == str(newest)
+    index = json.loads((newest / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == 28
+    assert len(set(index["weight_map"].values())) == 2  # one file per bucket of 16 bytes
+    for name, tensor in WEIGHTS.items():
+        with safe_open(newest / index["weight_map"][name], framework="pt") as opened:
+            assert torch.equal(opened.get_tensor(name), tensor)
+    assert json.loads((newest / "config.json").read_text()) == {"model_type": "qwen3"}
+
+
+def test_a_disk_that_cannot_be_written_is_named(publisher: Callable[..., Publisher], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    made = publisher(Engine("a"), transport=lambda group: DiskTransport(group, tmp_path / "file", {}))
+    with pytest.raises(WeightSyncError, match=r"cannot make a directory for the weights of version 1 .*transport disk"):
+        made.publish(WEIGHTS.items(), version=1)
+
+
+def test_engines_must_hold_weights_alike() -> None:
+    one, other = (EngineLayout(tp=tp, device="cpu", dtype="float32") for tp in (1, 2))
+    assert common_layout([one, one], ["a", "b"]) == one
+    with pytest.raises(WeightSyncError, match="must hold their weights alike"):
+        common_layout([one, other], ["a", "b"])
+
+
+def test_differences_are_counted_and_cut() -> None:
+    ours = {f"w{i}": "0" for i in range(15)}
+    assert differences(ours, ours) == []
+    (text,) = differences(ours, dict.fromkeys(ours, "1"))
+    assert text.startswith("15 differ: w0, w1, ")
+    assert text.endswith("w11 and 3 more")
