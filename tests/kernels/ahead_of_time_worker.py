@@ -45,7 +45,7 @@ def specialised_arguments(kernel: Any, arguments: dict[str, str]) -> list[str]:
 def compile_kernel(
     folder: Path, kernel: Any, variant: str, arguments: dict[str, str], constants: dict[str, Any], **options: int
 ) -> None:
-    """Compile the one variant that is ever launched: nothing is known of integers, nor of where pointers are aligned."""
+    """Compile the one variant that is ever launched: nothing is known of integers or of the alignment of pointers."""
     signature = {**arguments, **dict.fromkeys(constants, "constexpr")}
     binary = triton.compile(ASTSource(kernel, signature, constants), target=TARGET, options=options)
     name = f"{kernel.__name__}-{variant}"
