@@ -60,6 +60,7 @@ def interpreting_triton() -> bool:
 def _triton_import_error() -> str | None:
     try:
         importlib.import_module("triton")
+        importlib.import_module("triton.tools.tensor_descriptor")  # older releases lack it
     except Exception as error:  # a broken installation fails in many ways; the torch backend then serves
         return f"triton cannot be imported ({error})"
     return None

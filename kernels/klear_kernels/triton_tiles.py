@@ -3,6 +3,9 @@
 The kernels that use them are persistent: as many programs as there are multiprocessors each take every so manieth
 tile. The loop over tiles is flattened into the loop over the hidden size, so that the loads of the next tile are on
 their way while the exponents of this one are computed.
+
+No kernel is specialised on a number or on the alignment of a pointer: how many tokens are computed differs from call to
+call, and offsets into shared buffers with it, so that a new variant would be compiled in the middle of training.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Compiles every Triton kernel for compute capability 9.0, which needs no GPU, and writes down what came out.
 
 Usage: python ahead_of_time_worker.py FOLDER
-For each kernel and variant FOLDER gets NAME-VARIANT.ptx, .sass, .usage (cuobjdump's resource line) and .shared (bytes).
+For each kernel and variant FOLDER gets NAME-VARIANT.ptx, .sass, .usage (cuobjdump's resource line), .shared (bytes)
+and .specialised (arguments that a launch would compile variants for).
 """
 
 from __future__ import annotations
@@ -31,17 +32,25 @@ def descriptor(block: tuple[int, int]) -> str:
     return f"tensordesc<bf16[{block[0]}, {block[1]}]>"
 
 
+def specialised_arguments(kernel: Any, arguments: dict[str, str]) -> list[str]:
+    """Those for whose values or alignment a launch would compile variants of its own."""
+    return [
+        parameter.name
+        for parameter in kernel.params
+        if not arguments.get(parameter.name, "tensordesc").startswith("tensordesc")
+        and not (parameter.do_not_specialize or parameter.do_not_specialize_on_alignment)
+    ]
+
+
 def compile_kernel(
     folder: Path, kernel: Any, variant: str, arguments: dict[str, str], constants: dict[str, Any], **options: int
 ) -> None:
-    """Compile with every pointer aligned to 16 bytes, as torch allocates, and no integer specialised."""
+    """Compile the one variant that is ever launched: nothing is known of integers or of the alignment of pointers."""
     signature = {**arguments, **dict.fromkeys(constants, "constexpr")}
-    aligned = {
-        (index,): [["tt.divisibility", 16]] for index, kind in enumerate(signature.values()) if kind.startswith("*")
-    }
-    binary = triton.compile(ASTSource(kernel, signature, constants, aligned), target=TARGET, options=options)
+    binary = triton.compile(ASTSource(kernel, signature, constants), target=TARGET, options=options)
     name = f"{kernel.__name__}-{variant}"
     (folder / f"{name}.ptx").write_text(binary.asm["ptx"])
+    (folder / f"{name}.specialised").write_text(" ".join(specialised_arguments(kernel, arguments)))
     (folder / f"{name}.shared").write_text(str(binary.metadata.shared))
     cubin = folder / f"{name}.cubin"
     cubin.write_bytes(binary.asm["cubin"])
@@ -89,8 +98,8 @@ def main() -> None:
         "tokens": "*i64",
         "label_columns": "*i32",
         "out": "*fp32",
-        "hidden_stride": "i64",
-        "weight_stride": "i64",
+        "hidden_stride": "i32",
+        "weight_stride": "i32",
         "size": "i32",
         "scale": "fp32",
     }

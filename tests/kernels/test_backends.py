@@ -56,13 +56,14 @@ def test_another_generation_of_device_takes_torch(hopper: None, monkeypatch: pyt
         choose_backend("linear_policy_loss", "triton", CUDA, torch.bfloat16)
 
 
+@pytest.mark.parametrize("missing", ["triton", "triton.tools.tensor_descriptor"])
 def test_a_triton_that_does_not_import_is_no_error_unless_asked_for(
-    hopper: None, monkeypatch: pytest.MonkeyPatch
+    hopper: None, monkeypatch: pytest.MonkeyPatch, missing: str
 ) -> None:
     monkeypatch.undo()
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    monkeypatch.setitem(sys.modules, "triton", None)
+    monkeypatch.setitem(sys.modules, missing, None)
     backends._triton_import_error.cache_clear()
     try:
         assert choose_backend("linear_logprob", None, CUDA, torch.bfloat16) == "torch"

@@ -18,7 +18,10 @@ from klear_kernels.triton_tiles import (
 )
 
 
-@triton.jit(do_not_specialize=["num_rows", "num_words", "size", "scale"])
+@triton.jit(
+    do_not_specialize=["num_rows", "num_words", "size", "scale"],
+    do_not_specialize_on_alignment=["logsumexp", "constant", "slope"],
+)
 def gradient_kernel(
     hidden,
     weight,

@@ -11,7 +11,10 @@ from klear_kernels.triton_tiles import launching_on
 BLOCK = 1024
 
 
-@triton.jit(do_not_specialize=["hidden_stride", "weight_stride", "size", "scale"])
+@triton.jit(
+    do_not_specialize=["hidden_stride", "weight_stride", "size", "scale"],
+    do_not_specialize_on_alignment=["hidden", "weight", "tokens", "label_columns", "out"],
+)
 def label_logit_kernel(
     hidden, weight, tokens, label_columns, out, hidden_stride, weight_stride, size, scale, BLOCK: tl.constexpr
 ):

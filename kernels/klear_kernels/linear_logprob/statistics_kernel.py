@@ -20,7 +20,10 @@ NO_WORD = -1e30
 """The logit of what is no word or is the label: below every other, and finite, so that nothing becomes NaN."""
 
 
-@triton.jit(do_not_specialize=["num_rows", "num_words", "size", "scale"])
+@triton.jit(
+    do_not_specialize=["num_rows", "num_words", "size", "scale"],
+    do_not_specialize_on_alignment=["label_columns", "maxima", "sums", "weighted_sums"],
+)
 def statistics_kernel(
     hidden,
     weight,

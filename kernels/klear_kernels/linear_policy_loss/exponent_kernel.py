@@ -25,7 +25,10 @@ LARGEST_EXPONENT = 64.0
 """Powers of two are cut off here: far beyond what a valid reference gives, and finite in every sum that follows."""
 
 
-@triton.jit(do_not_specialize=["num_rows", "num_words", "size", "scale"])
+@triton.jit(
+    do_not_specialize=["num_rows", "num_words", "size", "scale"],
+    do_not_specialize_on_alignment=["label_columns", "reference", "sums", "weighted_sums"],
+)
 def exponent_kernel(
     hidden,
     weight,

@@ -138,7 +138,9 @@ def _profile(options: argparse.Namespace, entered: list[Contestant], device: tor
             print(f"--operations: {contestant.name} does not compute {options.operations[0]}", file=sys.stderr)
             return 2
         for _ in range(2):
+            contestant.prepare(inputs)
             run(inputs)
+        contestant.prepare(inputs)
         torch.cuda.synchronize()
         torch.cuda.cudart().cudaProfilerStart()
         run(inputs)

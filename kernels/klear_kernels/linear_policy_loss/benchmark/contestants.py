@@ -49,11 +49,12 @@ class Contestant:
 
     Attributes:
         name: as in the table.
-        kind: "ours", "peer" or "floor".
+        kind: "ours", "ours in place" (the weight's gradient is added to a main_grad), "peer" or "floor".
         runs: by operation.
         executed_products: products of 2 N H V that it computes, by operation, as its source has it.
         package: what to install where it is missing.
         missing: why it cannot take part, or None.
+        prepare: called before each run, untimed.
     """
 
     name: str
@@ -62,6 +63,7 @@ class Contestant:
     executed_products: dict[str, int]
     package: str = ""
     missing: str | None = None
+    prepare: Callable[[HeadInputs], None] = lambda inputs: None
 
 
 def contestants(device: torch.device, dtype: torch.dtype, *, with_entropy: bool = False) -> list[Contestant]:
@@ -72,6 +74,7 @@ def contestants(device: torch.device, dtype: torch.dtype, *, with_entropy: bool 
     return [
         _products(),
         *_ours(device, dtype, with_entropy),
+        *_ours_in_place(device, dtype, with_entropy),
         *_torch_itself(),
         _torch_function(),
         *_cut(),
@@ -111,34 +114,67 @@ def _ours(device: torch.device, dtype: torch.dtype, with_entropy: bool) -> list[
             )
         return Outcome(output.logprobs)
 
-    def loss(inputs: HeadInputs, *, backend: str, operation: str) -> Outcome:
-        terms = _terms_of(inputs, operation)
-        output = linear_policy_loss(
-            inputs.hidden,
-            inputs.weight,
-            inputs.labels,
-            terms.old_logprobs,
-            terms.advantages,
-            terms.policy_weight,
-            terms.lm_weight,
-            objective=terms.objective,
-            with_entropy=with_entropy,
-            backend=backend,
-        )
-        return Outcome(output.logprobs, *torch.autograd.grad(output.loss, (inputs.hidden, inputs.weight)))
-
     result = []
     for name in backend_names("linear_policy_loss"):
         runs: dict[str, Run] = {}
         if name in backend_names("linear_logprob"):
             runs["logprob"] = functools.partial(logprob, backend=name)
         for operation in ("policy", "lm"):
-            runs[operation] = functools.partial(loss, backend=name, operation=operation)
+            runs[operation] = functools.partial(
+                _loss, backend=name, operation=operation, with_entropy=with_entropy, in_place=False
+            )
         missing = backend_refusal("linear_policy_loss", name, device, dtype)
         result.append(
             Contestant(name=f"klear {name}", kind="ours", runs=runs, executed_products=USEFUL_PRODUCTS, missing=missing)
         )
     return result
+
+
+def _ours_in_place(device: torch.device, dtype: torch.dtype, with_entropy: bool) -> list[Contestant]:
+    """As the trainer calls them: the weight's gradient is added to the buffer that Megatron keeps for it."""
+
+    def clear(inputs: HeadInputs) -> None:
+        inputs.weight.main_grad = torch.zeros_like(inputs.weight, dtype=torch.float32)  # type: ignore[attr-defined]
+
+    return [
+        Contestant(
+            name=f"klear {name} main_grad",
+            kind="ours in place",
+            runs={
+                operation: functools.partial(
+                    _loss, backend=name, operation=operation, with_entropy=with_entropy, in_place=True
+                )
+                for operation in ("policy", "lm")
+            },
+            executed_products=USEFUL_PRODUCTS,
+            missing=backend_refusal("linear_policy_loss", name, device, dtype),
+            prepare=clear,
+        )
+        for name in backend_names("linear_policy_loss")
+    ]
+
+
+def _loss(inputs: HeadInputs, *, backend: str, operation: str, with_entropy: bool, in_place: bool) -> Outcome:
+    terms, weight = _terms_of(inputs, operation), inputs.weight
+    output = linear_policy_loss(
+        inputs.hidden,
+        weight,
+        inputs.labels,
+        terms.old_logprobs,
+        terms.advantages,
+        terms.policy_weight,
+        terms.lm_weight,
+        objective=terms.objective,
+        with_entropy=with_entropy,
+        into_main_grad=in_place,
+        backend=backend,
+    )
+    if not in_place:
+        return Outcome(output.logprobs, *torch.autograd.grad(output.loss, (inputs.hidden, weight)))
+    (grad_hidden,) = torch.autograd.grad(output.loss, (inputs.hidden,))
+    grad_weight: torch.Tensor = weight.main_grad  # type: ignore[attr-defined]
+    del weight.main_grad  # type: ignore[attr-defined]  # others need the memory
+    return Outcome(output.logprobs, grad_hidden, grad_weight)
 
 
 def _through_logprobs(logprobs_of: Callable[..., torch.Tensor], operation: str) -> Run:

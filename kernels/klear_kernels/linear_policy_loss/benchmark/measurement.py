@@ -132,6 +132,7 @@ def _failed(row: dict[str, Any], error: Exception) -> None:
 def _seconds(contestant: Contestant, operation: str, inputs: HeadInputs) -> tuple[float, Outcome]:
     """Run once; on a GPU the time between two events on its stream."""
     run = contestant.runs[operation]
+    contestant.prepare(inputs)
     if inputs.hidden.device.type != "cuda":
         start = time.perf_counter()
         outcome = run(inputs)

@@ -93,7 +93,8 @@ def _or_dash(value: float | None, form: str, width: int) -> str:
 def goals(size: dict[str, Any]) -> list[dict[str, Any]]:
     """What the fused head is to reach on one H100 at N 32768 and V 151936, each with the figure of this run.
 
-    Ours is the fastest backend of ours in the operation.
+    Ours is the fastest backend of ours in the operation: adding to a main_grad where time and memory are measured
+    against the products alone, returning the gradient as the others do where it is compared with them.
     """
     found: list[dict[str, Any]] = []
 
@@ -105,11 +106,12 @@ def goals(size: dict[str, Any]) -> list[dict[str, Any]]:
         ours = _fastest(size, operation, "ours")
         if ours is None:
             continue
-        fraction = ours["fraction_of_products"]
+        alone = _fastest(size, operation, "ours in place") or ours
+        fraction = alone["fraction_of_products"]
         add(
             f"{operation}: time over its products alone", None if fraction is None else 1 / fraction, 1.15, at_most=True
         )
-        peak = ours["peak_extra_bytes"]
+        peak = alone["peak_extra_bytes"]
         add(f"{operation}: transient GB", None if peak is None else peak / 1e9, gigabytes, at_most=True)
         peer = _fastest(size, operation, "peer")
         add(f"{operation}: speed over the fastest peer", _ratio(peer, ours), 1.2, at_most=False)
