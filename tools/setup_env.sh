@@ -16,98 +16,33 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 venv=${KLEAR_VENV:-$root/.venv}
 extras=${KLEAR_EXTRAS:-dev}
 system=${KLEAR_SYSTEM_PACKAGES:-0}
-state=$venv/.klear-state # "installing", or the fingerprint of a finished set-up
-log=$venv/setup.log
-ticker=
 
 if [[ ${1:-} == -h || ${1:-} == --help ]]; then
     sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "${BASH_SOURCE[0]}"
     exit 0
 fi
 
-say() { echo "set-up: $*"; }
-
-fail() {
-    echo "set-up: $*" >&2
-    exit 1
-}
-
-usable() {
-    # A shim on PATH may exist and not run; Debian's python3 may lack venv and pip.
-    "$1" -c 'import sys, ssl, sqlite3, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' \
-        >/dev/null 2>&1
-}
-
-find_python() {
-    local candidate
-    if [[ -n ${KLEAR_PYTHON:-} ]]; then
-        usable "$KLEAR_PYTHON" || fail "KLEAR_PYTHON=$KLEAR_PYTHON is not a Python 3.11 or 3.12 with venv and pip"
-        echo "$KLEAR_PYTHON"
-        return
-    fi
-    for candidate in python3.11 python3.12 python3 python \
-        "${PYENV_ROOT:-$HOME/.pyenv}"/versions/3.1[12].*/bin/python3 /usr/local/bin/python3.1[12] /usr/bin/python3.1[12]; do
-        if command -v "$candidate" >/dev/null && usable "$candidate"; then
-            command -v "$candidate"
-            return
-        fi
-    done
-    fail "no working Python 3.11 or 3.12 (with the venv and ensurepip modules; on Debian: apt install python3-venv)." \
-        "Install one, or name it in KLEAR_PYTHON."
-}
+speaker=set-up
+# shellcheck source=tools/environment.sh
+source "$root/tools/environment.sh"
 
 fingerprint() {
     {
-        cat "$root/setup.py" "$root/constraints.txt" "${BASH_SOURCE[0]}"
+        cat "$root/setup.py" "$root/constraints.txt" "${BASH_SOURCE[0]}" "$root/tools/environment.sh"
         echo "$root $extras $system"
         "$venv/bin/python" -c 'import sys; print(sys.version)'
-    } 2>/dev/null | { sha256sum 2>/dev/null || shasum -a 256; } | cut -d' ' -f1
+    } 2>/dev/null | digest
 }
 
-stop_ticker() {
-    if [[ -n $ticker ]]; then
-        kill "$ticker" 2>/dev/null || true
-        wait "$ticker" 2>/dev/null || true
-        ticker=
-    fi
-}
-trap stop_ticker EXIT
-
-step() {
-    local text=$1 start=$SECONDS
-    shift
-    say "$text"
-    # A sleep left behind must hold neither the lock nor the output that a caller may be reading to its end.
-    (while sleep 30 >/dev/null 2>&1; do echo "set-up:   ... $((SECONDS - start)) s"; done) 9>&- &
-    ticker=$!
-    if ! "$@" >>"$log" 2>&1; then
-        stop_ticker
-        tail -n 25 "$log" >&2
-        fail "this step failed: $text (all of its output: $log)"
-    fi
-    stop_ticker
-}
-
-pip_install() { "$venv/bin/python" -m pip install --no-input --disable-pip-version-check -c "$constraints" "$@"; }
-
-mkdir -p "$venv"
-if [[ ! -f $venv/pyvenv.cfg && ! -f $state && -n $(find "$venv" -mindepth 1 ! -name .klear-lock -print -quit) ]]; then
-    fail "$venv holds something that is no virtual environment; remove it or set KLEAR_VENV"
-fi
-# Two commands started together: the second waits for the first.
-if command -v flock >/dev/null; then
-    exec 9>"$venv/.klear-lock"
-    flock --nonblock 9 || { say "waiting for another set-up of $venv"; flock 9; }
-fi
-
-if [[ -f $state && -x $venv/bin/python && $(<"$state") == "$(fingerprint)" ]]; then
+hold_directory KLEAR_VENV
+if up_to_date; then
     say "$venv is up to date"
     exit 0
 fi
 
 if [[ -f $state && ($(<"$state") == installing || ! -x $venv/bin/python) ]]; then
     say "an earlier set-up of $venv did not finish; starting over"
-    find "$venv" -mindepth 1 -maxdepth 1 ! -name .klear-lock -exec rm -rf {} +
+    empty_directory
 fi
 
 say "making the environment in $venv (takes minutes, once)"
@@ -136,7 +71,7 @@ fi
 
 step "2/5 torch (the largest part)" pip_install setuptools torch
 step "3/5 Megatron-Core, transformers and the rest of the packages" \
-    pip_install --no-build-isolation --editable "$root[$extras]"
+    pip_install --no-build-isolation --editable "${root}[$extras]"
 step "4/5 reasoning-gym (problems for the examples)" pip_install --no-deps reasoning-gym
 if ! pip_install --no-deps pycosat >>"$log" 2>&1; then
     say "    without pycosat, which needs a C compiler; only logic puzzles that are not used here need it"

@@ -16,21 +16,15 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 venv=${KLEAR_SGLANG_VENV:-$root/.venv-sglang}
 device=${KLEAR_SGLANG_DEVICE:-auto}
 shims=$root/tools/sglang_cpu
-state=$venv/.klear-state # "installing", or the fingerprint of a finished set-up
-log=$venv/setup.log
-ticker=
 
 if [[ ${1:-} == -h || ${1:-} == --help ]]; then
     sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "${BASH_SOURCE[0]}"
     exit 0
 fi
 
-say() { echo "sglang: $*"; }
-
-fail() {
-    echo "sglang: $*" >&2
-    exit 1
-}
+speaker=sglang
+# shellcheck source=tools/environment.sh
+source "$root/tools/environment.sh"
 
 case $device in
 auto) if nvidia-smi --list-gpus 2>/dev/null | grep -q .; then device=cuda; else device=cpu; fi ;;
@@ -38,63 +32,14 @@ cpu | cuda) ;;
 *) fail "KLEAR_SGLANG_DEVICE=$device must be cpu, cuda or auto" ;;
 esac
 
-usable() {
-    # A shim on PATH may exist and not run; Debian's python3 may lack venv and pip.
-    "$1" -c 'import sys, ssl, sqlite3, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' \
-        >/dev/null 2>&1
-}
-
-find_python() {
-    local candidate
-    if [[ -n ${KLEAR_PYTHON:-} ]]; then
-        usable "$KLEAR_PYTHON" || fail "KLEAR_PYTHON=$KLEAR_PYTHON is not a Python 3.11 or 3.12 with venv and pip"
-        echo "$KLEAR_PYTHON"
-        return
-    fi
-    for candidate in python3.11 python3.12 python3 python \
-        "${PYENV_ROOT:-$HOME/.pyenv}"/versions/3.1[12].*/bin/python3 /usr/local/bin/python3.1[12] /usr/bin/python3.1[12]; do
-        if command -v "$candidate" >/dev/null && usable "$candidate"; then
-            command -v "$candidate"
-            return
-        fi
-    done
-    fail "no working Python 3.11 or 3.12 (with the venv and ensurepip modules; on Debian: apt install python3-venv)." \
-        "Install one, or name it in KLEAR_PYTHON."
-}
-
 fingerprint() {
     {
-        cat "$root/constraints-sglang.txt" "$shims/klear_sglang_cpu.py" "$shims/sgl_kernel/__init__.py" "${BASH_SOURCE[0]}"
+        cat "$root/constraints-sglang.txt" "$shims/klear_sglang_cpu.py" "$shims/sgl_kernel/__init__.py" \
+            "${BASH_SOURCE[0]}" "$root/tools/environment.sh"
         echo "$device"
         "$venv/bin/python" -c 'import sys; print(sys.version)'
-    } 2>/dev/null | { sha256sum 2>/dev/null || shasum -a 256; } | cut -d' ' -f1
+    } 2>/dev/null | digest
 }
-
-stop_ticker() {
-    if [[ -n $ticker ]]; then
-        kill "$ticker" 2>/dev/null || true
-        wait "$ticker" 2>/dev/null || true
-        ticker=
-    fi
-}
-trap stop_ticker EXIT
-
-step() {
-    local text=$1 start=$SECONDS
-    shift
-    say "$text"
-    # A sleep left behind must hold neither the lock nor the output that a caller may be reading to its end.
-    (while sleep 30 >/dev/null 2>&1; do echo "sglang:   ... $((SECONDS - start)) s"; done) 9>&- &
-    ticker=$!
-    if ! "$@" >>"$log" 2>&1; then
-        stop_ticker
-        tail -n 25 "$log" >&2
-        fail "this step failed: $text (all of its output: $log)"
-    fi
-    stop_ticker
-}
-
-pip_install() { "$venv/bin/python" -m pip install --no-input --disable-pip-version-check -c "$constraints" "$@"; }
 
 install_shims() {
     local packages
@@ -105,17 +50,8 @@ install_shims() {
     echo "import klear_sglang_cpu" >"$packages/klear_sglang_cpu.pth"
 }
 
-mkdir -p "$venv"
-if [[ ! -f $venv/pyvenv.cfg && ! -f $state && -n $(find "$venv" -mindepth 1 ! -name .klear-lock -print -quit) ]]; then
-    fail "$venv holds something that is no virtual environment; remove it or set KLEAR_SGLANG_VENV"
-fi
-# Two commands started together: the second waits for the first.
-if command -v flock >/dev/null; then
-    exec 9>"$venv/.klear-lock"
-    flock --nonblock 9 || { say "waiting for another set-up of $venv"; flock 9; }
-fi
-
-if [[ -f $state && -x $venv/bin/python && $(<"$state") == "$(fingerprint)" ]]; then
+hold_directory KLEAR_SGLANG_VENV
+if up_to_date; then
     say "$venv is up to date"
     exit 0
 fi
@@ -124,7 +60,7 @@ fi
 # package of an older SGLang stays behind.
 if [[ -f $state ]]; then
     say "$venv is unfinished or out of date; starting over"
-    find "$venv" -mindepth 1 -maxdepth 1 ! -name .klear-lock -exec rm -rf {} +
+    empty_directory
 fi
 
 say "making SGLang's environment for $device in $venv (takes minutes, once)"
