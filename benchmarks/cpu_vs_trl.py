@@ -193,7 +193,7 @@ def compare(task: str, arguments: argparse.Namespace, inputs: Path) -> list[Cont
 def summary(task: str, chosen: list[Contestant]) -> dict[str, Any]:
     """Medians of all contestants, and ratios of this project to the best of TRL's ways in each round."""
     ours, others = chosen[0], chosen[1:]
-    best = min(others, key=lambda c: c.median("seconds"))
+    best = max(others, key=lambda c: c.median("tokens"))  # by what is claimed
     rates = [
         (a["tokens"] / a["seconds"]) / (b["tokens"] / b["seconds"])
         for a, b in zip(ours.blocks, best.blocks, strict=True)
