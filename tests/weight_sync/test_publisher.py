@@ -23,6 +23,7 @@ from megatron_klear.weight_sync import (
     EngineLayout,
     Publisher,
     TensorTransport,
+    WeightFiles,
     common_layout,
 )
 from megatron_klear.weight_sync.checksums import differences
@@ -175,7 +176,9 @@ def test_without_checksums_the_policy_decides(publisher: Callable[..., Publisher
 
 def test_disk_keeps_two_whole_versions(publisher: Callable[..., Publisher], tmp_path: Path) -> None:
     engine = Engine("a")
-    made = publisher(engine, transport=lambda group: DiskTransport(group, tmp_path, {"model_type": "qwen3"}))
+    made = publisher(
+        engine, transport=lambda group: DiskTransport(group, WeightFiles(tmp_path, {"model_type": "qwen3"}, keep=2))
+    )
     for version in (1, 2, 3):
         made.publish(WEIGHTS.items(), version=version)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["version_00000002", "version_00000003"]
@@ -192,8 +195,12 @@ def test_disk_keeps_two_whole_versions(publisher: Callable[..., Publisher], tmp_
 
 def test_a_disk_that_cannot_be_written_is_named(publisher: Callable[..., Publisher], tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    made = publisher(Engine("a"), transport=lambda group: DiskTransport(group, tmp_path / "file", {}))
-    with pytest.raises(WeightSyncError, match=r"cannot make a directory for the weights of version 1 .*transport disk"):
+    made = publisher(
+        Engine("a"), transport=lambda group: DiskTransport(group, WeightFiles(tmp_path / "file", {}, keep=2))
+    )
+    with pytest.raises(
+        WeightSyncError, match=r"cannot make a directory for the weights of version 1 .*weight_sync.transport"
+    ):
         made.publish(WEIGHTS.items(), version=1)
 
 
