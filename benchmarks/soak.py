@@ -1,6 +1,6 @@
 """An asynchronous run with real SGLang servers on two cores, while engines, trainer and disk fail at random.
 
-    python benchmarks/soak.py --minutes 30 [--seed 0] [--servers 1] [--work DIR] [--venv .venv-sglang]
+    python benchmarks/soak.py --minutes 30 [--kills 20] [--seed 0] [--servers 1] [--work DIR] [--venv .venv-sglang]
 
 Two trainer ranks train a tiny model from what the rollout manager draws, with partial rollouts. Meanwhile, at random
 moments decided by the seed: processes of a server are killed with SIGKILL; one or both trainer ranks are; a server is
@@ -149,19 +149,28 @@ class Soak:
         self.endings: list[str] = []
         self.restarts = 0
 
-    def disturb(self, minutes: float) -> None:
-        """Let faults happen, each after the run has gone on for a step or, now and then, while it still recovers."""
-        end = time.monotonic() + 60.0 * minutes
+    def disturb(self, minutes: float, kills: int) -> None:
+        """Let faults happen, each after the run has gone on for a step or, now and then, while it still recovers.
+
+        Args:
+            minutes: how long.
+            kills: processes of servers and trainers are killed so often at least, as far as the pace can be held.
+        """
+        begin = time.monotonic()
+        end = begin + 60.0 * minutes
         self.trainer.start(10**6)
         while time.monotonic() < end:
-            patience = 180.0 if self.rng.random() < 0.8 else self.rng.uniform(1.0, 30.0)
+            late = self.kills() < (kills + 2) * (time.monotonic() - begin) / (end - begin) - 1
+            recovers = self.rng.random() < (0.5 if late else 0.2)
+            patience = self.rng.uniform(1.0, 30.0) if recovers else 180.0
             self._go_on(min(end, time.monotonic() + patience))
             if time.monotonic() >= end:
                 return
             if not self.trainer.is_alive():
                 self._start_again()
                 continue
-            kind = self.rng.choices(list(FAULTS), list(FAULTS.values()))[0]
+            kinds = [kind for kind in FAULTS if not late or kind.endswith("killed")]
+            kind = self.rng.choices(kinds, [FAULTS[kind] for kind in kinds])[0]
             print(f"{time.strftime('%H:%M:%S')} step {self.trainer.step()}: {kind}", flush=True)
             self._cause(kind)
 
@@ -177,13 +186,18 @@ class Soak:
     def _start_again(self) -> None:
         """After an end that is not a kill of ours: it is noted, and the run goes on."""
         statuses = self.trainer.wait(90.0)
-        self._end_life()
+        self.end_life()
         last = [line for line in self.trainer.output().splitlines() if line.strip()][-1:]
         self.endings.append(f"life {self.trainer.lives}: statuses {statuses}, {(last or [''])[0][:300]}")
         print(self.endings[-1], flush=True)
         self.trainer.start(10**6)
 
-    def _end_life(self) -> None:
+    def kills(self) -> int:
+        """Times that SIGKILL was sent."""
+        return self.faults["server killed"] + self.faults["trainer killed"]
+
+    def end_life(self) -> None:
+        """Count what the life that has ended says of restarts."""
         self.restarts += self.trainer.output().count("is back with the current weights")
 
     def _cause(self, kind: str) -> None:
@@ -202,14 +216,14 @@ class Soak:
                 _signal(processes, signal.SIGCONT)
         else:
             trainer.kill(rng.choice([[0], [1], [0, 1]]))
-            self._end_life()
+            self.end_life()
             limit = None
             if kind == "disk full":
                 limit = (trainer.run / "ledger.sqlite").stat().st_size + rng.randrange(100_000, 1_000_000)
             trainer.start(10**6, file_limit=limit)
             if limit is not None:
                 statuses = trainer.wait(150.0)
-                self._end_life()
+                self.end_life()
                 reasons = ("too large", "disk is full", "disk I/O error", "File too large", "cannot write")
                 met = [line for line in trainer.output().splitlines() if any(r in line for r in reasons)]
                 kind = kind if met else "disk limit not met"
@@ -270,7 +284,7 @@ def report(soak: Soak, minutes: float, seed: int, servers: int, statuses: list[i
         "seed": seed,
         "servers": servers,
         "faults": dict(soak.faults),
-        "kills": soak.faults["server killed"] + soak.faults["trainer killed"],
+        "kills": soak.kills(),
         "lives_of_the_trainer": trainer.lives,
         "servers_restarted_in_a_life": soak.restarts,
         "ended_by_itself": soak.endings,
@@ -289,6 +303,7 @@ def main() -> int:
     """Disturb, finish, report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=30.0)
+    parser.add_argument("--kills", type=int, default=20, help="least number of SIGKILLs, as far as time allows")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--servers", type=int, default=1)
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "soak")
@@ -307,14 +322,14 @@ def main() -> int:
     soak = Soak(Trainer(work, settings(work, given.venv.resolve(), given.servers)), random.Random(given.seed))
     trainer = soak.trainer
     try:
-        soak.disturb(given.minutes)
+        soak.disturb(given.minutes, given.kills)
         for rank in trainer.ranks:
             rank.terminate()
         trainer.wait(120.0)
-        soak._end_life()
+        soak.end_life()
         trainer.start(trainer.step() + 3)
         statuses = trainer.wait(600.0)
-        soak._end_life()
+        soak.end_life()
     finally:
         trainer.kill([0, 1])
     time.sleep(2.0)

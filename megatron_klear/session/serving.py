@@ -119,10 +119,12 @@ class ServedEngine:
         with alone:
             report = self._publisher.publish(named_tensors, version=version)
         if self._engine is not None:
+            assert self._group is not None
             self._engine.use_version(version)
+            proof = f"proved by {report.proof}" if self._group.callers else "kept for servers that start; none answers"
             log.info(
-                "published version %d: %.1f MB in %.2f s, proved by %s",
-                report.version, report.num_bytes / 1e6, report.seconds, report.proof,
+                "published version %d: %.1f MB in %.2f s, %s",
+                report.version, report.num_bytes / 1e6, report.seconds, proof,
             )  # fmt: skip
 
     def endpoints(self) -> list[Endpoint]:
