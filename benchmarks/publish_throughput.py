@@ -38,6 +38,7 @@ from megatron_klear.weight_sync import (
     Publisher,
     TensorTransport,
     Transport,
+    WeightFiles,
 )
 from megatron_klear.weight_sync.checksums import ExpectedChecksums
 
@@ -83,7 +84,7 @@ class Publishing:
         self.group = EngineGroup([engine.engines[0].caller], 600.0)
         device = torch.device(self.layout.device)
         self.transports: dict[str, Transport] = {
-            "disk": DiskTransport(self.group, directory, hf_config(arch)),
+            "disk": DiskTransport(self.group, WeightFiles(directory, hf_config(arch), keep=2)),
             "distributed": DistributedTransport(self.group, tp=facts.tp, device=device),
             "tensor (shared memory)": TensorTransport(self.group, tp=facts.tp, by_value=False),
             "tensor (by value)": TensorTransport(self.group, tp=facts.tp, by_value=True),

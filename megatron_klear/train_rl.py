@@ -20,14 +20,14 @@ if TYPE_CHECKING:
 def train(session: Session, prompts: PromptData, cursor: DataCursor, heldout: PromptData | None) -> None:
     """The RL step in the paper's order."""
     from megatron_klear.session.evaluation import Evaluation
-    from megatron_klear.session.ledger import RunLedger
+    from megatron_klear.session.groups import step_groups
     from megatron_klear.session.metrics import rollout_metrics, update_metrics
     from megatron_klear.session.off_policy import off_policy
     from megatron_klear.session.policy import filtered, minibatches, objective, old_logprobs
     from megatron_klear.trainer import policy_minibatch
 
     settings = session.settings
-    with Evaluation(session, heldout) as evaluation, RunLedger(session, prompts) as ledger:
+    with Evaluation(session, heldout) as evaluation, step_groups(session, prompts, evaluation.rollouts) as ledger:
         rollouts = evaluation.rollouts
         with ledger.publishing(session.step):
             rollouts.publish(version=session.step)

@@ -86,3 +86,7 @@ class WeightSyncSettings:
 
     timeout_seconds: Seconds = 900.0
     """How long one exchange with an engine may take during a publish."""
+
+    keep_on_disk: bool = True
+    """Write each published set of weights to `run.dir`/weights, too, the newest only, so that a started server that
+    was lost can be started anew with them; false lets the run go on without it. Not done for `sglang.urls`."""

@@ -9,7 +9,7 @@ from typing import Any, Self
 
 from megatron_klear.checkpoint.collective import agree, together
 from megatron_klear.data import DataCursor, PromptData
-from megatron_klear.errors import ConfigError
+from megatron_klear.parallel import FirstRank
 from megatron_klear.records import Grade, Prompt, RolloutGroup, ScoredGroup
 from megatron_klear.rollout import SamplingParams
 from megatron_klear.rollout.endpoint import Endpoint
@@ -34,7 +34,6 @@ class ManagedGroups:
         restart: see `RolloutManager`.
 
     Raises:
-        ConfigError: `scheduling.rollout_only`, which is for engines that generate with the trainer.
         CheckpointError: the ledger cannot be used, or is not the one of the run's checkpoint.
     """
 
@@ -46,16 +45,17 @@ class ManagedGroups:
         endpoints: Callable[[], Sequence[Endpoint]],
         restart: Restart | None = None,
     ) -> None:
-        if session.settings.scheduling.rollout_only:
-            raise ConfigError(
-                ["scheduling.rollout_only: got true, which the manager of separate engines cannot do yet"]
-            )
         self.session, self._prompts, self._rollouts = session, prompts, rollouts
         self._endpoints, self._restart = endpoints, restart
         self._close = ExitStack()
         self._ledger: Ledger | None = None
         self._manager: RolloutManager | None = None
         self._published = False
+        self._first_rank = FirstRank(
+            session.context,
+            silence_seconds=session.settings.parallel.timeout_seconds,
+            beat=session.heartbeat.renew,
+        )
         together("open the rollout ledger", self._open, session.context, only_first=True)
         session.ledger_position = self._position
 
@@ -101,7 +101,10 @@ class ManagedGroups:
         context = self.session.context
         if self._published:
             with self.session.phase("pause"):
-                together("pause generation", lambda: self._running.pause_for_publish(), context, only_first=True)
+                # Not in an exchange: where responses are not interrupted, this takes as long as the longest.
+                self._first_rank.run(
+                    "pause generation", lambda: self._running.pause_for_publish(self._first_rank.alive)
+                )
         yield
         together("resume generation", lambda: self._resume(version), context, only_first=True)
         self._published = True

@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import os
 import socket
-from collections.abc import Iterable, Sequence
-from contextlib import ExitStack
+import time
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,23 +22,32 @@ from megatron_klear.model import hf_config
 from megatron_klear.parallel import FirstRank
 from megatron_klear.records import FloatArray, IntArray, Prompt, RolloutGroup, TrainSequence
 from megatron_klear.rollout import ProgressCallback, SamplingParams
-from megatron_klear.rollout.sglang import Expected, ServerFleet, SglangEngine
+from megatron_klear.rollout.endpoint import Endpoint, EndpointError
+from megatron_klear.rollout.manager import Restart
+from megatron_klear.rollout.sglang import ConnectedEngine, Expected, ServerFleet, SglangEngine
+from megatron_klear.session.restarting import EngineRestarts
 from megatron_klear.session.session import Session
 from megatron_klear.weight_sync import (
     DiskTransport,
     DistributedTransport,
     EngineGroup,
     EngineLayout,
+    KeepingTransport,
     Publisher,
     TensorTransport,
     Transport,
+    WeightFiles,
     common_layout,
+    restore,
 )
 
 log = logging.getLogger(__name__)
 
 _SAMPLE_TEXTS = ("The quick brown fox, 12345.", "x^2 + y^2 = z^2\n", "<think>\n\u00fcber\u00a0\u65e5\u672c</think>")
 _PROBE_TOKENS = 64
+_ATTEMPTS = 4
+"""How often an evaluation is begun when its servers are lost."""
+_WAKE_SECONDS = 0.5
 _SHARED_MEMORY = Path("/dev/shm")
 
 
@@ -64,7 +74,12 @@ class ServedEngine:
         )
         self._engine: SglangEngine | None = None
         self._resources = ExitStack()
-        group: EngineGroup | None = None
+        self._fleet: ServerFleet | None = None
+        self._group: EngineGroup | None = None
+        self._files: WeightFiles | None = None
+        self._restarts: EngineRestarts | None = None
+        self._is_managed = False
+        self._probe: tuple[IntArray, FloatArray] | None = None
         transport: Transport | None = None
         with session.phase("start engines"):
             layout = EngineLayout(**self._first_rank.run("start SGLang's servers", self._start))
@@ -72,8 +87,12 @@ class ServedEngine:
             callers = [engine.caller for engine in self._engine.engines]
             group = EngineGroup(callers, settings.weight_sync.timeout_seconds, waiting=self._first_rank.alive)
             transport = self._transport(group, layout)
+            self._group = group
+            if self._fleet is not None and self._files is not None:
+                self._restarts = EngineRestarts(self._fleet, self._engine, group, self._bring_up)
+                self._resources.callback(self._restarts.close)
         self._publisher = Publisher(
-            group,
+            self._group,
             transport,
             layout,
             head_dim=session.arch.head_dim,
@@ -96,13 +115,38 @@ class ServedEngine:
         Raises:
             WeightSyncError: on every rank; see `Publisher.publish`.
         """
-        report = self._publisher.publish(named_tensors, version=version)
+        alone = nullcontext() if self._restarts is None else self._restarts.publishing(self._first_rank.alive)
+        with alone:
+            report = self._publisher.publish(named_tensors, version=version)
         if self._engine is not None:
+            assert self._group is not None
             self._engine.use_version(version)
+            proof = f"proved by {report.proof}" if self._group.callers else "kept for servers that start; none answers"
             log.info(
-                "published version %d: %.1f MB in %.2f s, proved by %s",
-                report.version, report.num_bytes / 1e6, report.seconds, report.proof,
+                "published version %d: %.1f MB in %.2f s, %s",
+                report.version, report.num_bytes / 1e6, report.seconds, proof,
             )  # fmt: skip
+
+    def endpoints(self) -> list[Endpoint]:
+        """On the first rank: ways to all servers for the rollout manager, which judges them from now on.
+
+        A publish then goes on without those of our own servers that give no answer: with `weight_sync.keep_on_disk` the
+        manager has them started anew with these weights, without it `scheduling.min_engines` must be left.
+        """
+        assert self._engine is not None
+        assert self._group is not None
+        self._is_managed = True
+        if self._restarts is not None:
+            self._group.least = 0
+            return self._restarts.endpoints()
+        if self._fleet is not None:
+            self._group.least = self.session.settings.scheduling.min_engines
+        return [self._engine.another_endpoint(index) for index in range(len(self._engine.engines))]
+
+    @property
+    def restart(self) -> Restart | None:
+        """How the rollout manager has a lost server started anew; None where that cannot be done."""
+        return None if self._restarts is None else self._restarts.restart
 
     def generate(
         self,
@@ -131,7 +175,7 @@ class ServedEngine:
                 waiting=self._first_rank.alive,
             )
 
-        self._first_rank.run("generate", generate)
+        self._first_rank.run("generate", lambda: self._tried(generate))
         dist.broadcast_object_list(groups, src=0)
         assert groups[0] is not None
         return groups[0]
@@ -158,6 +202,7 @@ class ServedEngine:
                     longest_sequence=longest,
                 )
                 on_failure.callback(fleet.close)
+                self._fleet = fleet
                 urls = fleet.start_all(self._first_rank.alive)
             encode = self.session.chat.hf
             samples = [(text, encode(text, add_special_tokens=False)["input_ids"]) for text in _SAMPLE_TEXTS]
@@ -178,6 +223,39 @@ class ServedEngine:
         log.info("SGLang %s: %s", engine.engines[0].facts.version, ", ".join(urls))
         return asdict(layout)
 
+    def _tried(self, generate: Callable[[], None]) -> None:
+        """Generate, and again when servers were lost meanwhile and the manager has brought one back."""
+        for left in reversed(range(_ATTEMPTS)):
+            try:
+                return generate()
+            except EndpointError as error:
+                if self._restarts is None or not self._is_managed or not error.retry or left == 0:
+                    raise
+                log.warning("%s; asking again when a server answers", error)
+                self._wait_for_server(error)
+
+    def _wait_for_server(self, error: EndpointError) -> None:
+        assert self._engine is not None
+        deadline = time.monotonic() + self.session.settings.scheduling.start_seconds
+        while not self._engine.answering(self.policy_version):
+            if time.monotonic() > deadline:
+                raise error
+            self._first_rank.alive()
+            time.sleep(_WAKE_SECONDS)
+
+    def _bring_up(self, engine: ConnectedEngine, waiting: Callable[[], None]) -> None:
+        """Give a server that was started anew the weights of the last publish, and prove them as those were proved."""
+        published, version = None if self._files is None else self._files.newest, self.policy_version
+        if published is None:
+            raise WeightSyncError(f"{engine.endpoint.name}: there are no weights for it before the first publish")
+        seconds, expected = self.session.settings.weight_sync.timeout_seconds, self._publisher.expected
+        group = EngineGroup([engine.caller], seconds, waiting=waiting)
+        restore(group, published, version=version, expected=expected)
+        engine.endpoint.use_version(version)
+        if expected is None:
+            assert self._probe is not None
+            self._compare(engine, *self._probe)
+
     def _dtype(self) -> str:
         chosen = self.session.settings.sglang.dtype
         return self.session.settings.model.dtype if chosen == "auto" else chosen
@@ -194,34 +272,50 @@ class ServedEngine:
         near = all(_is_this_machine(caller.url) for caller in engines.callers)
         if kind == "auto":
             kind = "tensor" if near else "distributed"
+        keeps = settings.weight_sync.keep_on_disk and self._fleet is not None
+        files = WeightFiles(
+            self.session.root / "weights", hf_config(arch, dtype=layout.dtype), keep=2 if kind == "disk" else 1
+        )
+        if keeps:
+            self._files = files
         if kind == "disk":
-            return DiskTransport(engines, self.session.root / "weights", hf_config(arch, dtype=layout.dtype))
+            return DiskTransport(engines, files)
+        made: Transport
         if kind == "distributed":
-            return DistributedTransport(engines, tp=layout.tp, device=torch.device(layout.device))
-        fits = near and _shared_memory_bytes() > 3 * settings.weight_sync.bucket_bytes
-        return TensorTransport(engines, tp=layout.tp, by_value=not fits)
+            made = DistributedTransport(engines, tp=layout.tp, device=torch.device(layout.device))
+        else:
+            fits = near and _shared_memory_bytes() > 3 * settings.weight_sync.bucket_bytes
+            made = TensorTransport(engines, tp=layout.tp, by_value=not fits)
+        return KeepingTransport(made, files) if keeps else made
 
     def _check_logprobs(self) -> None:
         """Compare the engines' log-probabilities of a probe sequence with the trainer's (a collective)."""
-        arch, limit = self.session.arch, self.session.settings.weight_sync.logprob_tolerance
         length = min(_PROBE_TOKENS, self._longest_sequence())
         rng = np.random.default_rng(self.session.settings.run.seed)
-        tokens = rng.integers(0, arch.vocab_size, length)
+        tokens = rng.integers(0, self.session.arch.vocab_size, length)
         ours = self.session.trainer.token_logprobs([_to_score(tokens)], temperature=1.0)[0]
+        self._probe = (tokens, ours)
 
         def compare() -> None:
             assert self._engine is not None
+            assert self._group is not None
             self._engine.use_version(self.policy_version)
-            seconds = self.session.settings.weight_sync.timeout_seconds
-            for name, theirs in self._engine.score(tokens, timeout_seconds=seconds).items():
-                difference = float(np.abs(theirs - ours).max())
-                if not difference <= limit:
-                    raise WeightSyncError(
-                        f"{name}: log-probabilities of a probe sequence differ from the trainer's by up to "
-                        f"{difference:.3g} nats, more than weight_sync.logprob_tolerance = {limit}"
-                    )
+            for engine in self._engine.engines:
+                if engine.caller in self._group.callers:
+                    self._compare(engine, tokens, ours)
 
         self._first_rank.run("compare log-probabilities", compare)
+
+    def _compare(self, engine: ConnectedEngine, tokens: IntArray, ours: FloatArray) -> None:
+        assert self._engine is not None
+        settings = self.session.settings.weight_sync
+        theirs = self._engine.score(engine, tokens, timeout_seconds=settings.timeout_seconds)
+        difference = float(np.abs(theirs - ours).max())
+        if not difference <= settings.logprob_tolerance:
+            raise WeightSyncError(
+                f"{engine.endpoint.name}: log-probabilities of a probe sequence differ from the trainer's by up to "
+                f"{difference:.3g} nats, more than weight_sync.logprob_tolerance = {settings.logprob_tolerance}"
+            )
 
 
 def _to_score(tokens: IntArray) -> TrainSequence:

@@ -5,8 +5,10 @@ from __future__ import annotations
 from megatron_klear.weight_sync.distributed_transport import DistributedTransport
 from megatron_klear.weight_sync.engines import EngineCaller, EngineGroup, EngineLayout
 from megatron_klear.weight_sync.publisher import Publisher, PublishReport, common_layout
+from megatron_klear.weight_sync.restoring import restore
 from megatron_klear.weight_sync.tensor_transport import TensorTransport
-from megatron_klear.weight_sync.transport import DiskTransport, Transport
+from megatron_klear.weight_sync.transport import DiskTransport, KeepingTransport, Transport
+from megatron_klear.weight_sync.weight_files import WeightFiles
 
 __all__ = [
     "DiskTransport",
@@ -14,9 +16,12 @@ __all__ = [
     "EngineCaller",
     "EngineGroup",
     "EngineLayout",
+    "KeepingTransport",
     "PublishReport",
     "Publisher",
     "TensorTransport",
     "Transport",
+    "WeightFiles",
     "common_layout",
+    "restore",
 ]

@@ -27,7 +27,8 @@ _numbers = itertools.count()
 class DistributedTransport:
     """One broadcast per bucket, over gloo or NCCL; implements `Transport`.
 
-    The group is made for the first set and kept; after a failure it is left and made anew for the next.
+    The group is made for the first set and kept; after a failure, or when engines have come or gone, it is made anew.
+    An engine that ends in the middle of a broadcast ends the publish: the others hold part of the new weights.
 
     Args:
         engines: who receives them.
@@ -40,10 +41,13 @@ class DistributedTransport:
         self._session = UpdateSession(engines)
         self._group: dist.ProcessGroup | None = None
         self._group_name = ""
+        self._members = engines.callers
 
     def begin(self, version: int) -> None:
         """Join the engines in a group, if that was not done, and open an update session."""
-        if self._group is None:
+        if self._members != self._engines.callers:
+            self.close()
+        if self._group is None and self._engines.callers:
             self._join()
         self._session.begin()
 
@@ -51,6 +55,8 @@ class DistributedTransport:
         """Broadcast a bucket and let it load."""
         # An engine that still loads the bucket before does not take part in the next broadcast yet.
         self._session.wait()
+        if not self._engines.callers:
+            return
         body = {
             "names": list(bucket.names),
             "dtypes": [dtype_name(tensor.dtype) for tensor in bucket.tensors],
@@ -114,6 +120,7 @@ class DistributedTransport:
             "group_name": self._group_name,
             "backend": backend,
         }
+        self._members = self._engines.callers
         bodies = [shared | {"rank_offset": 1 + i * self._tp} for i in range(len(self._engines.callers))]
         calls = self._engines.start("/init_weights_update_group", bodies)
         try:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import concurrent.futures
 import json
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from megatron_klear.errors import KlearError, WeightSyncError
+
+log = logging.getLogger(__name__)
 
 _WAKE_SECONDS = 0.5
 
@@ -57,6 +60,11 @@ class EngineGroup:
         callers: one per engine.
         timeout_seconds: of every exchange (weight_sync.timeout_seconds).
         waiting: called while waiting for answers, several times a second.
+
+    Attributes:
+        callers: the engines that are left.
+        least: how few engines it goes on with when others give no answer; None goes on with all of them only. An engine
+            that answers, but refuses, is an error in any case.
     """
 
     def __init__(
@@ -64,7 +72,25 @@ class EngineGroup:
     ) -> None:
         self.callers = tuple(callers)
         self.timeout_seconds = timeout_seconds
+        self.least: int | None = None
         self._waiting = waiting
+
+    def take_in(self, caller: EngineCaller) -> None:
+        """Publish to this engine, too, from the next set of weights on."""
+        self.callers = (*self.callers, caller)
+
+    def leave(self, caller: EngineCaller) -> None:
+        """Publish to this engine no more; nothing happens when it is none of them."""
+        self.callers = tuple(other for other in self.callers if other is not caller)
+
+    def goes_on_without(self, caller: EngineCaller, why: str) -> bool:
+        """Whether an engine that gave no answer can be done without; it is left out from then on."""
+        if caller in self.callers:
+            if self.least is None or len(self.callers) - 1 < self.least:
+                return False
+            self.leave(caller)
+            log.warning("%s; publishing goes on with %d engines", why, len(self.callers))
+        return True
 
     def start(self, path: str, bodies: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> PendingCalls:
         """Send a request to every engine at once; one body for all, or one for each."""
@@ -73,7 +99,7 @@ class EngineGroup:
             caller.start(path, body, timeout_seconds=self.timeout_seconds)
             for caller, body in zip(self.callers, each, strict=True)
         ]
-        return PendingCalls(path, self.callers, futures, self._waiting)
+        return PendingCalls(self, path, futures, self._waiting)
 
     def call(self, path: str, bodies: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> list[Any]:
         """Send a request to every engine and wait for all answers; see `PendingCalls.answers`."""
@@ -89,12 +115,13 @@ class PendingCalls:
 
     def __init__(
         self,
+        group: EngineGroup,
         path: str,
-        callers: Sequence[EngineCaller],
         futures: Sequence[concurrent.futures.Future[tuple[int, str]]],
         waiting: Callable[[], None],
     ) -> None:
-        self._path, self._callers, self._futures, self._waiting = path, callers, futures, waiting
+        self._group, self._path, self._callers = group, path, group.callers
+        self._futures, self._waiting = futures, waiting
 
     def failures(self) -> list[str]:
         """What went wrong with calls that have ended; waits for none."""
@@ -110,10 +137,11 @@ class PendingCalls:
         return problems
 
     def answers(self, *, absent_is_none: bool = False) -> Any:
-        """The answers as JSON (text where it is none), in the order of engines.
+        """The answers as JSON (text where it is none), in the order of the engines that are left.
 
         Raises:
-            WeightSyncError: an engine failed or refused; names all that did, and what they said.
+            WeightSyncError: an engine refused, or failed and cannot be done without; names all that did, and what they
+                said.
         """
         answers: list[Any] = []
         problems: list[str] = []
@@ -124,14 +152,17 @@ class PendingCalls:
             try:
                 status, text = future.result()
             except KlearError as error:
-                problems.append(str(error))
+                if not self._group.goes_on_without(caller, str(error)):
+                    problems.append(str(error))
                 continue
+            if caller not in self._group.callers:
+                continue  # it was left out while this was under way
             if status == 404 and absent_is_none:
                 absent += 1
             elif status != 200:
                 problems.append(f"{caller.name}: {self._path} answered status {status}: {text}")
             answers.append(_parsed(text))
-        if absent and absent < len(self._callers):
+        if absent and absent < len(answers):
             problems.append(f"only some engines know {self._path}; they must all have the same SGLang")
         if problems:
             raise WeightSyncError("publishing weights failed: " + "; ".join(problems))

@@ -75,6 +75,12 @@ class Publisher:
         self._bucket_bytes, self._pause_mode, self._verify_mode = bucket_bytes, pause_mode, verify_mode
         self._check_logprobs = check_logprobs
         self._version = -1
+        self._expected: list[dict[str, str]] | None = None
+
+    @property
+    def expected(self) -> list[dict[str, str]] | None:
+        """The checksums that proved the last publish, as `verify` takes them; None when they did not."""
+        return self._expected
 
     @property
     def version(self) -> int:
@@ -116,7 +122,7 @@ class Publisher:
         if not proven:
             self._require_logprobs()
         self._first_rank.run("let the engines go on", self._continue)
-        self._version = version
+        self._version, self._expected = version, expected if proven else None
         if not proven:
             # Only an engine that generates can show its log-probabilities, so that this proof comes after.
             assert self._check_logprobs is not None

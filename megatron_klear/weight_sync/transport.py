@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
-from safetensors.torch import save_file
 
-from megatron_klear.errors import WeightSyncError
 from megatron_klear.weight_sync.buckets import Bucket
 from megatron_klear.weight_sync.engines import EngineGroup, PendingCalls
+from megatron_klear.weight_sync.weight_files import WeightFiles
 
 
 class Transport(Protocol):
@@ -81,70 +76,69 @@ class DiskTransport:
 
     Args:
         engines: who loads them.
-        directory: gets one directory per version; the newest two are kept, so that an engine that restarts finds one.
-        hf_config: the model's config.json, written beside the weights.
+        files: where they are written; those that it keeps are there for engines that restart.
     """
 
-    def __init__(self, engines: EngineGroup, directory: Path, hf_config: Mapping[str, Any]) -> None:
-        self._engines, self._directory, self._hf_config = engines, directory.absolute(), dict(hf_config)
-        self._weight_map: dict[str, str] = {}
-        self._total_bytes = 0
-        self._version = -1
+    def __init__(self, engines: EngineGroup, files: WeightFiles) -> None:
+        self._engines, self._files = engines, files
 
     def begin(self, version: int) -> None:
         """Make an empty directory for the version."""
-        self._version, self._weight_map, self._total_bytes = version, {}, 0
-        self._guarded("make a directory for", self._make_directory)
+        self._files.begin(version)
 
     def send(self, bucket: Bucket) -> None:
         """Write a bucket's file."""
-        name = f"model-{len(set(self._weight_map.values())) + 1:05d}.safetensors"
-        self._weight_map |= dict.fromkeys(bucket.names, name)
-        self._total_bytes += bucket.num_bytes
-        tensors = {n: t.cpu() for n, t in zip(bucket.names, bucket.tensors, strict=True)}
-        self._guarded("write", lambda: save_file(tensors, self._fresh / name, metadata={"format": "pt"}))
+        self._files.write(bucket)
 
     def finish(self) -> None:
         """Complete the directory and have the engines load it."""
-        self._guarded("complete", self._complete)
-        body = {"model_path": str(self._path), "load_format": "safetensors", "flush_cache": False}
-        self._engines.call("/update_weights_from_disk", body)
-        self._guarded("tidy up", self._remove_old)
+        load_from_disk(self._engines, self._files.complete())
+        self._files.remove_old()
 
     def close(self) -> None:
         """Nothing is held; the files stay, for engines that restart."""
 
-    @property
-    def _path(self) -> Path:
-        return self._directory / f"version_{self._version:08d}"
 
-    @property
-    def _fresh(self) -> Path:
-        return self._path.with_suffix(".new")
+class KeepingTransport:
+    """Another transport, and beside it a copy of the newest set in files; implements `Transport`.
 
-    def _make_directory(self) -> None:
-        shutil.rmtree(self._fresh, ignore_errors=True)
-        self._fresh.mkdir(parents=True)
+    Args:
+        transport: brings the weights to the engines.
+        files: get the copy, for engines that restart while the trainer trains.
+    """
 
-    def _complete(self) -> None:
-        index = {"metadata": {"total_size": self._total_bytes}, "weight_map": self._weight_map}
-        (self._fresh / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n")
-        (self._fresh / "config.json").write_text(json.dumps(self._hf_config, indent=1) + "\n")
-        shutil.rmtree(self._path, ignore_errors=True)
-        os.replace(self._fresh, self._path)
+    def __init__(self, transport: Transport, files: WeightFiles) -> None:
+        self._transport, self._files = transport, files
 
-    def _remove_old(self) -> None:
-        for old in sorted(self._directory.glob("version_*"))[:-2]:
-            shutil.rmtree(old, ignore_errors=True)
+    def begin(self, version: int) -> None:
+        """Start a set in both."""
+        self._files.begin(version)
+        self._transport.begin(version)
 
-    def _guarded(self, what: str, action: Any) -> None:
-        try:
-            action()
-        except OSError as error:
-            raise WeightSyncError(
-                f"cannot {what} the weights of version {self._version} in {self._directory}: {error.strerror or error} "
-                "(weight_sync.transport disk)"
-            ) from error
+    def send(self, bucket: Bucket) -> None:
+        """Send a bucket, and write it while the engines load it."""
+        self._transport.send(bucket)
+        self._files.write(bucket)
+
+    def finish(self) -> None:
+        """Wait for the engines, and put the copy in the place of the one before."""
+        self._transport.finish()
+        self._files.complete()
+        self._files.remove_old()
+
+    def close(self) -> None:
+        """Release what the other transport holds; the files stay."""
+        self._transport.close()
+
+
+def load_from_disk(engines: EngineGroup, directory: Path) -> None:
+    """Have all engines load the weights in a directory.
+
+    Raises:
+        WeightSyncError: one of them refuses.
+    """
+    body = {"model_path": str(directory), "load_format": "safetensors", "flush_cache": False}
+    engines.call("/update_weights_from_disk", body)
 
 
 def dtype_name(dtype: torch.dtype) -> str:

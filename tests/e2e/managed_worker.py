@@ -13,7 +13,7 @@ from megatron_klear import train_rl
 from megatron_klear.config import checks
 from megatron_klear.rollout.endpoint import GenerationRequest
 from megatron_klear.rollout.simulation import SimulatedEngine
-from megatron_klear.session import ledger, managed
+from megatron_klear.session import groups, managed
 from megatron_klear.session.launch import leave, run_entry
 
 SECONDS_PER_TOKEN = float(os.environ.get("SIMULATED_SECONDS_PER_TOKEN", "0.02"))
@@ -25,9 +25,9 @@ def remaining(request: GenerationRequest) -> int:
 
 
 class Simulated(managed.ManagedGroups):
-    """Takes the place of `RunLedger`; the engines get only the version of a publish."""
+    """Takes the place of `step_groups`; the engines get only the version of a publish."""
 
-    def __init__(self, session, prompts) -> None:
+    def __init__(self, session, prompts, rollouts) -> None:
         self.engines = [
             SimulatedEngine(
                 f"engine {i}", remaining=remaining, slots=2, seconds_per_token=SECONDS_PER_TOKEN, report_seconds=0.1,
@@ -35,9 +35,7 @@ class Simulated(managed.ManagedGroups):
             )
             for i in range(2)
         ]  # fmt: skip
-        from megatron_klear.session.rollouts import Rollouts
-
-        super().__init__(session, prompts, Rollouts(session), lambda: self.engines)
+        super().__init__(session, prompts, rollouts, lambda: self.engines)
 
     @contextmanager
     def publishing(self, version: int):
@@ -48,6 +46,6 @@ class Simulated(managed.ManagedGroups):
 
 
 if __name__ == "__main__":
-    ledger.RunLedger = Simulated
+    groups.step_groups = Simulated
     checks._check_scheduling = lambda settings, problems: None  # `rollout.engine` has no name for simulated engines
     leave(run_entry("rl", train_rl.main))

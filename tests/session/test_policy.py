@@ -15,7 +15,6 @@ import pytest
 from megatron_klear.config import AlgorithmSettings, RlSettings
 from megatron_klear.data import PromptData
 from megatron_klear.errors import DataError
-from megatron_klear.observe import names
 from megatron_klear.records import ScoredGroup
 from megatron_klear.session.policy import filtered, minibatches, objective, old_logprobs, require_gradable
 
@@ -69,12 +68,11 @@ def test_every_setting_of_the_objective_arrives() -> None:
         assert getattr(found, name) == getattr(settings, name)
 
 
-def test_old_logprobs_are_the_trainers_and_the_engines_lie_this_far_off(make_group: MakeGroup) -> None:
-    """k3 = exp(x) - 1 - x with x = log pi_trainer - log pi_engine, over response tokens alone."""
+def test_old_logprobs_are_the_trainers(make_group: MakeGroup) -> None:
+    """At the rollouts' temperature, for graded responses alone, by name."""
     groups = [make_group("a", [1, -1]), make_group("b", [None, 1, -1])]
     rng = np.random.default_rng(0)
     asked: dict[str, Any] = {}
-    differences: list[float] = []
     sampled = {
         f"{g.group.prompt.prompt_id}#{j}": rollout.rollout_logprobs
         for g in groups
@@ -87,7 +85,6 @@ def test_old_logprobs_are_the_trainers_and_the_engines_lie_this_far_off(make_gro
         for s in sequences:
             engine = sampled[s.sequence_id]
             x = rng.normal(0, 0.1, len(engine))
-            differences.extend(x)
             prompt = np.full(len(s.token_ids) - len(engine), -7.0)  # the engine says nothing of these
             scored.append(np.concatenate([prompt, engine + x]).astype(np.float32))
         return scored
@@ -97,14 +94,11 @@ def test_old_logprobs_are_the_trainers_and_the_engines_lie_this_far_off(make_gro
         settings=SimpleNamespace(rollout=SimpleNamespace(temperature=0.7)),
         phase=lambda name: contextlib.nullcontext(),
     )
-    by_name, metrics = old_logprobs(session, groups)
+    by_name = old_logprobs(session, groups)
     assert asked == {"ids": ["a#0", "a#1", "b#1", "b#2"], "temperature": 0.7}
     assert list(by_name) == asked["ids"]
-    k3 = [math.exp(x) - 1 - x for x in differences]
-    assert metrics[names.KL_ROLLOUT_TRAINER] == pytest.approx(sum(k3) / len(k3), rel=1e-4)
-    # float32 logprobs of about 4 are 2.4e-7 apart.
-    assert metrics[names.MISMATCH_MAX_ABS] == pytest.approx(max(map(abs, differences)), abs=1e-6)
-    assert old_logprobs(session, []) == ({}, {})
+    assert by_name["b#2"][-1] == pytest.approx(sampled["b#2"][-1], abs=0.6)  # six standard deviations
+    assert old_logprobs(session, []) == {}
 
 
 def test_prompts_that_nothing_grades_are_refused_by_name(make_group: MakeGroup) -> None:

@@ -19,6 +19,7 @@ from megatron_klear import parallel, train_rl
 from megatron_klear.config import (
     AlgorithmSettings,
     Architecture,
+    CorrectionSettings,
     ModelSettings,
     OptimizerSettings,
     PackingSettings,
@@ -34,6 +35,7 @@ from megatron_klear.model import build_qwen3, hf_named_tensors, load_hf_weights
 from megatron_klear.observe import names
 from megatron_klear.records import ParallelContext, ScoredGroup
 from megatron_klear.session import evaluation
+from megatron_klear.session import groups as step_source
 from megatron_klear.trainer import Trainer, make_trainable
 
 MakeGroup = Callable[..., ScoredGroup]
@@ -147,6 +149,7 @@ class Run:
             optimizer=OPTIMIZER,
             rl=RlSettings(steps=STEPS, prompts_per_step=8, minibatch_prompts=4),
             rollout=RolloutSettings(temperature=TEMPERATURE),
+            correction=CorrectionSettings(stop_above_mean=100.0),  # made-up responses are far from the policy
             algorithm=AlgorithmSettings(lm_loss_weight=ALPHA, normalizer=normalizer),
         )
         model = build_qwen3(ARCH, model_settings, sizes, context)
@@ -154,9 +157,9 @@ class Run:
         self.updates_per_step = 2
         trainable = make_trainable(model, OPTIMIZER, sizes, total_updates=STEPS * self.updates_per_step)
         self.trainer = Trainer(trainable, ARCH, self.settings, context)
-        self.groups, self.step, self.order, self.logged = groups, 0, [], {}
-        # The engine and the graders.
-        self.rollouts = self
+        self.scored, self.step, self.order, self.logged = groups, 0, [], {}
+        # The engine and the graders, whose weights are known to be right.
+        self.rollouts, self.attested = self, True
 
     def weights(self) -> dict[str, torch.Tensor]:
         stream = hf_named_tensors(self.trainer.trainable.model, ARCH, self.trainer.context)
@@ -182,17 +185,20 @@ class Run:
     def publish(self, version: int) -> None:
         self.order.append(f"publish {version}")
 
-    def generate(self, batch: list[str], *, step: int) -> list[str]:
-        self.order.append(f"generate {step}")
-        return batch
-
-    def score(self, batch: list[str], mine: list[str]) -> list[ScoredGroup]:
-        assert batch == mine
-        self.order.append("score")
-        return [self.groups[name] for name in batch]
-
     def examples(self, groups: list[ScoredGroup], step: int) -> list[str]:
         return [f"{len(groups)} groups"]
+
+    # What `RunLedger` does.
+    def groups(self, step: int, cursor: Any, rollouts: Run) -> list[ScoredGroup]:
+        assert rollouts is self
+        self.order.append(f"groups {step}")
+        return [self.scored[name] for name in cursor.next_batch()]
+
+    def publishing(self, version: int) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+    def trained(self, step: int) -> None:
+        self.order.append(f"trained {step}")
 
     # What `Evaluation` does.
     def __enter__(self) -> Run:
@@ -217,7 +223,8 @@ def test_two_steps_give_the_weights_of_the_printed_equations(
     groups = {name: make_group(name, rewards) for batch in BATCHES for name, rewards in batch.items()}
     run = Run(context, groups, normalizer)
     monkeypatch.setattr(evaluation, "Evaluation", lambda session, heldout: run)
-    rows = iter(np.arange(16).reshape(2, 8))
+    monkeypatch.setattr(step_source, "step_groups", lambda session, prompts, rollouts: run)
+    rows = iter([list(groups)[:8], list(groups)[8:]])
     train_rl.train(
         run,  # type: ignore[arg-type]
         SimpleNamespace(prompts=list(groups)),  # type: ignore[arg-type]
@@ -237,10 +244,10 @@ def test_two_steps_give_the_weights_of_the_printed_equations(
         for sign in (advantage > 0, advantage < 0):
             assert np.any(beyond & sign), "a region of Eq. 16 that no token was in"
 
-    step = ["generate {}", "score", "old logprobs", *["train"], "publish {}", "evaluate after {}",
+    step = ["groups {}", "old logprobs", *["train"], "trained {}", "publish {}", "evaluate after {}",
             "examples {}: ['8 groups']", "finish {}"]  # fmt: skip
     first, second = ([text.format(number) for text in step] for number in (1, 2))
-    first.insert(3, "train")
+    first.insert(2, "train")
     assert run.order == ["publish 0", "evaluate at start", *first, *second, "evaluate at end"]
     for number, kept in ((1, 5), (2, 3)):
         logged = run.logged[number]
@@ -258,7 +265,8 @@ def test_a_batch_without_any_signal_makes_no_update(
     run = Run(context, groups, "group")
     before = run.weights()
     monkeypatch.setattr(evaluation, "Evaluation", lambda session, heldout: run)
-    rows = iter(np.arange(16).reshape(2, 8))
+    monkeypatch.setattr(step_source, "step_groups", lambda session, prompts, rollouts: run)
+    rows = iter([list(groups)[:8], list(groups)[8:]])
     train_rl.train(
         run,  # type: ignore[arg-type]
         SimpleNamespace(prompts=list(groups)),  # type: ignore[arg-type]

@@ -38,6 +38,7 @@ from megatron_klear.weight_sync import (
     Publisher,
     TensorTransport,
     Transport,
+    WeightFiles,
 )
 from megatron_klear.weight_sync.buckets import Bucket
 
@@ -100,7 +101,9 @@ class Rank:
         kind = action["transport"]
         made: Transport
         if kind == "disk":
-            made = DiskTransport(group, Path(self.job["directory"]), hf_config(self.arch, dtype=self.job["dtype"]))
+            made = DiskTransport(
+                group, WeightFiles(Path(self.job["directory"]), hf_config(self.arch, dtype=self.job["dtype"]), keep=2)
+            )
         elif kind == "distributed":
             made = DistributedTransport(group, tp=1, device=torch.device("cpu"))
         else:

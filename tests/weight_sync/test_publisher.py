@@ -21,10 +21,14 @@ from megatron_klear.weight_sync import (
     DiskTransport,
     EngineGroup,
     EngineLayout,
+    KeepingTransport,
     Publisher,
     TensorTransport,
+    WeightFiles,
     common_layout,
+    restore,
 )
+from megatron_klear.weight_sync.buckets import Bucket
 from megatron_klear.weight_sync.checksums import differences
 from megatron_klear.weight_sync.hashes import engine_hash
 
@@ -175,7 +179,9 @@ def test_without_checksums_the_policy_decides(publisher: Callable[..., Publisher
 
 def test_disk_keeps_two_whole_versions(publisher: Callable[..., Publisher], tmp_path: Path) -> None:
     engine = Engine("a")
-    made = publisher(engine, transport=lambda group: DiskTransport(group, tmp_path, {"model_type": "qwen3"}))
+    made = publisher(
+        engine, transport=lambda group: DiskTransport(group, WeightFiles(tmp_path, {"model_type": "qwen3"}, keep=2))
+    )
     for version in (1, 2, 3):
         made.publish(WEIGHTS.items(), version=version)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["version_00000002", "version_00000003"]
@@ -190,10 +196,96 @@ def test_disk_keeps_two_whole_versions(publisher: Callable[..., Publisher], tmp_
     assert json.loads((newest / "config.json").read_text()) == {"model_type": "qwen3"}
 
 
+def test_the_newest_set_is_kept_whatever_lay_there_from_a_later_step(tmp_path: Path) -> None:
+    """A run that resumes before its last publish finds sets of higher versions, and broken ones."""
+    for left_over in ("version_00000007", "version_00000009.new"):
+        (tmp_path / left_over).mkdir()
+    files = WeightFiles(tmp_path, {}, keep=1)
+    assert files.newest is None
+    for version in (5, 6):
+        files.begin(version)
+        files.write(Bucket(names=("a",), tensors=(torch.ones(2),)))
+        assert files.complete() == tmp_path / f"version_{version:08d}"
+        files.remove_old()
+    assert [p.name for p in tmp_path.iterdir()] == ["version_00000006"]
+    assert files.newest == tmp_path / "version_00000006"
+
+
+def test_a_copy_is_kept_beside_another_transport_and_restores_an_engine(
+    publisher: Callable[..., Publisher], tmp_path: Path
+) -> None:
+    files = WeightFiles(tmp_path, {}, keep=1)
+    made = publisher(Engine("a"), transport=lambda g: KeepingTransport(TensorTransport(g, tp=1, by_value=True), files))
+    made.publish(WEIGHTS.items(), version=3)
+    assert made.expected is not None
+    assert files.newest is not None
+    index = json.loads((files.newest / "model.safetensors.index.json").read_text())
+    for name, tensor in WEIGHTS.items():
+        with safe_open(files.newest / index["weight_map"][name], framework="pt") as opened:
+            assert torch.equal(opened.get_tensor(name), tensor)
+
+    fresh = Engine("fresh")
+    restore(EngineGroup([fresh], 5.0), files.newest, version=3, expected=made.expected)
+    assert fresh.paths() == ["/update_weights_from_disk", "/weights_checker", "/update_weight_version"]
+    assert fresh.seen[0][1]["model_path"] == str(files.newest)
+    assert fresh.seen[2][1]["new_version"] == "3"
+
+    wrong = Engine("wrong", {"/weights_checker": (200, Engine.checksums({"model.norm.weight": "0" * 16}))})
+    with pytest.raises(WeightSyncError, match=r"wrong: 1 differ: model.norm.weight"):
+        restore(EngineGroup([wrong], 5.0), files.newest, version=3, expected=made.expected)
+    assert "/update_weight_version" not in wrong.paths(), "it must not pass for one with current weights"
+    silent = Engine("silent", {"/weights_checker": (404, "")})
+    with pytest.raises(WeightSyncError, match=r"silent: tells no checksums"):
+        restore(EngineGroup([silent], 5.0), files.newest, version=3, expected=made.expected)
+
+
+@pytest.mark.parametrize("path", ["/pause_generation", "/update_weights_from_tensor", "/weights_checker"])
+def test_an_engine_that_gives_no_answer_is_done_without_where_enough_are_left(
+    publisher: Callable[..., Publisher], path: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    gone = RolloutError(f"b: {path}: broken off")
+    groups: list[EngineGroup] = []
+
+    def transport(group: EngineGroup) -> TensorTransport:
+        groups.append(group)
+        return TensorTransport(group, tp=1, by_value=True)
+
+    engines = [Engine("a"), Engine("b", {path: gone}), Engine("c")]
+    made = publisher(*engines, transport=transport)
+    groups[0].least = 2
+    assert made.publish(WEIGHTS.items(), version=1).proof == "checksum"
+    assert [caller.name for caller in groups[0].callers] == ["a", "c"]
+    assert "broken off; publishing goes on with 2 engines" in caplog.text
+    assert all("/continue_generation" in engine.paths() for engine in (engines[0], engines[2]))
+    assert "/update_weight_version" not in engines[1].paths()
+
+    engines[2].answers[path] = gone
+    with pytest.raises(WeightSyncError, match="publishing weights failed: b: "):
+        made.publish(WEIGHTS.items(), version=2)
+
+
+def test_an_engine_that_refuses_is_never_done_without(publisher: Callable[..., Publisher]) -> None:
+    groups: list[EngineGroup] = []
+
+    def transport(group: EngineGroup) -> TensorTransport:
+        groups.append(group)
+        return TensorTransport(group, tp=1, by_value=True)
+
+    wrong = {"/weights_checker": (200, Engine.checksums({"model.norm.weight": "0" * 16}))}
+    made = publisher(Engine("a"), Engine("b", wrong), transport=transport)
+    groups[0].least = 0
+    with pytest.raises(WeightSyncError, match=r"b: 1 differ: model.norm.weight"):
+        made.publish(WEIGHTS.items(), version=1)
+
+
 def test_a_disk_that_cannot_be_written_is_named(publisher: Callable[..., Publisher], tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    made = publisher(Engine("a"), transport=lambda group: DiskTransport(group, tmp_path / "file", {}))
-    with pytest.raises(WeightSyncError, match=r"cannot make a directory for the weights of version 1 .*transport disk"):
+    made = publisher(
+        Engine("a"), transport=lambda group: DiskTransport(group, WeightFiles(tmp_path / "file", {}, keep=2))
+    )
+    with pytest.raises(
+        WeightSyncError, match=r"cannot make a directory for the weights of version 1 .*weight_sync.transport"
+    ):
         made.publish(WEIGHTS.items(), version=1)
 
 

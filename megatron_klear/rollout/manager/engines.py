@@ -28,6 +28,8 @@ class Engine:
         has_answered: it brought a token since it was started; before, it may be compiling.
         failures: requests failed in a row.
         restarts: in a row without a whole response in between.
+        unanswered: checks in a row without an answer, while it had no requests.
+        is_asked: such a check is under way.
         last_error: why it was last in trouble.
         down_since: loop time.
         tokens: brought in all.
@@ -44,6 +46,8 @@ class Engine:
     has_answered: bool = False
     failures: int = 0
     restarts: int = 0
+    unanswered: int = 0
+    is_asked: bool = False
     last_error: str = ""
     down_since: float = 0.0
     tokens: int = 0

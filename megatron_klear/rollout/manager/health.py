@@ -21,16 +21,18 @@ MOST_RESTARTS = 3
 _FAILURES_IN_A_ROW = 5
 """Failed requests in a row after which an engine that passes its health check is lost all the same."""
 _CHECK_SECONDS = 10.0
+_UNANSWERED_CHECKS = 2
+"""Checks of an idle engine in a row without an answer, after which it is lost."""
 _SLOW_WINDOWS = 2
 
 
 class EngineCare:
     """Finds engines that are dead, hung or slow, has them restarted, and lets them in again.
 
-    Dead: a request fails and the health check after it, too. Hung: busy and without a new token for
-    `scheduling.stall_seconds`; an engine that has not answered since its start may be compiling and gets
-    `scheduling.start_seconds`. Slow: `scheduling.slow_factor` times slower per request than the median; it keeps one
-    request, by which it can show that it is quick again.
+    Dead: a request fails and the health check after it, too; or two checks in a row, when it is idle. Hung: busy and
+    without a new token for `scheduling.stall_seconds`; an engine that has not answered since its start may be compiling
+    and gets `scheduling.start_seconds`. Slow: `scheduling.slow_factor` times slower per request than the median; it
+    keeps one request, by which it can show that it is quick again.
 
     Args:
         pool: the engines.
@@ -155,6 +157,7 @@ class EngineCare:
     def _let_in(self, engine: Engine) -> None:
         self.rejoined += 1
         engine.status, engine.has_answered, engine.failures = "serving", False, 0
+        engine.unanswered = 0
         engine.slow_windows, engine.is_slow, engine.measured_rate = 0, False, None
         engine.last_progress = asyncio.get_running_loop().time()
         self._pool.offer(engine)
@@ -168,6 +171,8 @@ class EngineCare:
             for engine in self._pool:
                 if engine.status == "serving" and engine.requests:
                     self._watch_engine(engine, now)
+                elif engine.status == "serving" and self._settled.is_set() and not engine.is_asked:
+                    self._spawn(self._check_idle(engine))
                 elif engine.status == "down" and self._restart is None:
                     self._spawn(self._ask_whether_back(engine))
             if now - self._measured_at >= self._settings.stall_seconds / 2:
@@ -217,6 +222,19 @@ class EngineCare:
                     engine.is_slow = False
                     self._pool.offer(engine)
                     self._on_ready()
+
+    async def _check_idle(self, engine: Engine) -> None:
+        """Find out that an engine without requests has died before it is needed."""
+        engine.is_asked = True
+        try:
+            await self._version_of(engine)
+            engine.unanswered = 0
+        except Exception as error:  # whatever its client raises, the engine did not say that it lives
+            engine.unanswered += 1
+            if engine.unanswered >= _UNANSWERED_CHECKS and engine.status == "serving" and not engine.requests:
+                self.lose(engine, f"does not answer, idle: {_text(error)}")
+        finally:
+            engine.is_asked = False
 
     async def _ask_whether_back(self, engine: Engine) -> None:
         try:

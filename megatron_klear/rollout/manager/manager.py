@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import threading
 from collections.abc import Callable, Coroutine, Sequence
 from types import TracebackType
@@ -21,6 +22,7 @@ from megatron_klear.rollout.manager.scheduler import Scheduler
 T = TypeVar("T")
 
 _CLOSE_SECONDS = 30.0
+_WAKE_SECONDS = 0.5
 
 
 class RolloutManager:
@@ -124,9 +126,16 @@ class RolloutManager:
             self._ledger.prune(step - self._keep_steps)
         self._call(self._made(lambda: self._scheduler.trained(step)))
 
-    def pause_for_publish(self) -> None:
-        """Return when no request is in flight: by interrupting them (partial rollouts) or by waiting for them."""
-        self._call(self._scheduler.pause())
+    def pause_for_publish(self, waiting: Callable[[], None] | None = None) -> None:
+        """Return when no request is in flight: by interrupting them (partial rollouts) or by waiting for them.
+
+        Args:
+            waiting: called while it waits, several times a second.
+        """
+        future = asyncio.run_coroutine_threadsafe(self._scheduler.pause(), self._loop)
+        while waiting is not None and not concurrent.futures.wait([future], timeout=_WAKE_SECONDS).done:
+            waiting()
+        future.result()
 
     def resume(self, version: int) -> None:
         """Go on under new weights; engines that report another version are lost until they have it."""

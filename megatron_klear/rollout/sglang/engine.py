@@ -35,7 +35,7 @@ class EndpointPool:
     def __init__(self, endpoints: Sequence[Endpoint], *, in_flight: int, retries: int) -> None:
         if not endpoints:
             raise RolloutError("there is no engine to generate with (sglang.servers, sglang.urls)")
-        self.endpoints = tuple(endpoints)
+        self.endpoints = list(endpoints)
         self._slots = [asyncio.Semaphore(in_flight) for _ in endpoints]
         self._outstanding = [0] * len(endpoints)
         self._retries = retries

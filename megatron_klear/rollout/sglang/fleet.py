@@ -74,6 +74,7 @@ class ServerFleet:
         }
         self._processes: dict[int, ServerProcess] = {}
         self._ports: dict[int, int] = {}
+        self._closed = False
         _fleets.add(self)
 
     def __enter__(self) -> Self:
@@ -89,8 +90,11 @@ class ServerFleet:
 
         Raises:
             ConfigError: no SGLang environment, too few GPUs, or a fixed port that is taken.
+            RolloutError: the fleet has been closed.
         """
         self.stop(index)
+        if self._closed:
+            raise RolloutError(f"SGLang server {index} is not started: the run is ending")
         port = self._choose_port(index)
         command = server_command(self._settings, self._model_dir.absolute(), port=port, **self._shape)
         environment = server_environment(self._settings, index, on_cpu=self._on_cpu)
@@ -177,7 +181,8 @@ class ServerFleet:
             process.stop()
 
     def close(self) -> None:
-        """End all servers and their processes; a second call does nothing."""
+        """End all servers and their processes; a second call does nothing, and no server is started after it."""
+        self._closed = True
         for process in self._processes.values():
             process.request_stop()  # all at once, so that their times to end do not add up
         for index in list(self._processes):

@@ -86,9 +86,10 @@ class SglangEngine:
     """
 
     def __init__(self, urls: Sequence[str], settings: SglangSettings, expected: Expected, *, in_flight: int) -> None:
+        self._settings, self._expected = settings, expected
         self._loop = LoopThread("sglang")
         try:
-            self.engines = self._loop.run(self._connect(urls, settings, expected))
+            self.engines = self._loop.run(self._connect(urls))
             endpoints = [engine.endpoint for engine in self.engines]
             self._pool = EndpointPool(endpoints, in_flight=in_flight, retries=settings.retries)
         except BaseException:
@@ -141,16 +142,13 @@ class SglangEngine:
 
         return self._run(answer, between)
 
-    def score(self, token_ids: IntArray, *, timeout_seconds: float) -> dict[str, FloatArray]:
-        """What every server says of a sequence, by name; see `SglangEndpoint.score`.
+    def score(self, engine: ConnectedEngine, token_ids: IntArray, *, timeout_seconds: float) -> FloatArray:
+        """What a server says of a sequence; see `SglangEndpoint.score`.
 
         Raises:
-            EndpointError: a server gives no whole answer.
+            EndpointError: it gives no whole answer.
         """
-        return {
-            engine.endpoint.name: self._loop.run(engine.endpoint.score(token_ids, timeout_seconds=timeout_seconds))
-            for engine in self.engines
-        }
+        return self._loop.run(engine.endpoint.score(token_ids, timeout_seconds=timeout_seconds))
 
     def _run(self, coroutine: Coroutine[Any, Any, _Result], between: Callable[[], None]) -> _Result:
         future = self._loop.start(coroutine)
@@ -168,34 +166,64 @@ class SglangEngine:
         """Close connections; the servers are not touched, and a second call does nothing."""
         self._loop.close()
 
-    async def _connect(
-        self, urls: Sequence[str], settings: SglangSettings, expected: Expected
-    ) -> tuple[ConnectedEngine, ...]:
-        connections = [Connection(f"engine {i} ({url.rstrip('/')})", url) for i, url in enumerate(urls)]
+    def connect(self, index: int, url: str) -> ConnectedEngine:
+        """Judge a server that was started in the place of number `index`; it is used from `replace` on.
+
+        Raises:
+            ConfigError: it cannot be reached, or does not serve our model.
+        """
+        return self._loop.run(self._examined(index, url))
+
+    def replace(self, index: int, engine: ConnectedEngine) -> None:
+        """Use another server in the place of number `index`; the connections to the old one are closed."""
+        old = self.engines[index]
+        self.engines = (*self.engines[:index], engine, *self.engines[index + 1 :])
+        self._pool.endpoints[index] = engine.endpoint
+        self._loop.run(old.endpoint.close())
+
+    def another_endpoint(self, index: int) -> SglangEndpoint:
+        """One more way to server number `index`, for a caller with an event loop of its own."""
+        engine = self.engines[index]
+        return self._endpoint(Connection(engine.endpoint.name, engine.caller.url), engine.facts)
+
+    def answering(self, version: int) -> list[int]:
+        """Numbers of the servers that are alive and have weights of this version."""
+
+        async def ask() -> list[int | BaseException]:
+            return await asyncio.gather(*(e.endpoint.check() for e in self.engines), return_exceptions=True)
+
+        return [index for index, found in enumerate(self._loop.run(ask())) if found == version]
+
+    async def _connect(self, urls: Sequence[str]) -> tuple[ConnectedEngine, ...]:
         found = await asyncio.gather(
-            *(examine(connection, expected) for connection in connections), return_exceptions=True
+            *(self._examined(index, url) for index, url in enumerate(urls)), return_exceptions=True
         )
+        engines: list[ConnectedEngine] = []
         problems: list[str] = []
         for result in found:
             if isinstance(result, ConfigError):
                 problems += result.problems
             elif isinstance(result, BaseException):
                 raise result
+            else:
+                engines.append(result)
         if problems:
             raise ConfigError(problems)
-        return tuple(
-            ConnectedEngine(
-                endpoint=SglangEndpoint(
-                    connection,
-                    vocab_size=expected.vocab_size,
-                    context_length=facts.context_length,
-                    incremental=facts.incremental,
-                    stream_interval=settings.stream_interval,
-                    idle_seconds=settings.idle_seconds,
-                ),
-                caller=SglangCaller(self._loop, connection),
-                facts=facts,
-            )
-            for connection, facts in zip(connections, found, strict=True)
-            if isinstance(facts, EngineFacts)
+        return tuple(engines)
+
+    async def _examined(self, index: int, url: str) -> ConnectedEngine:
+        connection = Connection(f"engine {index} ({url.rstrip('/')})", url)
+        facts = await examine(connection, self._expected)
+        return ConnectedEngine(
+            endpoint=self._endpoint(connection, facts), caller=SglangCaller(self._loop, connection), facts=facts
+        )
+
+    def _endpoint(self, connection: Connection, facts: EngineFacts) -> SglangEndpoint:
+        return SglangEndpoint(
+            connection,
+            vocab_size=self._expected.vocab_size,
+            context_length=facts.context_length,
+            incremental=facts.incremental,
+            stream_interval=self._settings.stream_interval,
+            idle_seconds=self._settings.idle_seconds,
         )

@@ -394,3 +394,33 @@ def test_an_engine_restarted_during_a_long_publish_is_judged_after_it(make_world
     assert len(restarts) == 1
     assert world.scheduler.dispatcher.pool.engines[1].status == "serving"
     assert world.trace == undisturbed
+
+
+def test_an_idle_engine_that_dies_is_started_anew_before_it_is_needed(make_world, undisturbed):
+    """Nothing is in flight while the only engine dies: synchronous, and the step trains for long."""
+    restarts = []
+
+    async def restart(endpoint, why):
+        restarts.append((asyncio.get_running_loop().time(), why))
+        endpoint.revive(1)
+        return endpoint
+
+    died = []
+
+    def die_while_training(world):
+        engine = world.engines[0]
+
+        def die():
+            assert world.scheduler.dispatcher.num_flying == 0
+            died.append(asyncio.get_running_loop().time())
+            engine.die()
+
+        later(500.0, die)
+
+    world = make_world(
+        engines=1, mode="sync", restart=restart, before_step=once(2, die_while_training), train_seconds=1000.0
+    ).run(STEPS)
+    [(when, why)] = restarts
+    assert "does not answer, idle" in why
+    assert when - died[0] <= 2 * world.scheduler.dispatcher.care.tick_seconds + 1.0
+    trained_once(world)

@@ -95,7 +95,8 @@ def test_logprobs_are_transformers_at_the_sampling_temperature(
 
 def test_a_given_sequence_is_scored(engines: dict[str, SglangEngine]) -> None:
     prompt = prompts()[3]
-    (scored,) = engines["float32"].score(prompt.token_ids, timeout_seconds=60.0).values()
+    engine = engines["float32"]
+    scored = engine.score(engine.engines[0], prompt.token_ids, timeout_seconds=60.0)
     model = reference_model(architecture(tied=False), seed=SEED).double()
     with torch.no_grad():
         logprobs = torch.log_softmax(model(torch.from_numpy(prompt.token_ids).unsqueeze(0)).logits[0, :-1], dim=-1)

@@ -1,0 +1,346 @@
+"""An asynchronous run with real SGLang servers on two cores, while engines, trainer and disk fail at random.
+
+    python benchmarks/soak.py --minutes 30 [--kills 20] [--seed 0] [--servers 1] [--work DIR] [--venv .venv-sglang]
+
+Two trainer ranks train a tiny model from what the rollout manager draws, with partial rollouts. Meanwhile, at random
+moments decided by the seed: processes of a server are killed with SIGKILL; one or both trainer ranks are; a server is
+stopped (SIGSTOP) for longer than `scheduling.stall_seconds` and goes on (SIGCONT), as after a network time-out; or a
+life of the trainer may not write files beyond a small size (RLIMIT_FSIZE), as on a full disk. A trainer that has ended
+is started again. In the end the run is finished undisturbed, and the ledger is asked how often each prompt was trained.
+
+Writes benchmarks/results/soak.json; exit status 1 when a prompt was not trained exactly once or a process is left.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import random
+import resource
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+import time
+from collections import Counter
+from functools import partial
+from pathlib import Path
+
+import psutil
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULT = Path(__file__).with_name("results") / "soak.json"
+FAULTS = {"server killed": 0.5, "trainer killed": 0.25, "server stopped": 0.15, "disk full": 0.1}
+STALL_SECONDS, STOPPED_SECONDS = 20.0, 35.0
+PER_STEP = 8
+NOT_ONCE = """
+SELECT g.epoch, g.prompt_id, SUM(e.event = 'trained') - SUM(e.event = 'rolled back') AS times
+FROM groups g JOIN events e USING (group_id) GROUP BY g.group_id HAVING times != (g.state = 'trained')
+"""
+TIMES = """
+SELECT times, COUNT(*) FROM (
+  SELECT SUM(e.event = 'trained') - SUM(e.event = 'rolled back') AS times
+  FROM groups g JOIN events e USING (group_id) WHERE g.state = 'trained' GROUP BY g.epoch, g.prompt_id
+) GROUP BY times
+"""
+
+
+class Trainer:
+    """The lives of one run, one after another.
+
+    Args:
+        work: directory for data, run and logs.
+        overrides: settings beside examples/quickstart_rl.yaml.
+    """
+
+    def __init__(self, work: Path, overrides: list[str]) -> None:
+        self.work, self.run, self._overrides = work, work / "run", overrides
+        self.ranks: list[subprocess.Popen[bytes]] = []
+        self.lives = 0
+
+    def start(self, steps: int, *, file_limit: int | None = None) -> None:
+        """Begin a life."""
+        self.lives += 1
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        limit = None if file_limit is None else partial(resource.setrlimit, resource.RLIMIT_FSIZE, (file_limit,) * 2)
+        self.ranks = []
+        for rank in range(2):
+            environment = {
+                **os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1",
+                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
+            }  # fmt: skip
+            command = [sys.executable, "-m", "megatron_klear.train_rl", "examples/quickstart_rl.yaml"]
+            with self._log(rank).open("wb") as output:
+                started = subprocess.Popen(
+                    [*command, *self._overrides, f"rl.steps={steps}"], cwd=ROOT, env=environment,
+                    stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, preexec_fn=limit,
+                )  # fmt: skip
+            self.ranks.append(started)
+
+    def _log(self, rank: int) -> Path:
+        return self.work / f"life{self.lives:03d}_rank{rank}.log"
+
+    def output(self) -> str:
+        """What rank 0 has printed in this life."""
+        return self._log(0).read_text(errors="replace")
+
+    def is_alive(self) -> bool:
+        """Whether all ranks run."""
+        return all(rank.poll() is None for rank in self.ranks)
+
+    def kill(self, ranks: list[int]) -> None:
+        """SIGKILL some ranks; the others have a minute to end by themselves."""
+        for rank in ranks:
+            self.ranks[rank].kill()
+        self.wait(60.0)
+
+    def wait(self, seconds: float) -> list[int]:
+        """Exit statuses of all ranks; those that still run after the time are killed."""
+        deadline = time.monotonic() + seconds
+        for rank in self.ranks:
+            try:
+                rank.wait(max(0.1, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                rank.kill()
+        return [rank.wait() for rank in self.ranks]
+
+    def step(self) -> int:
+        """Newest finished step."""
+        file = self.run / "metrics.jsonl"
+        lines = file.read_text().splitlines() if file.is_file() else []
+        for line in reversed(lines):
+            try:
+                return int(json.loads(line)["step"])
+            except (ValueError, KeyError):
+                continue  # a kill in the middle of a line
+        return 0
+
+    def servers(self) -> list[psutil.Process]:
+        """Main processes of the run's servers."""
+        found = []
+        for process in psutil.process_iter():
+            try:
+                line = process.cmdline()
+            except psutil.Error:
+                continue
+            mine = any(str(self.run) in word for word in line) and "sglang.launch_server" in line
+            if mine and not any("supervisor.py" in word for word in line):
+                found.append(process)
+        return [p for p in found if not any(p.pid in {c.pid for c in o.children(recursive=True)} for o in found)]
+
+
+class Soak:
+    """Disturbs a trainer until the time is over.
+
+    Args:
+        trainer: to be disturbed.
+        rng: decides what happens when.
+    """
+
+    def __init__(self, trainer: Trainer, rng: random.Random) -> None:
+        self.trainer, self.rng = trainer, rng
+        self.faults: Counter[str] = Counter()
+        self.endings: list[str] = []
+        self.restarts = 0
+
+    def disturb(self, minutes: float, kills: int) -> None:
+        """Let faults happen, each after the run has gone on for a step or, now and then, while it still recovers.
+
+        Args:
+            minutes: how long.
+            kills: processes of servers and trainers are killed so often at least, as far as the pace can be held.
+        """
+        begin = time.monotonic()
+        end = begin + 60.0 * minutes
+        self.trainer.start(10**6)
+        while time.monotonic() < end:
+            late = self.kills() < (kills + 2) * (time.monotonic() - begin) / (end - begin) - 1
+            recovers = self.rng.random() < (0.5 if late else 0.2)
+            patience = self.rng.uniform(1.0, 30.0) if recovers else 180.0
+            self._go_on(min(end, time.monotonic() + patience))
+            if time.monotonic() >= end:
+                return
+            if not self.trainer.is_alive():
+                self._start_again()
+                continue
+            kinds = [kind for kind in FAULTS if not late or kind.endswith("killed")]
+            kind = self.rng.choices(kinds, [FAULTS[kind] for kind in kinds])[0]
+            print(f"{time.strftime('%H:%M:%S')} step {self.trainer.step()}: {kind}", flush=True)
+            self._cause(kind)
+
+    def _go_on(self, end: float) -> None:
+        """Wait for a step more, and some random seconds."""
+        before = self.trainer.step()
+        while time.monotonic() < end and self.trainer.is_alive() and self.trainer.step() <= before:
+            time.sleep(0.2)
+        pause = time.monotonic() + self.rng.uniform(0.0, 10.0)
+        while time.monotonic() < min(pause, end) and self.trainer.is_alive():
+            time.sleep(0.1)
+
+    def _start_again(self) -> None:
+        """After an end that is not a kill of ours: it is noted, and the run goes on."""
+        statuses = self.trainer.wait(90.0)
+        self.end_life()
+        last = [line for line in self.trainer.output().splitlines() if line.strip()][-1:]
+        self.endings.append(f"life {self.trainer.lives}: statuses {statuses}, {(last or [''])[0][:300]}")
+        print(self.endings[-1], flush=True)
+        self.trainer.start(10**6)
+
+    def kills(self) -> int:
+        """Times that SIGKILL was sent."""
+        return self.faults["server killed"] + self.faults["trainer killed"]
+
+    def end_life(self) -> None:
+        """Count what the life that has ended says of restarts."""
+        self.restarts += self.trainer.output().count("is back with the current weights")
+
+    def _cause(self, kind: str) -> None:
+        trainer, rng = self.trainer, self.rng
+        if kind in ("server killed", "server stopped"):
+            servers = trainer.servers()
+            if not servers:
+                return
+            server = rng.choice(servers)
+            processes = _with_children(server)
+            if kind == "server killed":
+                _signal(rng.choice([[server], processes[-1:], processes]), signal.SIGKILL)
+            else:
+                _signal(processes, signal.SIGSTOP)
+                time.sleep(STOPPED_SECONDS)
+                _signal(processes, signal.SIGCONT)
+        else:
+            trainer.kill(rng.choice([[0], [1], [0, 1]]))
+            self.end_life()
+            limit = None
+            if kind == "disk full":
+                limit = (trainer.run / "ledger.sqlite").stat().st_size + rng.randrange(100_000, 1_000_000)
+            trainer.start(10**6, file_limit=limit)
+            if limit is not None:
+                statuses = trainer.wait(150.0)
+                self.end_life()
+                reasons = ("too large", "disk is full", "disk I/O error", "File too large", "cannot write")
+                met = [line for line in trainer.output().splitlines() if any(r in line for r in reasons)]
+                kind = kind if met else "disk limit not met"
+                self.endings.append(
+                    f"life {trainer.lives}: statuses {statuses}, {(met or ['no word of it'])[-1][:300]}"
+                )
+                print(self.endings[-1], flush=True)
+                trainer.start(10**6)
+        self.faults[kind] += 1
+
+
+def _with_children(process: psutil.Process) -> list[psutil.Process]:
+    try:
+        return [process, *process.children(recursive=True)]
+    except psutil.Error:
+        return [process]
+
+
+def _signal(processes: list[psutil.Process], number: int) -> None:
+    for process in processes:
+        try:
+            process.send_signal(number)
+        except psutil.Error:
+            continue  # it has ended
+
+
+def settings(work: Path, venv: Path, servers: int) -> list[str]:
+    """Overrides that shrink the quickstart, and make it asynchronous."""
+    data = work / "data"
+    return [
+        "model.num_layers=2", "model.hidden_size=32", "model.ffn_hidden_size=64", "model.head_dim=8",
+        "reward.workers=2", "reward.malformed=-2.0", "reward.require_think=false", "observe.tensorboard=false",
+        "observe.report=false", f"run.dir={work / 'run'}", f"tokenizer.dir={data / 'tokenizer'}",
+        f"data.prompts=[{data / 'prompts.jsonl'}]", "data.heldout=[]", "evaluation.at_end=false",
+        "checkpoint.start_from=null", "checkpoint.every_steps=3", "checkpoint.keep=2",
+        f"rl.prompts_per_step={PER_STEP}",
+        "rl.minibatch_prompts=4", "rollout.responses_per_prompt=4", "rollout.max_response_tokens=72",
+        "optimizer.schedule=constant", "optimizer.warmup_steps=0", "rollout.engine=sglang", f"sglang.venv={venv}",
+        f"sglang.servers={servers}", "sglang.stream_interval=4", "sglang.start_seconds=240", "sglang.idle_seconds=120",
+        "scheduling.mode=async", "scheduling.max_staleness=3", "scheduling.order=completion",
+        f"scheduling.stall_seconds={STALL_SECONDS}", "scheduling.start_seconds=240", "scheduling.outage_seconds=400",
+        "weight_sync.timeout_seconds=60", "parallel.timeout_seconds=300",
+    ]  # fmt: skip
+
+
+def report(soak: Soak, minutes: float, seed: int, servers: int, statuses: list[int]) -> dict[str, object]:
+    """What happened, and what the ledger says."""
+    trainer = soak.trainer
+    with sqlite3.connect(f"file:{trainer.run / 'ledger.sqlite'}?mode=ro", uri=True) as ledger:
+        not_once = ledger.execute(NOT_ONCE).fetchall()
+        times = {str(number): count for number, count in ledger.execute(TIMES)}
+        per_step = ledger.execute("SELECT step, COUNT(*) FROM groups WHERE state = 'trained' GROUP BY step").fetchall()
+        rolled_back = ledger.execute("SELECT COUNT(*) FROM events WHERE event = 'rolled back'").fetchone()[0]
+    whole = sorted(per_step) == [(step, PER_STEP) for step in range(1, trainer.step() + 1)]
+    return {
+        "machine": {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()},
+        "minutes": minutes,
+        "seed": seed,
+        "servers": servers,
+        "faults": dict(soak.faults),
+        "kills": soak.kills(),
+        "lives_of_the_trainer": trainer.lives,
+        "servers_restarted_in_a_life": soak.restarts,
+        "ended_by_itself": soak.endings,
+        "last_exit": statuses,
+        "steps": trainer.step(),
+        "every_step_has_its_prompts": whole,
+        "prompts_trained": sum(times.values()),
+        "times_trained": times,
+        "rolled_back_and_trained_again": rolled_back,
+        "not_trained_exactly_once": not_once,
+        "server_processes_left": len(trainer.servers()),
+    }
+
+
+def main() -> int:
+    """Disturb, finish, report."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=30.0)
+    parser.add_argument("--kills", type=int, default=20, help="least number of SIGKILLs, as far as time allows")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--servers", type=int, default=1)
+    parser.add_argument("--work", type=Path, default=ROOT / "runs" / "soak")
+    parser.add_argument("--venv", type=Path, default=Path(os.environ.get("KLEAR_SGLANG_VENV", ROOT / ".venv-sglang")))
+    parser.add_argument("--out", type=Path, default=RESULT)
+    given = parser.parse_args()
+    work = given.work.resolve()
+    if (work / "run").exists():
+        parser.error(f"--work {work}: it holds a run already; name another directory")
+    work.mkdir(parents=True, exist_ok=True)
+    subprocess.run(
+        [sys.executable, str(ROOT / "examples" / "quickstart_data.py"), "--out", str(work / "data"), "--sft-rows", "8",
+         "--prompts", "200", "--heldout", "8"],
+        check=True, cwd=ROOT, stdout=subprocess.DEVNULL,
+    )  # fmt: skip
+    soak = Soak(Trainer(work, settings(work, given.venv.resolve(), given.servers)), random.Random(given.seed))
+    trainer = soak.trainer
+    try:
+        soak.disturb(given.minutes, given.kills)
+        for rank in trainer.ranks:
+            rank.terminate()
+        trainer.wait(120.0)
+        soak.end_life()
+        trainer.start(trainer.step() + 3)
+        statuses = trainer.wait(600.0)
+        soak.end_life()
+    finally:
+        trainer.kill([0, 1])
+    time.sleep(2.0)
+    told = report(soak, given.minutes, given.seed, given.servers, statuses)
+    given.out.parent.mkdir(parents=True, exist_ok=True)
+    given.out.write_text(json.dumps(told, indent=1) + "\n")
+    print(json.dumps(told, indent=1))
+    sound = told["every_step_has_its_prompts"] and set(told["times_trained"]) == {"1"}  # type: ignore[call-overload]
+    clean = not told["not_trained_exactly_once"] and not told["server_processes_left"] and statuses == [0, 0]
+    return 0 if sound and clean else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,115 @@
+"""Servers of ours that were lost: started anew beside the training, with the weights of the last publish."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+
+from megatron_klear.errors import RolloutError
+from megatron_klear.rollout.endpoint import Endpoint
+from megatron_klear.rollout.sglang import ConnectedEngine, ServerFleet, SglangEngine
+from megatron_klear.weight_sync import EngineGroup
+
+log = logging.getLogger(__name__)
+
+_WAKE_SECONDS = 0.2
+
+BringUp = Callable[[ConnectedEngine, Callable[[], None]], None]
+"""Loads the current weights into a fresh engine and proves them; calls its second argument while it waits."""
+
+
+class EngineRestarts:
+    """Starts lost servers anew for the rollout manager; on the first rank.
+
+    A server is started while the trainer goes on. It gets its weights, and joins those that are published to, while
+    nothing is published: so it has missed nothing.
+
+    Args:
+        fleet: started the servers.
+        engine: generates on them for evaluation.
+        group: those that are published to.
+        bring_up: see `BringUp`.
+    """
+
+    def __init__(self, fleet: ServerFleet, engine: SglangEngine, group: EngineGroup, bring_up: BringUp) -> None:
+        self._fleet, self._engine, self._group, self._bring_up = fleet, engine, group, bring_up
+        self._numbers: dict[int, int] = {}
+        self._endpoints: list[Endpoint] = []
+        self._publishing = threading.Lock()
+        self._one_at_a_time = [threading.Lock() for _ in engine.engines]
+        self._closed = threading.Event()
+        # Threads of its own: a server takes minutes to start, and the manager's threads write the ledger meanwhile.
+        self._threads = ThreadPoolExecutor(len(engine.engines), thread_name_prefix="restart")
+
+    def endpoints(self) -> list[Endpoint]:
+        """Ways to all servers for the manager's event loop, by which it names them to `restart`."""
+        return [self._endpoint(index) for index in range(len(self._engine.engines))]
+
+    @contextmanager
+    def publishing(self, waiting: Callable[[], None]) -> Iterator[None]:
+        """Around a publish: no server joins meanwhile.
+
+        Args:
+            waiting: called while a server that joins is waited for, several times a second.
+        """
+        while not self._publishing.acquire(timeout=_WAKE_SECONDS):
+            waiting()
+        try:
+            yield
+        finally:
+            self._publishing.release()
+
+    async def restart(self, endpoint: Endpoint, why: str) -> Endpoint:
+        """Start a lost server anew with current weights; called in the manager's event loop.
+
+        Raises:
+            KlearError: it does not start, or cannot be given the weights of the last publish.
+        """
+        index = self._numbers[id(endpoint)]
+        given_up = threading.Event()
+        log.warning("%s is started anew: %s", endpoint.name, why)
+        try:
+            await asyncio.get_running_loop().run_in_executor(self._threads, self._restart, index, given_up)
+        except asyncio.CancelledError:
+            given_up.set()
+            raise
+        await endpoint.close()
+        return self._endpoint(index)
+
+    def close(self) -> None:
+        """Give up what is being started, and wait for that; the servers themselves are the fleet's."""
+        self._closed.set()
+        self._threads.shutdown(wait=True, cancel_futures=True)
+
+    def _endpoint(self, index: int) -> Endpoint:
+        made = self._engine.another_endpoint(index)
+        self._endpoints.append(made)  # so that no other object gets its id
+        self._numbers[id(made)] = index
+        return made
+
+    def _restart(self, index: int, given_up: threading.Event) -> None:
+        """In a thread: end what is left of the server, start it, bring it up to date, let it join."""
+
+        def waiting() -> None:
+            if given_up.is_set() or self._closed.is_set():
+                raise RolloutError(f"the restart of server {index} was given up")
+
+        began = time.monotonic()
+        with self._one_at_a_time[index]:
+            waiting()
+            self._fleet.stop(index)  # a publish that waits for an answer of it goes on without
+            with self.publishing(waiting):
+                self._group.leave(self._engine.engines[index].caller)
+            self._fleet.start(index)
+            self._fleet.wait_ready(index, waiting)
+            with self.publishing(waiting):
+                fresh = self._engine.connect(index, self._fleet.url(index))
+                self._bring_up(fresh, waiting)
+                self._engine.replace(index, fresh)
+                self._group.take_in(fresh.caller)
+        log.info("%s is back with the current weights after %.0f s", fresh.endpoint.name, time.monotonic() - began)
