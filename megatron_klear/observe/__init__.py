@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from megatron_klear.observe.examples import append_examples, read_examples
-    from megatron_klear.observe.heartbeat import Heartbeat, whereabouts
+    from megatron_klear.observe.heartbeat import Heartbeat, note_failure, whereabouts
     from megatron_klear.observe.memory import memory_metrics, reset_peaks
     from megatron_klear.observe.metrics import Metrics, MetricsWriter, SilentMetrics, open_metrics, read_metrics
     from megatron_klear.observe.progress import Progress
@@ -27,6 +27,7 @@ __all__ = [
     "TokenRate",
     "append_examples",
     "memory_metrics",
+    "note_failure",
     "nvtx_range",
     "open_metrics",
     "read_examples",
@@ -38,7 +39,7 @@ __all__ = [
 
 _HOMES = {
     "examples": ("append_examples", "read_examples"),
-    "heartbeat": ("Heartbeat", "whereabouts"),
+    "heartbeat": ("Heartbeat", "note_failure", "whereabouts"),
     "memory": ("memory_metrics", "reset_peaks"),
     "metrics": ("Metrics", "MetricsWriter", "SilentMetrics", "open_metrics", "read_metrics"),
     "progress": ("Progress",),

@@ -50,10 +50,22 @@ class Heartbeat:
             self.beat(*self._last)
 
 
+def note_failure(run_dir: str | Path, rank: int) -> None:
+    """Note that this rank has failed where it was last: it is then not the one that the others wait for."""
+    path = Path(run_dir) / LOGS_FOLDER / f"rank_{rank:05d}.json"
+    try:
+        note = json.loads(path.read_text())
+        fresh = path.with_suffix(".new")
+        fresh.write_text(json.dumps({**note, "time": time.time(), "failed": True}) + "\n")
+        os.replace(fresh, path)
+    except (OSError, ValueError, TypeError):
+        return
+
+
 def whereabouts(run_dir: str | Path, world_size: int) -> list[str]:
     """One line per rank, dead ones first, then the longest silent: who to look at when a run fails or hangs.
 
-    Whether a rank's process has ended is known of those on this machine.
+    Ranks that noted a failure of their own, such as having waited too long, come last. Whether a rank's process has ended is known of those on this machine.
 
     Args:
         run_dir: the run directory.
@@ -67,7 +79,9 @@ def whereabouts(run_dir: str | Path, world_size: int) -> list[str]:
             note = json.loads(path.read_text())
             silent = now - float(note["time"])
             text = f"rank {rank}: in step {note['step']}, {note['phase']}, no news for {silent:.0f} s"
-            if note.get("host") == socket.gethostname() and not _is_running(int(note["pid"])):
+            if note.get("failed"):
+                silent, text = -1.0, f"rank {rank}: in step {note['step']}, {note['phase']}, failed {silent:.0f} s ago"
+            elif note.get("host") == socket.gethostname() and not _is_running(int(note["pid"])):
                 silent, text = math.inf, f"{text}; its process has ended"
         except (OSError, ValueError, KeyError, TypeError):
             silent, text = math.inf, f"rank {rank}: never reported"

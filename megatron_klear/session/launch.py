@@ -23,7 +23,7 @@ from megatron_klear.errors import (
     KlearError,
     TrainingError,
 )
-from megatron_klear.observe import whereabouts
+from megatron_klear.observe import note_failure, whereabouts
 from megatron_klear.session.resuming import changes_at_resume
 
 log = logging.getLogger(__name__)
@@ -127,6 +127,7 @@ def _run(entry: Entry, body: Callable[[Settings, StopRequest], None], argv: Sequ
         traceback.print_exc()
         world_size = int(os.environ.get("WORLD_SIZE", "1"))
         if world_size > 1:
+            note_failure(settings.run.dir, rank)
             lines = whereabouts(settings.run.dir, world_size)[:_SHOWN_RANKS]
             print("\n".join([f"[rank {rank}] failed; where the ranks were last seen:", *lines]), file=sys.stderr)
         return EXIT_FAILED

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_klear.observe import Heartbeat, whereabouts
+from megatron_klear.observe import Heartbeat, note_failure, whereabouts
 
 
 def test_longest_silent_rank_comes_first_and_missing_ones_before_it(tmp_path, monkeypatch):
@@ -30,6 +30,21 @@ def test_stopped_while_writing_keeps_the_note_before(tmp_path):
     heart.beat(4, "train")
     (tmp_path / "logs" / "rank_00000.new").write_text('{"step": 5, "pha')
     assert whereabouts(tmp_path, 1)[0].startswith("rank 0: in step 4, train, no news for")
+
+
+def test_rank_that_gave_up_waiting_comes_after_the_one_it_waited_for(tmp_path):
+    """Both were last seen at the same place; only the one that still hangs is to be looked at."""
+    for rank in (0, 1):
+        Heartbeat(tmp_path, rank).beat(2, "finish")
+    note_failure(tmp_path, 0)
+    lines = whereabouts(tmp_path, 2)
+    assert lines[0].startswith("rank 1: in step 2, finish, no news for")
+    assert lines[1].startswith("rank 0: in step 2, finish, failed 0 s ago")
+
+
+def test_failure_of_a_rank_that_never_reported_changes_nothing(tmp_path):
+    note_failure(tmp_path, 0)
+    assert whereabouts(tmp_path, 1) == ["rank 0: never reported"]
 
 
 def test_unreadable_note_counts_as_never_reported(tmp_path):
