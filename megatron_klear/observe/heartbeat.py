@@ -65,7 +65,8 @@ def note_failure(run_dir: str | Path, rank: int) -> None:
 def whereabouts(run_dir: str | Path, world_size: int) -> list[str]:
     """One line per rank, dead ones first, then the longest silent: who to look at when a run fails or hangs.
 
-    Ranks that noted a failure of their own, such as having waited too long, come last. Whether a rank's process has ended is known of those on this machine.
+    Ranks that noted a failure of their own, such as having waited too long, come last. Whether a rank's process has
+    ended is known of those on this machine.
 
     Args:
         run_dir: the run directory.
