@@ -29,7 +29,7 @@ from megatron_klear.config.fields import (
     Tokens,
     Unit,
 )
-from megatron_klear.config.serving import SglangSettings, WeightSyncSettings
+from megatron_klear.config.serving import SchedulingSettings, SglangSettings, WeightSyncSettings
 
 Entry = Literal["sft", "rl"]
 
@@ -218,58 +218,6 @@ class RolloutSettings:
 
     stop_tokens: tuple[str, ...] = ()
     """Tokens that end a response, by their text, besides the tokenizer's own end token."""
-
-
-@dataclass(frozen=True, kw_only=True, config=SECTION)
-class SchedulingSettings:
-    """When responses are generated, on which engines, and which of them a step is trained on."""
-
-    mode: Literal["sync", "one_step_off", "async"] = "sync"
-    """sync generates a step, then trains it; one_step_off generates the next meanwhile; async never stops engines."""
-
-    max_staleness: StepsOrNever = 4
-    """async: most publishes between the sampling of a group's oldest token and its training; older is drawn again."""
-
-    order: Literal["fixed", "completion"] = "fixed"
-    """fixed trains prompts in the order of the data, repeatable; completion takes those first that are ready first."""
-
-    partial_rollouts: bool = True
-    """async: a publish interrupts responses, which go on under the new weights; false waits until they are finished."""
-
-    in_flight: Responses = 256
-    """Most responses in flight on one engine."""
-
-    min_engines: Annotated[int, Unit("engines"), Positive] = 1
-    """Fewest engines that the run goes on with."""
-
-    stall_seconds: Seconds = 120.0
-    """A busy engine that brings no token for so long is given up and its responses go to others."""
-
-    start_seconds: Seconds = 1800.0
-    """The same for an engine that has brought none yet: it may be loading or compiling."""
-
-    outage_seconds: Seconds = 300.0
-    """How long fewer than `scheduling.min_engines` may serve, none of them starting, before the run ends."""
-
-    slow_factor: Annotated[float, Field(gt=1)] = 5.0
-    """An engine so many times slower per response than the median engine hands its responses to others."""
-
-    max_failures: Annotated[int, Unit("requests"), Positive] = 8
-    """Requests for one response that may fail on engines that are well, before the run ends."""
-
-    keep_steps: StepsOrNever = 0
-    """Steps whose tokens stay in the ledger after training (lengths and rewards always do); 0 keeps all."""
-
-    replay_from: str | None = None
-    """Run directory whose recorded responses are trained on, step by step, in place of generating any."""
-
-    rollout_only: bool = False
-    """Generate and grade, but never update: the ledger then holds steps of one set of weights, ready to be replayed."""
-
-    @property
-    def staleness(self) -> int:
-        """Most publishes between the sampling of a group's oldest token and its training, in this mode."""
-        return {"sync": 0, "one_step_off": 1, "async": self.max_staleness}[self.mode]
 
 
 @dataclass(frozen=True, kw_only=True, config=SECTION)
