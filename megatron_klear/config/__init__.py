@@ -28,11 +28,11 @@ from megatron_klear.config.schema import (
     RlSettings,
     RolloutSettings,
     RunSettings,
-    SchedulingSettings,
     Settings,
     SftSettings,
     TokenizerSettings,
 )
+from megatron_klear.config.serving import SchedulingSettings
 
 __all__ = [
     "PRESETS",
