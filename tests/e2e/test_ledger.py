@@ -157,6 +157,7 @@ def test_generation_beside_training_survives_kills(start, rl_overrides, tmp_path
     overrides = [
         *rl_overrides("managed"), *SHORT, "rl.steps=14", "scheduling.mode=async", "scheduling.max_staleness=2",
         "scheduling.order=completion",
+        "correction.stop_above_mean=null",  # simulated engines draw from no model
     ]  # fmt: skip
     for life in range(4):
         launch = start(MANAGED, CONFIG, overrides)
