@@ -13,7 +13,7 @@ from megatron_klear.parallel import FirstRank
 from megatron_klear.records import Grade, Prompt, RolloutGroup, ScoredGroup
 from megatron_klear.rollout import SamplingParams
 from megatron_klear.rollout.endpoint import Endpoint
-from megatron_klear.rollout.ledger import LEDGER_FILE, Ledger, position, scored_group
+from megatron_klear.rollout.ledger import LEDGER_FILE, Ledger, position, scored_group, with_names_of_their_own
 from megatron_klear.rollout.manager import Restart, RolloutManager, Sampling
 from megatron_klear.session.ledger import reconcile_with_checkpoint
 from megatron_klear.session.rollouts import Rollouts
@@ -154,7 +154,8 @@ class ManagedGroups:
         groups = self._running.take(step, self.session.settings.rl.prompts_per_step, _POLL_SECONDS)
         if groups is None:
             return None
-        return [(g.rollout_group(), tuple(g.grades[i] for i in range(g.num_responses))) for g in groups]
+        named = with_names_of_their_own(groups)
+        return [(g.rollout_group(), tuple(g.grades[i] for i in range(g.num_responses))) for g in named]
 
     def _position(self) -> dict[str, Any] | None:
         return None if self._ledger is None else position(self._ledger, self.session.step).to_json()

@@ -59,7 +59,7 @@ def test_a_killed_server_comes_back_with_current_weights_and_a_killed_trainer_tr
     ]  # fmt: skip
     launch = start("train_rl", CONFIG, overrides)
     wait_for(3, run, launch)
-    server = max(servers_of(run), key=lambda process: process.create_time() * -1)
+    server = min(servers_of(run), key=psutil.Process.create_time)
     server.send_signal(signal.SIGKILL)
     wait_for(6, run, launch)
     launch.signal(signal.SIGKILL)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from megatron_klear.rollout.ledger.entries import STATES, GroupState, StoredGroup
 from megatron_klear.rollout.ledger.reading import GroupFilter, LedgerReader, ResponseRow
-from megatron_klear.rollout.ledger.replay import replay_step, scored_group
+from megatron_klear.rollout.ledger.replay import replay_step, scored_group, with_names_of_their_own
 from megatron_klear.rollout.ledger.resuming import LedgerPosition, Reconciled, position, reconcile
 from megatron_klear.rollout.ledger.writing import Ledger
 
@@ -30,4 +30,5 @@ __all__ = [
     "reconcile",
     "replay_step",
     "scored_group",
+    "with_names_of_their_own",
 ]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 import numpy as np
 
 from megatron_klear.errors import RolloutError
@@ -55,7 +58,24 @@ def replay_step(reader: LedgerReader, step: int, *, normalize_std: bool) -> list
         known = reader.steps()
         text = f"it holds steps {known[0]} to {known[-1]}" if known else "it holds no finished step"
         raise RolloutError(f"{reader.file}: no groups of step {step} to replay; {text} (scheduling.replay_from)")
-    return [_scored(reader, group, normalize_std) for group in groups]
+    return [_scored(reader, group, normalize_std) for group in with_names_of_their_own(groups)]
+
+
+def with_names_of_their_own(groups: Sequence[StoredGroup]) -> list[StoredGroup]:
+    """The groups of a step, a prompt that it holds twice under another id the second time: its own and the epoch.
+
+    With `scheduling.order` completion a step may take a prompt's last group of one epoch and its first of the next, and
+    the trainer knows sequences by the prompt's id.
+    """
+    seen: set[str] = set()
+    named = []
+    for group in groups:
+        prompt_id = group.prompt.prompt_id
+        if prompt_id in seen:
+            group = replace(group, prompt=replace(group.prompt, prompt_id=f"{prompt_id} of epoch {group.epoch}"))
+        seen.add(prompt_id)
+        named.append(group)
+    return named
 
 
 def _scored(reader: LedgerReader, group: StoredGroup, normalize_std: bool) -> ScoredGroup:

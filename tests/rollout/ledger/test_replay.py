@@ -44,3 +44,18 @@ def test_a_step_whose_tokens_were_removed_says_so(ledger, file, advance):
     ledger.prune(1)
     with LedgerReader(file) as reader, pytest.raises(RolloutError, match=r"scheduling\.keep_steps"):
         replay_step(reader, 1, normalize_std=True)
+
+
+def test_a_prompt_that_a_step_holds_from_two_epochs_has_two_names(ledger, file, make_prompt, make_rollout):
+    """The trainer knows sequences by name: one name for two responses would mix up their log-probabilities."""
+    ids = ledger.reserve([(0, make_prompt("a")), (1, make_prompt("b")), (1, make_prompt("a"))], num_responses=1)
+    for seed, group in enumerate(ids):
+        ledger.save_response(group, 0, make_rollout((0, 3 + seed), seed=seed))
+        ledger.save_grades(group, [Grade(outcome="correct", reward=1.0)])
+    ledger.commit(1, ids)
+    ledger.trained(1)
+    with LedgerReader(file) as reader:
+        groups = replay_step(reader, 1, normalize_std=True)
+        assert reader.trained_not_once() == []
+    assert [g.group.prompt.prompt_id for g in groups] == ["a", "b", "a of epoch 1"]
+    assert [len(g.group.rollouts[0].response_ids) for g in groups] == [3, 4, 5]
