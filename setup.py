@@ -80,6 +80,7 @@ setup(
         "transformers",
         "safetensors",
         "numpy",
+        "pyarrow",
         "pydantic",
         "annotated-types",
         "omegaconf",
