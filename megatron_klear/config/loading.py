@@ -15,7 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import TypeAdapter, ValidationError
 from yaml import YAMLError
 
-from megatron_klear.config.checks import find_problems
+from megatron_klear.config.checks import find_data_problems, find_problems
 from megatron_klear.config.described import TRAINING, Schema, SettingsT, describe_value
 from megatron_klear.config.schema import Entry, Settings
 from megatron_klear.errors import ConfigError
@@ -47,6 +47,15 @@ def load_settings(path: str | Path, overrides: Sequence[str] = (), *, entry: Ent
     settings = load_schema(TRAINING, path, overrides, together)
     sizes = dataclasses.asdict(settings.architecture)
     return dataclasses.replace(settings, model=dataclasses.replace(settings.model, **sizes))
+
+
+def load_data_settings(path: str | Path, overrides: Sequence[str] = ()) -> Settings:
+    """Read settings for tokenizing `data.sft` alone: the model need not be there, and no layout is judged.
+
+    Raises:
+        ConfigError: with every problem found, each starting with the dotted path of the setting.
+    """
+    return load_schema(TRAINING, path, overrides, lambda settings, broken: find_data_problems(settings, broken=broken))
 
 
 def load_schema(
