@@ -8,16 +8,27 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from megatron_klear.errors import EXIT_BAD_INPUT, EXIT_DONE, DataError, KlearError
+from megatron_klear.config.command_line import parse_tool_arguments
+from megatron_klear.config.evaluating import EVALUATION, EvaluationSettings, load_evaluation, repeated_names
+from megatron_klear.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_RESUMABLE, DataError, KlearError
 
+if TYPE_CHECKING:
+    from megatron_klear.evaluation import Benchmark, Generation
+    from megatron_klear.reward import MathGraderPool
+
+_PURPOSE = """\
+Ask a model the problems of benchmarks and grade its answers: avg@n (the accuracy of one response) and pass@k, each with
+a 95 % interval by bootstrap over problems. Responses are kept in run.dir; started again, only missing ones are drawn.
+
+run.preset=32k and run.preset=64k set what the paper's evaluation used. To grade responses that are there already, see
+`python -m megatron_klear.evaluate --grade --help`."""
 _ABOUT = """\
-Grade a file of generations against the problems they answer, without any model; or, given a settings file in place of
---grade, let a model answer the problems first (`evaluate CONFIG.yaml`, `evaluate --help-settings`).
-
-Figures are avg@n (the accuracy of one response) and pass@k, each with a 95 % interval by bootstrap over problems."""
+Grade a file of generations against the problems they answer, without any model. Figures are avg@n (the accuracy of one
+response) and pass@k, each with a 95 % interval by bootstrap over problems."""
 _FORMS = """\
 generations, JSON lines:  {"problem_id", "response", "index"?, "benchmark"?, "finish_reason"?, "num_tokens"?}
                           or `responses`, a list, in place of `response`
@@ -34,32 +45,51 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Do what the command line asks; returns the exit status."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        return grade_file(_parser().parse_args(arguments))
+        if "--grade" in arguments:
+            return grade_file(_parser().parse_args(arguments))
+        settings = parse_tool_arguments(
+            arguments, module="evaluate", purpose=_PURPOSE, schema=EVALUATION, load=load_evaluation
+        )
+        return evaluate_model(settings)
     except KlearError as error:
         print(error, file=sys.stderr)
         return error.exit_status
     except OSError as error:
         print(f"{error.filename or ''}: {error.strerror or error}", file=sys.stderr)
         return EXIT_BAD_INPUT
+    except KeyboardInterrupt:
+        print("interrupted; start again to go on: responses that were complete are kept", file=sys.stderr)
+        return EXIT_RESUMABLE
+
+
+def evaluate_model(settings: EvaluationSettings) -> int:
+    """Ask, draw what is missing, grade, write, show."""
+    from megatron_klear.evaluation.asking import facts_of, generations_of, read_benchmarks
+    from megatron_klear.evaluation.generations import write_generations
+    from megatron_klear.evaluation.writing import GENERATIONS_FILE
+    from megatron_klear.reward import AnswerFormat, MathGraderPool, RewardRules
+
+    benchmarks = read_benchmarks(settings.benchmarks)
+    out = Path(settings.run.dir)
+    out.mkdir(parents=True, exist_ok=True)
+    made = generations_of(benchmarks, settings)
+    write_generations(out / GENERATIONS_FILE, (item for items in made.values() for item in items))
+    reward = settings.reward
+    pool = MathGraderPool(
+        workers=reward.workers,
+        timeout_seconds=reward.timeout_seconds,
+        rules=RewardRules(correct=reward.correct, wrong=reward.wrong, malformed=reward.malformed),
+        answer_format=AnswerFormat(require_think=reward.require_think),
+    )
+    return _finish(
+        out, benchmarks, made, pool, facts=facts_of(settings), seed=settings.run.seed, ks=settings.benchmarks.pass_at
+    )
 
 
 def grade_file(options: argparse.Namespace) -> int:
     """Grade a generations file: read, match, judge, write, show."""
-    from megatron_klear.evaluation import (
-        Benchmark,
-        Rejects,
-        benchmark_name,
-        judge,
-        matched,
-        read_benchmark,
-        read_generations,
-        repeated_names,
-        results_table,
-        write_evaluation,
-    )
-    from megatron_klear.evaluation.writing import PAGE_FILE, REJECTS_FILE
-    from megatron_klear.observe.console import make_console
-    from megatron_klear.observe.work_progress import WorkProgress
+    from megatron_klear.evaluation import Benchmark, Rejects, benchmark_name, matched, read_benchmark, read_generations
+    from megatron_klear.evaluation.writing import REJECTS_FILE
     from megatron_klear.reward import AnswerFormat, MathGraderPool
 
     wrong = repeated_names(options.problems, "--problems")
@@ -72,28 +102,41 @@ def grade_file(options: argparse.Namespace) -> int:
     ]
     out.mkdir(parents=True, exist_ok=True)
     rejects = Rejects(f"the generations {options.grade}", out / REJECTS_FILE)
-    by_benchmark = matched(read_generations(options.grade, rejects), benchmarks, rejects)
-    total = sum(map(len, by_benchmark.values()))
-    if not total:
+    made = matched(read_generations(options.grade, rejects), benchmarks, rejects)
+    if not any(made.values()):
         rejects.raise_if_any()
         raise DataError([f"GENERATIONS: {options.grade} holds no responses"])
     answer_format = AnswerFormat(
         think_start=options.think_start, think_end=options.think_end, require_think=options.require_think
     )
-    judged = {}
-    with (
-        MathGraderPool(
-            workers=options.workers, timeout_seconds=options.timeout, answer_format=answer_format
-        ) as graders,
-        WorkProgress("grading", total, noun="responses") as progress,
-    ):
-        for benchmark in benchmarks:
-            judged[benchmark.name] = judge(benchmark, by_benchmark[benchmark.name], graders, progress.advance)
-    notes = (
-        [f"{len(rejects)} rows of the generations could not be used; {rejects.path.name} says why"] if rejects else []
-    )
+    pool = MathGraderPool(workers=options.workers, timeout_seconds=options.timeout, answer_format=answer_format)
+    notes = [f"{len(rejects)} generations could not be used; {rejects.path.name} says why"] if rejects else []
     facts = {"model": f"generations of {options.grade}", "thinking part required": options.require_think}
-    results = write_evaluation(out, benchmarks, judged, facts=facts, seed=options.seed, ks=options.pass_at, notes=notes)
+    return _finish(out, benchmarks, made, pool, facts=facts, seed=options.seed, ks=options.pass_at, notes=notes)
+
+
+def _finish(
+    out: Path,
+    benchmarks: Sequence[Benchmark],
+    made: Mapping[str, Sequence[Generation]],
+    pool: MathGraderPool,
+    *,
+    facts: Mapping[str, Any],
+    seed: int,
+    ks: Sequence[int],
+    notes: Sequence[str] = (),
+) -> int:
+    """Grade, write all files, and print the table."""
+    from megatron_klear.evaluation import judge, results_table, write_evaluation
+    from megatron_klear.evaluation.writing import PAGE_FILE
+    from megatron_klear.observe.console import make_console
+    from megatron_klear.observe.work_progress import WorkProgress
+
+    judged = {}
+    with pool as graders, WorkProgress("grading", sum(map(len, made.values())), noun="responses") as progress:
+        for benchmark in benchmarks:
+            judged[benchmark.name] = judge(benchmark, made[benchmark.name], graders, progress.advance)
+    results = write_evaluation(out, benchmarks, judged, facts=facts, seed=seed, ks=ks, notes=notes)
     console = make_console(sys.stdout)
     console.print(results_table(results))
     for note in notes:

@@ -63,6 +63,8 @@ def load_schema(
     path: str | Path,
     overrides: Sequence[str],
     find_problems: Callable[[SettingsT, frozenset[str]], Iterable[str]],
+    *,
+    presets: Mapping[str, Mapping[str, Mapping[str, Any]]] | None = None,
 ) -> SettingsT:
     """Read, override and check the settings of any entry.
 
@@ -72,12 +74,15 @@ def load_schema(
         overrides: `section.field=value` texts; values are YAML.
         find_problems: given settings that are valid one by one, and the dotted paths whose bad values were replaced by
             defaults: problems that show only when settings are seen together.
+        presets: by the value of `run.preset`, what is set where neither file nor overrides say anything.
 
     Raises:
         ConfigError: with every problem found, each starting with the dotted path of the setting.
     """
     problems: list[str] = []
     tree = _known_keys(schema, _read(Path(path), overrides), problems)
+    for section, values in (presets or {}).get(str(tree["run"].get("preset")), {}).items():
+        tree[section] = {**values, **tree[section]}
     settings, broken = _validated(schema, tree, problems)
     problems.extend(find_problems(settings, broken))
     if problems:

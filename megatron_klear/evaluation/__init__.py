@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from megatron_klear.evaluation.generations import Generation, Rejects, read_generations, write_generations
 from megatron_klear.evaluation.grading import judge, matched
-from megatron_klear.evaluation.published import benchmark_name, read_benchmark, repeated_names
+from megatron_klear.evaluation.published import benchmark_name, read_benchmark
 from megatron_klear.evaluation.results import BenchmarkResult, Judged, as_json, results_table, summarize
 from megatron_klear.evaluation.writing import Benchmark, write_evaluation
 
@@ -20,7 +20,6 @@ __all__ = [
     "matched",
     "read_benchmark",
     "read_generations",
-    "repeated_names",
     "results_table",
     "summarize",
     "write_evaluation",

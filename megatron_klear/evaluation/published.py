@@ -13,7 +13,7 @@ One judge for one nesting would score the others 0, so a row that has no answer 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -114,15 +114,3 @@ def _ending_with_user(messages: Any) -> Any:
 def benchmark_name(path: str | Path) -> str:
     """Name of a benchmark: the file's, without ending."""
     return Path(path).stem
-
-
-def repeated_names(paths: Sequence[str], setting: str) -> list[str]:
-    """What is wrong with files of one name: they could not be told apart in results."""
-    wrong = []
-    seen: dict[str, str] = {}
-    for path in paths:
-        name = benchmark_name(path)
-        if name in seen:
-            wrong.append(f"{setting}: {seen[name]} and {path} would both be called {name!r}; rename one")
-        seen[name] = path
-    return wrong

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -63,7 +63,14 @@ class Sampler:
 
 
 @contextmanager
-def open_sampler(settings: SamplerSettings, *, section: str, cache: Path, seed: int) -> Iterator[Sampler]:
+def open_sampler(
+    settings: SamplerSettings,
+    *,
+    section: str,
+    cache: Path,
+    seed: int,
+    config_changes: Mapping[str, Any] | None = None,
+) -> Iterator[Sampler]:
     """Load tokenizer and engine, and open the file with the responses; all is closed at the end.
 
     Args:
@@ -71,6 +78,7 @@ def open_sampler(settings: SamplerSettings, *, section: str, cache: Path, seed: 
         section: name of these settings, for messages.
         cache: file with the responses where the settings name none.
         seed: of all responses.
+        config_changes: keys of the model's config.json that a local engine takes otherwise, such as `rope_parameters`.
 
     Raises:
         ConfigError, DataError, CheckpointError: the model's directory or a server is not what it must be.
@@ -89,7 +97,7 @@ def open_sampler(settings: SamplerSettings, *, section: str, cache: Path, seed: 
     opens_think = bool(np.isin(chat.think_start_id, asked)) and not bool(np.isin(chat.think_end_id, asked))
     with (
         ResponseCache(settings.cache or cache, setting=f"{section}.cache") as stored,
-        _engine(settings, section, chat) as (engine, fingerprint),
+        _engine(settings, section, chat, config_changes or {}) as (engine, fingerprint),
     ):
         chunk = settings.chunk_responses
         responses = CachedSampler(
@@ -99,7 +107,9 @@ def open_sampler(settings: SamplerSettings, *, section: str, cache: Path, seed: 
 
 
 @contextmanager
-def _engine(settings: SamplerSettings, section: str, chat: ChatTokenizer) -> Iterator[tuple[ResponseSource, str]]:
+def _engine(
+    settings: SamplerSettings, section: str, chat: ChatTokenizer, config_changes: Mapping[str, Any]
+) -> Iterator[tuple[ResponseSource, str]]:
     """The engine, and the fingerprint of what it runs."""
     if settings.engine == "sglang":
         with _servers(settings, section, chat) as found:
@@ -112,16 +122,18 @@ def _engine(settings: SamplerSettings, section: str, chat: ChatTokenizer) -> Ite
     directory = Path(settings.hf_dir or "")
     device = settings.device if settings.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     vocab_size = _vocab_size(directory, section)
+    config = {**json.loads((directory / "config.json").read_text(encoding="utf-8")), **config_changes}
     if chat.num_tokens > vocab_size:
         raise ConfigError(
             [f"{section}.hf_dir: its tokenizer has {chat.num_tokens} tokens, its model {vocab_size} embeddings"]
         )
     engine = LocalEngine(
-        directory, device=device, dtype=getattr(torch, settings.dtype), batch_responses=settings.batch_responses
+        config, device=device, dtype=getattr(torch, settings.dtype), batch_responses=settings.batch_responses
     )
     engine.update_weights(_weights(directory), version=0)
     try:
-        yield engine, directory_fingerprint(directory, dtype=settings.dtype)
+        changed = f" {json.dumps(config_changes, sort_keys=True)}" if config_changes else ""
+        yield engine, directory_fingerprint(directory, dtype=settings.dtype) + changed
     finally:
         engine.close()
 

@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 
+from megatron_klear.config.evaluating import repeated_names
 from megatron_klear.errors import DataError
-from megatron_klear.evaluation import read_benchmark, repeated_names
+from megatron_klear.evaluation import read_benchmark
 
 USER = [{"role": "user", "content": "What is 2 + 2?"}]
 
