@@ -9,14 +9,11 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import get_args
 
 from megatron_klear.errors import EXIT_BAD_INPUT, EXIT_DONE, DataError, KlearError
 from megatron_klear.records import Outcome
 from megatron_klear.rollout.ledger import LEDGER_FILE, STATES, GroupFilter, LedgerReader
-
-if TYPE_CHECKING:
-    from rich.console import Console
 
 _ABOUT = """\
 Look into a run's rollout ledger: every prompt group that was reserved, how far it has come, its responses with their
@@ -59,9 +56,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _list(reader: LedgerReader, options: argparse.Namespace) -> None:
+    from megatron_klear.observe.console import make_console
     from megatron_klear.rollout.ledger.showing import print_groups, print_responses
 
-    console = _console()
+    console = make_console(sys.stdout)
     chosen = _chosen(options)
     if options.responses:
         print_responses(console, reader.response_rows(chosen, options.limit))
@@ -70,6 +68,7 @@ def _list(reader: LedgerReader, options: argparse.Namespace) -> None:
 
 
 def _show(reader: LedgerReader, options: argparse.Namespace) -> None:
+    from megatron_klear.observe.console import make_console
     from megatron_klear.rollout.ledger.showing import print_group
     from megatron_klear.rollout.ledger.text import run_decoder
 
@@ -79,7 +78,9 @@ def _show(reader: LedgerReader, options: argparse.Namespace) -> None:
         raise DataError([f"PROMPT_ID: no group of prompt {options.prompt_id}; some that there are: {known or 'none'}"])
     group = reader.load(rows[0].group_id)
     assert group is not None
-    print_group(_console(), group, None if options.ids else run_decoder(options.run_dir), options.response)
+    print_group(
+        make_console(sys.stdout), group, None if options.ids else run_decoder(options.run_dir), options.response
+    )
 
 
 def _export(reader: LedgerReader, options: argparse.Namespace) -> None:
@@ -95,13 +96,6 @@ def _export(reader: LedgerReader, options: argparse.Namespace) -> None:
 
 def _chosen(options: argparse.Namespace) -> GroupFilter:
     return GroupFilter(**{name: getattr(options, name) for name in GroupFilter.__dataclass_fields__})
-
-
-def _console() -> Console:
-    from rich.console import Console
-
-    # Into a pipe or file a table keeps its columns, however many they are.
-    return Console(soft_wrap=False) if sys.stdout.isatty() else Console(width=200, soft_wrap=False)
 
 
 def _parser() -> argparse.ArgumentParser:

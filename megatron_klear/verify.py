@@ -19,10 +19,10 @@ from megatron_klear.conformance.table import (
     LayoutRow,
     equation_table,
     layout_table,
-    make_console,
     summary,
 )
 from megatron_klear.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED
+from megatron_klear.observe.console import make_console
 
 _DESCRIPTION = """\
 Check on this machine that the numbers are right, and print what was found as tables.

@@ -15,12 +15,12 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject
 
 from megatron_klear.checkpoint import hf_directory, layout
 from megatron_klear.checkpoint.conversion import DTYPES, HF_FILES, Conversion, all_or_nothing, total_size
-from megatron_klear.checkpoint.conversion_progress import ConversionProgress
 from megatron_klear.checkpoint.safetensors_stream import StoredTensor
 from megatron_klear.checkpoint.torch_dist_stream import Chunk, write_torch_dist
 from megatron_klear.config import Architecture, padded_vocab_size
 from megatron_klear.errors import DataError
 from megatron_klear.model.hf_names import TensorRule, shard_shape, tensor_rules, whole_from_hf
+from megatron_klear.observe.work_progress import WorkProgress
 
 _BLOCK_BYTES = 16 << 20
 """Rows of the vocabulary are stored in chunks of this size: its matrices are by far the largest tensors, and a
@@ -63,7 +63,7 @@ def hf_to_megatron(hf_dir: Path, out: Path, *, vocab_multiple: int = 128, dtype:
     num_bytes = sum(chunk.num_bytes for chunk in chunks)
     target = layout.writing_directory(root, 0)
     with all_or_nothing(target, num_bytes):
-        with ConversionProgress("writing", len(chunks), num_bytes, noun="chunks") as progress:
+        with WorkProgress("writing", len(chunks), num_bytes, noun="chunks") as progress:
             write_torch_dist(
                 target,
                 chunks,
@@ -74,7 +74,7 @@ def hf_to_megatron(hf_dir: Path, out: Path, *, vocab_multiple: int = 128, dtype:
         carried = hf_directory.copy_files(hf_dir, hf_directory.CARRIED_FILES, target / HF_FILES)
         _describe(target, arch, vocab_multiple, {chunk.dtype for chunk in chunks})
         names = layout.files_of(target)
-        with ConversionProgress("reading back", len(names), total_size(target, names), noun="files") as progress:
+        with WorkProgress("reading back", len(names), total_size(target, names), noun="files") as progress:
             layout.write_manifest(target, _checksums(target, names, progress))
         final = layout.publish(root, 0)
     notes = () if "tokenizer.json" in carried else (f"{hf_dir} has no tokenizer.json, so none was carried along",)
@@ -148,7 +148,7 @@ def _describe(target: Path, arch: Architecture, vocab_multiple: int, dtypes: set
     (target / layout.RUN_STATE).write_text(json.dumps({"step": 0, "model_only": True}, indent=1) + "\n")
 
 
-def _checksums(directory: Path, names: list[str], progress: ConversionProgress) -> dict[str, tuple[int, int]]:
+def _checksums(directory: Path, names: list[str], progress: WorkProgress) -> dict[str, tuple[int, int]]:
     def one(name: str) -> tuple[int, int]:
         found = layout.checksum(directory / name)
         progress.advance(1, found[0])

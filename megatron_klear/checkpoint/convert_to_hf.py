@@ -13,13 +13,13 @@ from pydantic import ValidationError
 
 from megatron_klear.checkpoint import hf_directory, layout
 from megatron_klear.checkpoint.conversion import DTYPES, HF_FILES, Conversion, all_or_nothing, total_size
-from megatron_klear.checkpoint.conversion_progress import ConversionProgress
 from megatron_klear.checkpoint.find import find_whole
 from megatron_klear.checkpoint.safetensors_stream import TensorEntry, write_shards
 from megatron_klear.checkpoint.torch_dist_stream import TorchDistReader
 from megatron_klear.config import Architecture, ModelSettings, padded_vocab_size, resolve_architecture
 from megatron_klear.errors import CheckpointError, ConfigError, DataError
 from megatron_klear.model.hf_names import TensorRule, hf_from_whole, shard_shape, tensor_rules
+from megatron_klear.observe.work_progress import WorkProgress
 
 _ORIGIN_SETTINGS = (("checkpoint", "start_from"), ("model", "hf_dir"), ("tokenizer", "dir"))
 
@@ -81,7 +81,7 @@ def megatron_to_hf(
     num_bytes = sum(entry.num_bytes for entry in entries)
     hidden = out.absolute().with_name(f".writing_{out.absolute().name}")
     with all_or_nothing(hidden, num_bytes):
-        with ConversionProgress("writing", len(entries), num_bytes) as progress:
+        with WorkProgress("writing", len(entries), num_bytes) as progress:
             write_shards(
                 hidden,
                 entries,
@@ -118,7 +118,7 @@ def _damage(directory: Path) -> list[str]:
         expected = layout.read_manifest(directory)
     except CheckpointError as error:
         return [str(error)]
-    with ConversionProgress("checking", len(expected), total_size(directory, expected), noun="files") as progress:
+    with WorkProgress("checking", len(expected), total_size(directory, expected), noun="files") as progress:
 
         def check(item: tuple[str, tuple[int, int]]) -> list[str]:
             found = layout.damage(directory, dict([item]))

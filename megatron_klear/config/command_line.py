@@ -1,12 +1,13 @@
-"""The command line of an entry: `[--check] CONFIG.yaml [section.field=value ...]`."""
+"""The command line of every entry: `[--check] CONFIG.yaml [section.field=value ...]`."""
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
-from megatron_klear.config.described import settings_help
+from megatron_klear.config.described import Schema, schema_help, settings_help
 from megatron_klear.config.loading import load_settings
 from megatron_klear.config.outlook import outlook
 from megatron_klear.config.schema import Entry, Settings
@@ -16,6 +17,8 @@ _PURPOSE: dict[Entry, str] = {
     "sft": "Fine-tune on long chains of thought (Eq. 8).",
     "rl": "Improve a model by reinforcement learning on problems whose answers can be verified (GPPO).",
 }
+
+LoadedT = TypeVar("LoadedT")
 
 
 def parse_command_line(argv: Sequence[str], entry: Entry, world_size: int | None = None) -> Settings:
@@ -40,7 +43,53 @@ def parse_command_line(argv: Sequence[str], entry: Entry, world_size: int | None
             print(f"{_PURPOSE[entry]}\nValues are YAML: data.prompts=[a.jsonl,b.jsonl] model.hf_dir=null\n")
             print(settings_help(entry))
         raise SystemExit(EXIT_DONE)
-    check = "--check" in argv
+
+    def load(path: str, overrides: Sequence[str]) -> tuple[Settings, int]:
+        size = world_size or _world_size()
+        return load_settings(path, overrides, entry=entry, world_size=size), size
+
+    settings, size = _loaded(argv, usage, load)
+    if "--check" in argv:
+        if rank == "0":
+            print(outlook(settings, entry=entry, world_size=size), end="")
+        raise SystemExit(EXIT_DONE)
+    return settings
+
+
+def parse_tool_arguments(
+    argv: Sequence[str],
+    *,
+    module: str,
+    purpose: str,
+    schema: Schema[Any],
+    load: Callable[[str, Sequence[str]], LoadedT],
+) -> LoadedT:
+    """Turn the arguments of an entry that runs in one process into its settings; or print help or problems, and leave.
+
+    Args:
+        argv: arguments without the program's name.
+        module: name of the entry below `megatron_klear`.
+        purpose: what it does, for `--help`.
+        schema: its settings.
+        load: makes settings of the file's path and the overrides.
+
+    Raises:
+        SystemExit: 0 after help and after `--check` of good settings, 2 after problems.
+    """
+    usage = f"usage: python -m megatron_klear.{module} [--check] CONFIG.yaml [section.field=value ...]"
+    if any(argument in ("-h", "--help") for argument in argv):
+        print(f"{usage}\n\n{purpose}\n\n--check judges the settings and leaves: 0 good, 2 not.")
+        print(f"Values are YAML: run.dir=out a.list=[x,y] a.b=null\n\n{schema_help(schema)}")
+        raise SystemExit(EXIT_DONE)
+    settings = _loaded(argv, usage, load)
+    if "--check" in argv:
+        print("the settings are good")
+        raise SystemExit(EXIT_DONE)
+    return settings
+
+
+def _loaded(argv: Sequence[str], usage: str, load: Callable[[str, Sequence[str]], LoadedT]) -> LoadedT:
+    """Load the settings that the arguments name, or print all problems and leave."""
     argv = [argument for argument in argv if argument != "--check"]
     try:
         flags = [argument for argument in argv if argument.startswith("-")]
@@ -48,17 +97,12 @@ def parse_command_line(argv: Sequence[str], entry: Entry, world_size: int | None
             raise ConfigError([f"{flag}: unknown option; settings are given as section.field=value" for flag in flags])
         if not argv or "=" in argv[0]:
             raise ConfigError([f"CONFIG.yaml: the settings file must come first ({usage})"])
-        world_size = world_size or _world_size()
-        settings = load_settings(argv[0], argv[1:], entry=entry, world_size=world_size)
+        return load(argv[0], argv[1:])
     except ConfigError as error:
+        rank = os.environ.get("RANK", "0")
         if os.environ.get("LOCAL_RANK", rank) == "0":
             print(error if rank == "0" else f"[rank {rank}] {error}", file=sys.stderr)
         raise SystemExit(EXIT_BAD_INPUT) from None
-    if check:
-        if rank == "0":
-            print(outlook(settings, entry=entry, world_size=world_size), end="")
-        raise SystemExit(EXIT_DONE)
-    return settings
 
 
 def _world_size() -> int:

@@ -1,4 +1,4 @@
-"""A description of every setting, read off the schema: for `--help`, messages and suggestions."""
+"""A description of every setting, read off a schema: for `--help`, messages and suggestions."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ import dataclasses
 import inspect
 import types
 import typing
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any, Generic, Literal, TypeVar, Union, get_args, get_origin
 
 import annotated_types
+from pydantic import TypeAdapter
 from pydantic.dataclasses import is_pydantic_dataclass
 from pydantic.fields import FieldInfo
 
@@ -120,28 +122,58 @@ def _describe(path: str, info: FieldInfo) -> FieldDescription:
     )
 
 
-def _collect() -> tuple[dict[str, type[Any]], dict[str, FieldDescription]]:
-    hints = typing.get_type_hints(Settings)
-    sections: dict[str, type[Any]] = {f.name: hints[f.name] for f in dataclasses.fields(Settings)}
+SettingsT = TypeVar("SettingsT")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Schema(Generic[SettingsT]):
+    """The settings of an entry, described.
+
+    Attributes:
+        sections: section name -> its dataclass, in the order of the schema.
+        fields: dotted path -> description, in the same order.
+        adapter: makes settings from plain values and plain values from settings.
+    """
+
+    sections: Mapping[str, type[Any]]
+    fields: Mapping[str, FieldDescription]
+    adapter: TypeAdapter[SettingsT]
+
+
+def describe_schema(root: type[SettingsT]) -> Schema[SettingsT]:
+    """Describe a dataclass whose fields are sections, each of them a dataclass of settings."""
+    hints = typing.get_type_hints(root)
+    sections: dict[str, type[Any]] = {f.name: hints[f.name] for f in dataclasses.fields(root)}  # type: ignore[arg-type]
     fields = {}
     for name, section in sections.items():
         assert is_pydantic_dataclass(section)
         for key, info in section.__pydantic_fields__.items():
             fields[f"{name}.{key}"] = _describe(f"{name}.{key}", info)
-    return sections, fields
+    return Schema(sections=sections, fields=fields, adapter=TypeAdapter(root))
 
 
-SECTIONS, FIELDS = _collect()
+TRAINING = describe_schema(Settings)
+SECTIONS, FIELDS = TRAINING.sections, TRAINING.fields
 """Section name -> its dataclass, and dotted path -> description, both in the order of `Settings`."""
 
 
 def settings_help(entry: Entry) -> str:
-    """Return every setting with its type, range, default, unit and meaning, section by section."""
+    """Return every setting of training; see `schema_help`."""
+    return schema_help(TRAINING, not_used=_NOT_USED[entry])
+
+
+def schema_help(schema: Schema[Any], *, not_used: Collection[str] = ()) -> str:
+    """Return every setting with its type, range, default, unit and meaning, section by section.
+
+    Args:
+        schema: the settings.
+        not_used: sections to be marked as not used.
+    """
     lines = []
-    for name, section in SECTIONS.items():
-        unused = "  (not used by this entry)" if name in _NOT_USED[entry] else ""
+    for name, section in schema.sections.items():
+        unused = "  (not used by this entry)" if name in not_used else ""
         lines += [f"{name}: {(inspect.getdoc(section) or '').splitlines()[0]}{unused}"]
-        for path, item in FIELDS.items():
+        for path, item in schema.fields.items():
             if path.startswith(f"{name}."):
                 facts = [item.expected, item.unit and f"in {item.unit}"]
                 facts.append("required" if item.required else f"default {item.default}")

@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,11 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import TypeAdapter, ValidationError
 from yaml import YAMLError
 
-from megatron_klear.config.checks import find_problems
-from megatron_klear.config.described import FIELDS, SECTIONS, describe_value
+from megatron_klear.config.checks import find_data_problems, find_problems
+from megatron_klear.config.described import TRAINING, Schema, SettingsT, describe_value
 from megatron_klear.config.schema import Entry, Settings
 from megatron_klear.errors import ConfigError
 
-_ADAPTER: TypeAdapter[Settings] = TypeAdapter(Settings)
 _Tree = dict[str, dict[str, Any]]
 _MISSING = "???"
 """OmegaConf's mark of a value that whoever uses a settings file must give."""
@@ -41,20 +40,60 @@ def load_settings(path: str | Path, overrides: Sequence[str] = (), *, entry: Ent
     Raises:
         ConfigError: with every problem found, each starting with the dotted path of the setting.
     """
-    problems: list[str] = []
-    tree = _known_keys(_read(Path(path), overrides), problems)
-    settings, broken = _validated(tree, problems)
-    if settings is not None:
-        problems.extend(find_problems(settings, entry=entry, world_size=world_size, broken=broken))
-    if problems or settings is None:
-        raise ConfigError(list(dict.fromkeys(problems)))
+
+    def together(settings: Settings, broken: frozenset[str]) -> list[str]:
+        return find_problems(settings, entry=entry, world_size=world_size, broken=broken)
+
+    settings = load_schema(TRAINING, path, overrides, together)
     sizes = dataclasses.asdict(settings.architecture)
     return dataclasses.replace(settings, model=dataclasses.replace(settings.model, **sizes))
 
 
-def dump_settings(settings: Settings) -> str:
-    """Return YAML of every setting, from which `load_settings` makes equal settings."""
-    return OmegaConf.to_yaml(OmegaConf.create(_escaped(_ADAPTER.dump_python(settings, mode="json"))))
+def load_data_settings(path: str | Path, overrides: Sequence[str] = ()) -> Settings:
+    """Read settings for tokenizing `data.sft` alone: the model need not be there, and no layout is judged.
+
+    Raises:
+        ConfigError: with every problem found, each starting with the dotted path of the setting.
+    """
+    return load_schema(TRAINING, path, overrides, lambda settings, broken: find_data_problems(settings, broken=broken))
+
+
+def load_schema(
+    schema: Schema[SettingsT],
+    path: str | Path,
+    overrides: Sequence[str],
+    find_problems: Callable[[SettingsT, frozenset[str]], Iterable[str]],
+    *,
+    presets: Mapping[str, Mapping[str, Mapping[str, Any]]] | None = None,
+) -> SettingsT:
+    """Read, override and check the settings of any entry.
+
+    Args:
+        schema: what there is to set.
+        path: YAML file.
+        overrides: `section.field=value` texts; values are YAML.
+        find_problems: given settings that are valid one by one, and the dotted paths whose bad values were replaced by
+            defaults: problems that show only when settings are seen together.
+        presets: by the value of `run.preset`, what is set where neither file nor overrides say anything.
+
+    Raises:
+        ConfigError: with every problem found, each starting with the dotted path of the setting.
+    """
+    problems: list[str] = []
+    tree = _known_keys(schema, _read(Path(path), overrides), problems)
+    for section, values in (presets or {}).get(str(tree["run"].get("preset")), {}).items():
+        tree[section] = {**values, **tree[section]}
+    settings, broken = _validated(schema, tree, problems)
+    problems.extend(find_problems(settings, broken))
+    if problems:
+        raise ConfigError(list(dict.fromkeys(problems)))
+    return settings
+
+
+def dump_settings(settings: Any) -> str:
+    """Return YAML of every setting, from which equal settings are loaded."""
+    values = TypeAdapter(type(settings)).dump_python(settings, mode="json")
+    return OmegaConf.to_yaml(OmegaConf.create(_escaped(values)))
 
 
 def _escaped(value: Any) -> Any:
@@ -100,46 +139,46 @@ def _read(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
     return {str(key): value for key, value in content.items()}
 
 
-def _known_keys(content: Mapping[str, Any], problems: list[str]) -> _Tree:
+def _known_keys(schema: Schema[Any], content: Mapping[str, Any], problems: list[str]) -> _Tree:
     """Return the known fields of every section, absent sections as empty; note all other keys as problems."""
-    tree: _Tree = {name: {} for name in SECTIONS}
+    tree: _Tree = {name: {} for name in schema.sections}
     for name, value in content.items():
-        if name not in SECTIONS:
-            problems.append(f"{name}: unknown section{_suggestion(name, value)}")
+        if name not in schema.sections:
+            problems.append(f"{name}: unknown section{_suggestion(schema, name, value)}")
         elif isinstance(value, dict):
             for key, item in value.items():
                 path = f"{name}.{key}"
-                if path in FIELDS and item != _MISSING:
+                if path in schema.fields and item != _MISSING:
                     tree[name][str(key)] = item
-                elif path in FIELDS:
-                    if not FIELDS[path].required:  # of those that are, it is said anyway
+                elif path in schema.fields:
+                    if not schema.fields[path].required:  # of those that are, it is said anyway
                         problems.append(f"{path}: is ???, so it must be given")
                 else:
-                    problems.append(f"{name}.{key}: unknown setting{_suggestion(f'{name}.{key}', item)}")
+                    problems.append(f"{name}.{key}: unknown setting{_suggestion(schema, path, item)}")
         elif value is not None:
             problems.append(f"{name}: got {describe_value(value)}, expected a section with settings below it")
     return tree
 
 
-def _suggestion(path: str, value: Any) -> str:
+def _suggestion(schema: Schema[Any], path: str, value: Any) -> str:
     """Return `; did you mean ...?` with the most similar section or setting, or nothing."""
     section, _, key = path.rpartition(".")
     candidates: list[str] = []
     if section:
-        siblings = [p.partition(".")[2] for p in FIELDS if p.startswith(f"{section}.")]
+        siblings = [p.partition(".")[2] for p in schema.fields if p.startswith(f"{section}.")]
         candidates += [f"{section}.{name}" for name in difflib.get_close_matches(key, siblings, n=1, cutoff=0.6)]
     elif isinstance(value, dict):
-        candidates += difflib.get_close_matches(key, SECTIONS, n=1, cutoff=0.5)
+        candidates += difflib.get_close_matches(key, schema.sections, n=1, cutoff=0.5)
     if not candidates:
-        candidates += [p for p in FIELDS if p.endswith(f".{key}")]
+        candidates += [p for p in schema.fields if p.endswith(f".{key}")]
     if not candidates:
-        candidates += difflib.get_close_matches(path, FIELDS, n=1, cutoff=0.7)
+        candidates += difflib.get_close_matches(path, schema.fields, n=1, cutoff=0.7)
     if not candidates and not section:
-        candidates += difflib.get_close_matches(key, SECTIONS, n=1, cutoff=0.5)
+        candidates += difflib.get_close_matches(key, schema.sections, n=1, cutoff=0.5)
     return f"; did you mean {' or '.join(candidates[:3])}?" if candidates else "; --help lists all settings"
 
 
-def _validated(tree: _Tree, problems: list[str]) -> tuple[Settings | None, frozenset[str]]:
+def _validated(schema: Schema[SettingsT], tree: _Tree, problems: list[str]) -> tuple[SettingsT, frozenset[str]]:
     """Check every value by itself.
 
     Returns:
@@ -147,34 +186,34 @@ def _validated(tree: _Tree, problems: list[str]) -> tuple[Settings | None, froze
         dotted paths of the bad values.
     """
     try:
-        return _ADAPTER.validate_json(json.dumps(tree, default=str)), frozenset()
+        return schema.adapter.validate_json(json.dumps(tree, default=str)), frozenset()
     except ValidationError as error:
         broken = set()
         for detail in error.errors(include_url=False):
             path = ".".join(str(part) for part in detail["loc"][:2])
             broken.add(path)
-            problems.append(f"{_dotted(detail['loc'])}: {_explain(path, dict(detail))}")
+            problems.append(f"{_dotted(detail['loc'])}: {_explain(schema, path, dict(detail))}")
     repaired = {name: dict(fields) for name, fields in tree.items()}
     for path in broken:
         section, _, key = path.partition(".")
         repaired[section].pop(key, None)
-        if FIELDS[path].required:
-            repaired[section][key] = "."
-    return _ADAPTER.validate_json(json.dumps(repaired, default=str)), frozenset(broken)
+        if schema.fields[path].required:
+            repaired[section][key] = (*schema.fields[path].options, ".")[0]
+    return schema.adapter.validate_json(json.dumps(repaired, default=str)), frozenset(broken)
 
 
 def _dotted(location: Sequence[int | str]) -> str:
     return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location).lstrip(".")
 
 
-def _explain(path: str, detail: dict[str, Any]) -> str:
+def _explain(schema: Schema[Any], path: str, detail: dict[str, Any]) -> str:
     """Say what a setting holds and what it may hold."""
     if detail["type"] == "missing":
-        return f"required ({FIELDS[path].help.splitlines()[0]})"
+        return f"required ({schema.fields[path].help.splitlines()[0]})"
     got = describe_value(detail["input"])
     if detail["type"] == "literal_error":
-        options = FIELDS[path].options
+        options = schema.fields[path].options
         close = difflib.get_close_matches(str(detail["input"]), options, n=1)
         return f"got {got}, allowed: {', '.join(options)}" + (f"; did you mean {close[0]}?" if close else "")
     hint = f"; write [{detail['input']}]" if detail["type"] == "tuple_type" and isinstance(detail["input"], str) else ""
-    return f"got {got}, expected {FIELDS[path].expected}{hint}"
+    return f"got {got}, expected {schema.fields[path].expected}{hint}"

@@ -4,16 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TextIO
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from megatron_klear.conformance.matrix import ERROR_NAMES, SLACK, Comparison
-
-_PLAIN_WIDTH = 240
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,13 +51,6 @@ class LayoutRow:
     def passed(self) -> bool:
         """Whether there are errors and all are within the limit."""
         return self.comparison is not None and self.comparison.passed
-
-
-def make_console(stream: TextIO) -> Console:
-    """A console on a stream: with colours on a terminal, wide and without any elsewhere."""
-    if stream.isatty():
-        return Console(file=stream)
-    return Console(file=stream, width=_PLAIN_WIDTH, no_color=True, highlight=False)
 
 
 def equation_table(rows: Sequence[EquationRow], *, plain: bool) -> Table:

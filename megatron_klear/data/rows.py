@@ -71,7 +71,7 @@ def read_prompt_rows(paths: Sequence[str | Path], *, setting: str = "data.prompt
     Raises:
         DataError: naming file and line of everything that is wrong, duplicate ids and an empty data set included.
     """
-    return _read(paths, _prompt_row, setting)
+    return _read(paths, prompt_row, setting)
 
 
 def _read(
@@ -105,7 +105,8 @@ def _sft_row(where: str, value: JsonObject) -> SftRow | list[str]:
     return wrong or SftRow(row_id=row_id, messages=messages, source=source, where=where)
 
 
-def _prompt_row(where: str, value: JsonObject) -> PromptRow | list[str]:
+def prompt_row(where: str, value: JsonObject) -> PromptRow | list[str]:
+    """The prompt row that an object holds, or everything that is wrong with it."""
     row_id, messages, wrong = _id_and_messages(value, "user")
     domain: Any = value.get("domain")
     if domain not in DOMAINS:

@@ -6,6 +6,9 @@ Filled in by jinja2 with autoescaping on, since it shows what a model wrote; onl
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 STYLE = """
 :root { color-scheme: light dark;
   --page:#f6f7f9; --card:#ffffff; --ink:#1a1f2b; --muted:#5b6472; --grid:#e4e7ec; --line:#dfe3e9; --soft:#f1f3f6;
@@ -152,3 +155,11 @@ def style_sheet(light: tuple[str, ...], dark: tuple[str, ...]) -> str:
     """The style sheet with the curve colours `--c0`, `--c1`, ... for light and dark pages."""
     spelled = [" ".join(f"--c{i}:{color};" for i, color in enumerate(palette)) for palette in (light, dark)]
     return STYLE.replace("LIGHT", spelled[0], 1).replace("DARK", spelled[1], 1)
+
+
+def fill(template: str, values: Mapping[str, Any]) -> str:
+    """Fill in a page's template by jinja2, escaping everything that is not marked safe."""
+    from jinja2 import Environment, StrictUndefined
+
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    return environment.from_string(template).render(values)

@@ -16,7 +16,7 @@ from megatron_klear import __version__
 from megatron_klear.observe.charts import PHASE_TITLES, Chart, build_charts
 from megatron_klear.observe.examples import read_examples
 from megatron_klear.observe.metrics import METRICS_FILE, read_metrics
-from megatron_klear.observe.page import TEMPLATE, style_sheet
+from megatron_klear.observe.page import TEMPLATE, fill, style_sheet
 from megatron_klear.observe.plots import SMOOTH_FROM, chart_svgs, write_summary_png
 from megatron_klear.observe.replace import replace_file
 from megatron_klear.observe.series import PhaseLog, split_phases
@@ -68,7 +68,7 @@ def write_report(run_dir: str | Path, sft_run_dir: str | Path | None = None) -> 
     }
     page = run_dir / REPORT_FILE
     run_dir.mkdir(parents=True, exist_ok=True)
-    replace_file(page, _render(values))
+    replace_file(page, fill(TEMPLATE, values))
     picture = run_dir / f".{PICTURE_FILE}.part"
     write_summary_png(charts, picture, title=f"{title} report: {run_dir.resolve().name}")
     os.replace(picture, run_dir / PICTURE_FILE)
@@ -149,10 +149,3 @@ def _chart_card(chart: Chart) -> dict[str, Any]:
         ),
         "svgs": chart_svgs(chart),
     }
-
-
-def _render(values: dict[str, Any]) -> str:
-    from jinja2 import Environment, StrictUndefined
-
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    return environment.from_string(TEMPLATE).render(values)

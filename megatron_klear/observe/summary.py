@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -135,11 +135,13 @@ def pick_rollouts(examples: Sequence[dict[str, Any]], *, each: int = 3) -> list[
         shown |= {id(row) for row in chosen}
         if chosen:
             note = "From the latest steps. The thinking part is set in grey."
-            sections.append({"title": title, "note": note, "examples": [_readable(row) for row in chosen]})
+            sections.append({"title": title, "note": note, "examples": [readable_response(row) for row in chosen]})
     first = [row for rows in (right, wrong) for row in _different(rows, 1) if id(row) not in shown]
     if first:
         note = "For comparison with the above: what the model wrote at the start of the run."
-        sections.append({"title": "From the first steps", "note": note, "examples": [_readable(row) for row in first]})
+        sections.append(
+            {"title": "From the first steps", "note": note, "examples": [readable_response(row) for row in first]}
+        )
     return sections
 
 
@@ -195,25 +197,38 @@ def _different(rows: Sequence[dict[str, Any]], limit: int) -> list[dict[str, Any
     return chosen + [row for row in rows if id(row) not in taken][: limit - len(chosen)]
 
 
-def _readable(row: dict[str, Any]) -> dict[str, Any]:
+def readable_response(
+    row: Mapping[str, Any], *, longest: int = _LONGEST_TEXT, whole: str = "examples.jsonl has them"
+) -> dict[str, Any]:
+    """A response as a page shows it: thinking part apart, long texts shortened, words for how it ended.
+
+    Args:
+        row: `prompt`, `reference`, `response`, `reward`, `finish_reason`, and whatever else the page shows.
+        longest: characters of a text that are shown.
+        whole: where the characters that are left out can be found.
+    """
+
+    def shortened(text: str) -> str:
+        return _shortened(text, longest, whole)
+
     response = row["response"]
     cut = response.rfind(_THINK_END)
     split = cut + len(_THINK_END) if cut >= 0 else 0
     endings = {"stop": "ended by itself", "length": "cut off at the token limit", "abort": "interrupted"}
     return {
         **row,
-        "prompt": _shortened(row["prompt"]),
-        "reference": _shortened(row["reference"]),
-        "thinking": _shortened(response[:split]),
-        "answer": _shortened(response[split:]) if split < len(response) or split else "(empty)",
+        "prompt": shortened(row["prompt"]),
+        "reference": shortened(row["reference"]),
+        "thinking": shortened(response[:split]),
+        "answer": shortened(response[split:]) if split < len(response) or split else "(empty)",
         "reward": f"{row['reward']:.3g}",
         "ending": endings.get(row["finish_reason"], row["finish_reason"]),
     }
 
 
-def _shortened(text: str) -> str:
-    if len(text) <= _LONGEST_TEXT:
+def _shortened(text: str, longest: int, whole: str) -> str:
+    if len(text) <= longest:
         return text
-    half = _LONGEST_TEXT // 2
+    half = longest // 2
     left_out = len(text) - 2 * half
-    return f"{text[:half]}\n\n[... {left_out:,} characters left out; examples.jsonl has them ...]\n\n{text[-half:]}"
+    return f"{text[:half]}\n\n[... {left_out:,} characters left out; {whole} ...]\n\n{text[-half:]}"

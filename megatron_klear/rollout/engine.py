@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from megatron_klear.errors import RolloutError
-from megatron_klear.records import Prompt, RolloutGroup
+from megatron_klear.records import Prompt, Rollout, RolloutGroup
 
 if TYPE_CHECKING:
     import torch
@@ -60,6 +60,9 @@ class RolloutProgress:
 
 
 ProgressCallback = Callable[[RolloutProgress], None]
+
+RolloutCallback = Callable[[Prompt, int, Rollout], None]
+"""Called with prompt, index of the response and the response as soon as that is complete."""
 
 
 class RolloutEngine(Protocol):

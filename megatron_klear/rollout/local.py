@@ -14,7 +14,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from megatron_klear.errors import RolloutError, WeightSyncError
 from megatron_klear.records import Prompt, Rollout, RolloutGroup
 from megatron_klear.rollout.decoding import ContinuousDecoder, FinishedResponse
-from megatron_klear.rollout.engine import ProgressCallback, RolloutProgress, SamplingParams
+from megatron_klear.rollout.engine import ProgressCallback, RolloutCallback, RolloutProgress, SamplingParams
 from megatron_klear.rollout.sharding import require_unique_ids
 from megatron_klear.rollout.slot_cache import ATTENTION_NAME
 from megatron_klear.rollout.weights import load_weights
@@ -97,6 +97,7 @@ class LocalEngine:
         sampling: SamplingParams,
         seed: int,
         on_progress: ProgressCallback | None = None,
+        on_rollout: RolloutCallback | None = None,
     ) -> list[RolloutGroup]:
         """Draw `num_responses` responses to each prompt, in the order of `prompts`.
 
@@ -109,6 +110,7 @@ class LocalEngine:
             sampling: temperature, nucleus, length and stop tokens.
             seed: any integer; give each step its own.
             on_progress: called from time to time and at the end.
+            on_rollout: called with every response when it is complete.
 
         Raises:
             RolloutError: no usable weights, a request that does not fit the model, or weights that have diverged.
@@ -131,6 +133,9 @@ class LocalEngine:
         total = num_responses * len(prompts)
         for step, responses in enumerate(decoder.run()):
             finished.update({(r.prompt_index, r.response_index): r for r in responses})
+            if on_rollout is not None:
+                for response in responses:
+                    on_rollout(prompts[response.prompt_index], response.response_index, self._rollout(response))
             if on_progress is not None and (responses or step % _STEPS_BETWEEN_PROGRESS == 0):
                 on_progress(
                     RolloutProgress(

@@ -15,8 +15,8 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_klear.checkpoint import layout
-from megatron_klear.checkpoint.conversion_progress import ConversionProgress
 from megatron_klear.checkpoint.convert_cli import main
+from megatron_klear.observe.work_progress import WorkProgress
 
 REPOSITORY = Path(__file__).parents[2]
 TOOL = REPOSITORY / "tools" / "convert"
@@ -171,7 +171,7 @@ class Clock:
 
 def test_progress_lines_say_what_is_done_and_the_time_left() -> None:
     clock, stream = Clock(), io.StringIO()
-    with ConversionProgress("writing", 10, 4_000_000, stream=stream, line_seconds=5, clock=clock) as progress:
+    with WorkProgress("writing", 10, 4_000_000, stream=stream, line_seconds=5, clock=clock) as progress:
         progress.advance(1, 100_000)
         clock.now += 6
         progress.advance(1, 900_000)
@@ -195,7 +195,7 @@ class Terminal(io.StringIO):
 
 def test_progress_on_a_terminal_is_a_bar() -> None:
     stream = Terminal()
-    with ConversionProgress("writing", 2, 200, stream=stream) as progress:
+    with WorkProgress("writing", 2, 200, stream=stream) as progress:
         progress.advance(1, 100)
         progress.advance(1, 100)
     text = stream.getvalue()
@@ -205,6 +205,6 @@ def test_progress_on_a_terminal_is_a_bar() -> None:
 
 def test_a_failure_is_not_followed_by_a_line_that_says_done() -> None:
     stream = io.StringIO()
-    with pytest.raises(OSError, match="full"), ConversionProgress("writing", 2, 200, stream=stream):
+    with pytest.raises(OSError, match="full"), WorkProgress("writing", 2, 200, stream=stream):
         raise OSError("full")
     assert stream.getvalue() == ""

@@ -13,6 +13,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from megatron_klear.config import RunSettings, Settings, TokenizerSettings, dump_settings, load_settings
+from megatron_klear.config.described import TRAINING
 from megatron_klear.config.loading import _known_keys, _read, _validated
 from megatron_klear.errors import ConfigError
 
@@ -184,7 +185,7 @@ def test_any_text_and_number_survives_the_dump(text, number, tmp_path_factory):
     path = tmp_path_factory.getbasetemp() / "any.yaml"
     path.write_text(dump_settings(settings), encoding="utf-8")
     problems: list[str] = []
-    again, broken = _validated(_known_keys(_read(path, ()), problems), problems)
+    again, broken = _validated(TRAINING, _known_keys(TRAINING, _read(path, ()), problems), problems)
     assert problems == []
     assert not broken
     assert again == settings
@@ -194,7 +195,7 @@ def test_every_shipped_settings_file_is_well_formed():
     """Paths in them may not exist yet, and their world size is the reader's; all else must hold."""
     for path in EXAMPLES:
         problems: list[str] = []
-        settings, _ = _validated(_known_keys(_read(path, ()), problems), problems)
+        settings, _ = _validated(TRAINING, _known_keys(TRAINING, _read(path, ()), problems), problems)
         assert problems == [], path
         assert settings is not None
 

@@ -22,13 +22,14 @@ class WriterLock:
     """Makes this process the only writer of a ledger; the kernel frees it when the process ends, however that is.
 
     Args:
-        file: the ledger; the lock is a file beside it.
+        file: the ledger, or another file with one writer; the lock is a file beside it.
+        setting: dotted path of the setting that says where the file is.
 
     Raises:
         RolloutError: another process holds it; says which.
     """
 
-    def __init__(self, file: Path) -> None:
+    def __init__(self, file: Path, setting: str = "run.dir") -> None:
         path = file.with_name(file.name + ".lock")
         self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
@@ -37,7 +38,7 @@ class WriterLock:
             holder = os.pread(self._descriptor, 200, 0).decode(errors="replace").strip() or "another process"
             os.close(self._descriptor)
             raise RolloutError(
-                f"{file} is in use: {holder} writes to it. End that run first, or choose another run.dir"
+                f"{file} is in use: {holder} writes to it. End that run first, or choose another {setting}"
             ) from error
         with contextlib.suppress(OSError):  # who holds it is a courtesy; a full disk must be met where it matters
             os.ftruncate(self._descriptor, 0)

@@ -29,11 +29,13 @@ class Expected:
         vocab_size: of the model.
         longest_sequence: prompt and response together, in tokens.
         tokenizer_samples: texts and the token ids that our tokenizer makes of them, no special tokens added.
+        architecture: class of the model; None takes any (a teacher of another family is only sampled from).
     """
 
     vocab_size: int
     longest_sequence: int
     tokenizer_samples: Sequence[tuple[str, Sequence[int]]] = field(default=())
+    architecture: str | None = ARCHITECTURE
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,6 +50,7 @@ class EngineFacts:
         quantization: None, or the kind.
         incremental: whether its streams hold new tokens only.
         context_length: longest sequence, in tokens.
+        model_path, weight_version: what it was started with, and what was published to it since.
     """
 
     version: str
@@ -57,6 +60,8 @@ class EngineFacts:
     quantization: str | None
     incremental: bool
     context_length: int
+    model_path: str = ""
+    weight_version: str = ""
 
 
 async def examine(connection: Connection, expected: Expected) -> EngineFacts:
@@ -73,8 +78,10 @@ async def examine(connection: Connection, expected: Expected) -> EngineFacts:
         least = ".".join(map(str, MINIMUM_VERSION))
         problems.append(f"its SGLang is {version}, needs {least} at least; update it with tools/setup_sglang.sh")
     architectures = model.get("architectures") or []
-    if ARCHITECTURE not in architectures or not model.get("is_generation", True):
-        problems.append(f"it serves {', '.join(architectures) or 'no known model'}, needs {ARCHITECTURE}")
+    wanted = expected.architecture
+    if (wanted is not None and wanted not in architectures) or not model.get("is_generation", True):
+        needed_model = wanted or "one that generates text"
+        problems.append(f"it serves {', '.join(architectures) or 'no known model'}, needs {needed_model}")
     vocab_size = await _vocab_size(connection)
     if vocab_size is not None and vocab_size != expected.vocab_size:
         problems.append(f"its model has {vocab_size} tokens, ours has {expected.vocab_size} (model.vocab_size)")
@@ -97,6 +104,8 @@ async def examine(connection: Connection, expected: Expected) -> EngineFacts:
         quantization=server.get("quantization") or None,
         incremental=bool(server.get("incremental_streaming_output")),
         context_length=needed if context_length is None else context_length,
+        model_path=str(model.get("model_path", "")),
+        weight_version=str(model.get("weight_version", "")),
     )
 
 

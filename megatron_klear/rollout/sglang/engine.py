@@ -14,7 +14,7 @@ import numpy as np
 from megatron_klear.errors import RolloutError
 from megatron_klear.records import Prompt, Rollout, RolloutGroup
 from megatron_klear.rollout.endpoint import Endpoint, EndpointError, GeneratedPart, GenerationRequest
-from megatron_klear.rollout.engine import ProgressCallback, RolloutProgress, SamplingParams
+from megatron_klear.rollout.engine import ProgressCallback, RolloutCallback, RolloutProgress, SamplingParams
 from megatron_klear.rollout.sharding import require_unique_ids
 
 log = logging.getLogger(__name__)
@@ -50,6 +50,7 @@ class EndpointPool:
         sampling: SamplingParams,
         seed: int,
         on_progress: ProgressCallback | None = None,
+        on_rollout: RolloutCallback | None = None,
     ) -> list[RolloutGroup]:
         """Draw `num_responses` responses to each prompt; groups come back in the order of `prompts`.
 
@@ -66,7 +67,10 @@ class EndpointPool:
         rollouts: dict[tuple[str, int], Rollout] = {}
 
         async def one(prompt: Prompt, index: int, place: int) -> None:
-            rollouts[prompt.prompt_id, index] = await self._respond(prompt, index, sampling, seed, place, progress)
+            rollout = await self._respond(prompt, index, sampling, seed, place, progress)
+            rollouts[prompt.prompt_id, index] = rollout
+            if on_rollout is not None:
+                on_rollout(prompt, index, rollout)
 
         try:
             async with asyncio.TaskGroup() as tasks:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+from collections import deque
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from megatron_klear.config.serving import SglangSettings
 from megatron_klear.errors import ConfigError
-from megatron_klear.records import FloatArray, IntArray, Prompt, RolloutGroup
-from megatron_klear.rollout.engine import ProgressCallback, RolloutProgress, SamplingParams
+from megatron_klear.records import FloatArray, IntArray, Prompt, Rollout, RolloutGroup
+from megatron_klear.rollout.engine import ProgressCallback, RolloutCallback, RolloutProgress, SamplingParams
 from megatron_klear.rollout.sglang.compatibility import EngineFacts, Expected, examine
 from megatron_klear.rollout.sglang.connection import Connection, Refused
 from megatron_klear.rollout.sglang.endpoint import SglangEndpoint
@@ -114,6 +115,7 @@ class SglangEngine:
         sampling: SamplingParams,
         seed: int,
         on_progress: ProgressCallback | None = None,
+        on_rollout: RolloutCallback | None = None,
         waiting: Callable[[], None] | None = None,
     ) -> list[RolloutGroup]:
         """Draw `num_responses` responses to each prompt, in the order of `prompts`.
@@ -123,17 +125,26 @@ class SglangEngine:
             sampling: temperature, nucleus, length and stop tokens.
             seed: of the requests; give each step its own.
             on_progress: called from this thread, now and then and at the end.
+            on_rollout: called from this thread with every response soon after it is complete.
             waiting: called from this thread while it waits, several times a second.
 
         Raises:
             RolloutError: a request that cannot be served, or that failed more often than `sglang.retries`.
         """
         news: list[RolloutProgress] = []
+        complete: deque[tuple[Prompt, int, Rollout]] = deque()
         answer = self._pool.generate(
-            prompts, num_responses=num_responses, sampling=sampling, seed=seed, on_progress=news.append
-        )  # fmt: skip
+            prompts,
+            num_responses=num_responses,
+            sampling=sampling,
+            seed=seed,
+            on_progress=news.append,
+            on_rollout=None if on_rollout is None else lambda *rollout: complete.append(rollout),
+        )
 
         def between() -> None:
+            while complete and on_rollout is not None:
+                on_rollout(*complete.popleft())
             if on_progress is not None and news:
                 on_progress(news[-1])
                 news.clear()

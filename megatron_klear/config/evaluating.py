@@ -1,0 +1,158 @@
+"""Settings of an evaluation: the benchmarks, the model that answers, and how answers are graded."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from megatron_klear.config.described import describe_schema
+from megatron_klear.config.fields import SECTION, Positive, Unit
+from megatron_klear.config.loading import load_schema
+from megatron_klear.config.sampler import SamplerSettings, sampler_problems
+from megatron_klear.config.schema import RewardSettings
+
+_POSITIONS = "max_position_embeddings"
+_PAPER = {"temperature": 0.6, "top_p": 0.95, "responses": 64, "max_prompt_tokens": 2048}
+PRESETS: Mapping[str, Mapping[str, Any]] = {
+    "none": {},
+    "32k": {"sampler": {**_PAPER, "max_response_tokens": 30720}},
+    "64k": {"sampler": {**_PAPER, "max_response_tokens": 63488}, "rope": {"yarn_factor": 2.5}},
+}
+"""Values of `run.preset`: what is set where the settings file and the command line say nothing (the paper, Table 1)."""
+
+
+@dataclass(frozen=True, kw_only=True, config=SECTION)
+class EvaluationRunSettings:
+    """The evaluation as a whole."""
+
+    dir: Annotated[str, Field(min_length=1)]
+    """Directory for responses, grades, results and the page; starting again on it draws only what is missing."""
+
+    preset: Literal["none", "32k", "64k"] = "none"
+    """Defaults of the paper's evaluation: temperature 0.6, top-p 0.95, 64 responses (set sampler.responses to 8 for
+    code), prompt and response within 32K tokens, or 64K with YaRN of factor 2.5."""
+
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 1234
+    """Seed of responses and of the bootstrap."""
+
+
+@dataclass(frozen=True, kw_only=True, config=SECTION)
+class BenchmarkSettings:
+    """What is asked: prompt rows, or AIME, HMMT and LiveCodeBench files as they are published."""
+
+    files: tuple[str, ...] = ()
+    """JSON lines files; a benchmark has its file's name."""
+
+    instruction: str = "Reason step by step, and put the final answer within \\boxed{}."
+    """Follows a math problem that is published without messages."""
+
+    problems: Annotated[int | None, Unit("problems"), Positive] = None
+    """Most problems of each benchmark to ask, the first of the file; null asks all."""
+
+    pass_at: tuple[int, ...] = ()
+    """Values of k for pass@k, at most sampler.responses; none takes powers of two up to it."""
+
+
+@dataclass(frozen=True, kw_only=True, config=SECTION)
+class RopeSettings:
+    """Positions beyond those that the model was trained with."""
+
+    yarn_factor: Annotated[float | None, Field(gt=1)] = None
+    """YaRN's scaling factor for sampler.engine=local (the paper: 2.5 for 64K from 32K); servers must be started with
+    it, and are asked for the length they serve. Null takes what the model's config.json says."""
+
+    trained_positions: Annotated[int, Unit("tokens"), Positive] = 32768
+    """Length that the model was trained with, from which YaRN extends (original_max_position_embeddings)."""
+
+
+@dataclass(frozen=True, kw_only=True, config=SECTION)
+class EvaluationSettings:
+    """All settings of an evaluation; run.dir, benchmarks.files and sampler.hf_dir must be given."""
+
+    run: EvaluationRunSettings
+    benchmarks: BenchmarkSettings = field(default_factory=BenchmarkSettings)
+    sampler: SamplerSettings = field(default_factory=SamplerSettings)
+    rope: RopeSettings = field(default_factory=RopeSettings)
+    reward: RewardSettings = field(default_factory=RewardSettings)
+
+
+EVALUATION = describe_schema(EvaluationSettings)
+
+
+def load_evaluation(path: str | Path, overrides: Sequence[str] = ()) -> EvaluationSettings:
+    """Read, override and check the settings of an evaluation.
+
+    Raises:
+        ConfigError: with every problem found, each starting with the dotted path of the setting.
+    """
+
+    def together(settings: EvaluationSettings, broken: frozenset[str]) -> list[str]:
+        return [f"{path}: {text}" for path, text in _problems(settings) if path not in broken]
+
+    return load_schema(EVALUATION, path, overrides, together, presets=PRESETS)
+
+
+def repeated_names(files: Sequence[str], setting: str) -> list[str]:
+    """What is wrong with benchmark files of one name: they could not be told apart in results.
+
+    Args:
+        files: paths; a benchmark has its file's name, without ending.
+        setting: what lists them, to stand before each text; empty for none.
+    """
+    wrong = []
+    seen: dict[str, str] = {}
+    for file in files:
+        name = Path(file).stem
+        if name in seen:
+            wrong.append(f"{seen[name]} and {file} would both be called {name!r}; rename one")
+        seen[name] = file
+    return [f"{setting}: {text}" if setting else text for text in wrong]
+
+
+def _problems(settings: EvaluationSettings) -> Iterator[tuple[str, str]]:
+    files, sampler = settings.benchmarks.files, settings.sampler
+    if not files:
+        yield "benchmarks.files", "lists no files; give at least one benchmark"
+    for file in files:
+        if not Path(file).is_file():
+            yield "benchmarks.files", f"no file {file}"
+    yield from (("benchmarks.files", text) for text in repeated_names(files, ""))
+    yield from sampler_problems(sampler, "sampler")
+    for k in settings.benchmarks.pass_at:
+        if not 1 <= k <= sampler.responses:
+            yield "benchmarks.pass_at", f"got {k}, must be from 1 to sampler.responses = {sampler.responses}"
+    if sampler.temperature == 0 and sampler.responses > 1:
+        yield "sampler.responses", f"is {sampler.responses}, but greedy responses (sampler.temperature 0) are all alike"
+    yarn, trained = settings.rope.yarn_factor, settings.rope.trained_positions
+    longest = sampler.max_prompt_tokens + sampler.max_response_tokens
+    if yarn is not None and longest > yarn * trained:
+        yield (
+            "sampler.max_response_tokens",
+            f"prompt and response may take {longest} tokens; rope.yarn_factor {yarn:g} reaches {int(yarn * trained)}",
+        )
+    positions = _positions(sampler)
+    if yarn is None and positions is not None and longest > positions:
+        yield (
+            "sampler.max_response_tokens",
+            f"prompt and response may take {longest} tokens, but the model has {positions} positions "
+            "(max_position_embeddings in its config.json); lower it, or set rope.yarn_factor",
+        )
+    reward = settings.reward
+    if not reward.correct > reward.wrong:
+        yield "reward.wrong", f"must be below reward.correct = {reward.correct}, got {reward.wrong}"
+
+
+def _positions(sampler: SamplerSettings) -> int | None:
+    """Positions of a local engine's model; None where its config.json does not say, which the engine will tell."""
+    if sampler.engine != "local" or sampler.hf_dir is None:
+        return None
+    try:
+        return int(json.loads((Path(sampler.hf_dir) / "config.json").read_text(encoding="utf-8"))[_POSITIONS])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None

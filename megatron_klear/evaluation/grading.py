@@ -1,0 +1,74 @@
+"""Generations beside their problems, judged by the graders that training uses."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+
+from megatron_klear.evaluation.generations import Generation, Rejects
+from megatron_klear.evaluation.results import Judged
+from megatron_klear.evaluation.writing import Benchmark
+from megatron_klear.reward import GradeRequest, MathGraderPool
+
+_AT_A_TIME = 256
+
+
+def matched(
+    generations: Iterable[Generation], benchmarks: Sequence[Benchmark], rejects: Rejects
+) -> dict[str, list[Generation]]:
+    """Generations by the benchmark whose problem they answer; those that answer none are rejected.
+
+    A generation that names no benchmark belongs to the one that has its problem, if only one has.
+    """
+    homes: dict[str, list[str]] = defaultdict(list)
+    known = {benchmark.name for benchmark in benchmarks}
+    for benchmark in benchmarks:
+        for row in benchmark.rows:
+            homes[row.row_id].append(benchmark.name)
+    found: dict[str, list[Generation]] = {benchmark.name: [] for benchmark in benchmarks}
+    for made in generations:
+        places = homes.get(made.problem_id, [])
+        if made.benchmark:
+            places = [made.benchmark] if made.benchmark in places else []
+        where = f"problem_id {made.problem_id!r}, index {made.index}"
+        if not places:
+            of = f"benchmark {made.benchmark!r}" if made.benchmark else "the benchmarks that were given"
+            rejects.add(where, f"{of} has no problem {made.problem_id!r}; known are {', '.join(sorted(known))}")
+        elif len(places) > 1:
+            rejects.add(where, f"several benchmarks have this problem ({', '.join(places)}): name one as `benchmark`")
+        else:
+            found[places[0]].append(made)
+    return found
+
+
+def judge(
+    benchmark: Benchmark,
+    generations: Sequence[Generation],
+    graders: MathGraderPool,
+    on_graded: Callable[[int], None],
+) -> list[Judged]:
+    """Grade the responses to a benchmark's problems, in their order.
+
+    Args:
+        benchmark: the problems.
+        generations: responses to them.
+        graders: an answer that a grader fails on is `ungraded`.
+        on_graded: told how many more were graded, from time to time.
+
+    Raises:
+        RewardError: no grader could be started.
+    """
+    references = {row.row_id: row.reference for row in benchmark.rows}
+    judged: list[Judged] = []
+    for first in range(0, len(generations), _AT_A_TIME):
+        some = generations[first : first + _AT_A_TIME]
+        requests = [
+            GradeRequest(
+                f"{made.problem_id}#{made.index}", made.response, references[made.problem_id], made.finish_reason
+            )
+            for made in some
+        ]
+        grades = graders.grade_many(requests)
+        judged += [Judged(generation=made, grade=grade) for made, grade in zip(some, grades, strict=True)]
+        on_graded(len(some))
+    return judged

@@ -1,0 +1,100 @@
+"""Grading a finished generations file, as a command: figures, files, page and every way to get it wrong."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_klear import evaluate
+
+GOOD, BAD = "<think>t</think> \\boxed{4}", "<think>t</think> \\boxed{5}"
+
+
+def write(path: Path, *rows: Any) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def graded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output directory of one command over two benchmarks."""
+    here = tmp_path_factory.mktemp("graded")
+    text = "<script>alert(1)</script> & \\frac{1}{2}"
+    aime = write(
+        here / "aime.jsonl",
+        {"messages": [{"role": "user", "content": text}], "meta": {"problem": text, "solution": "4"}},
+        {"meta": {"problem": "2 + 2?", "solution": "4"}},
+        {"meta": {"problem": "nobody answers", "solution": "4"}},
+    )
+    hmmt = write(here / "hmmt.jsonl", {"id": 9, "problem": "2 + 2?", "solution": "\\boxed{4}"})
+    generations = write(
+        here / "made.jsonl",
+        {"problem_id": "aime:1", "responses": [BAD, GOOD, "</pre><b>no box</b>", BAD]},
+        {"problem_id": "aime:2", "responses": [GOOD, GOOD, GOOD, BAD]},
+        {"problem_id": "9", "response": GOOD, "num_tokens": 17, "finish_reason": "length"},
+        {"problem_id": "9", "response": "unfinished", "num_tokens": 3, "finish_reason": "abort"},
+        {"problem_id": "unknown", "response": GOOD},
+    )
+    status = evaluate.main(["--grade", generations, "--problems", aime, hmmt, "--workers", "1", "--pass-at", "1,2"])
+    assert status == 0
+    return here / "made-graded"
+
+
+def test_figures_are_those_worked_out_by_hand(graded: Path) -> None:
+    aime, hmmt = json.loads((graded / "results.json").read_text())["benchmarks"]
+    assert aime["label"] == "avg@4"
+    assert aime["avg"]["mean"] == (1 / 4 + 3 / 4) / 2
+    assert aime["pass_at_k"]["2"]["mean"] == pytest.approx((1 - 3 / 6 + 1) / 2)  # C(3,2)/C(4,2) and C(1,2)/C(4,2)
+    assert (aime["num_problems"], aime["num_without_response"], aime["num_responses"]) == (3, 1, 8)
+    assert aime["outcomes"] == {"correct": 4, "wrong": 4, "partial": 0, "malformed": 0, "ungraded": 0}
+    assert aime["tokens"] is None
+    # An aborted response is ungraded: it is neither right nor wrong.
+    assert hmmt["avg"]["mean"] == 1.0
+    assert hmmt["outcomes"]["ungraded"] == 1
+    assert hmmt["share_cut"] == 0.5
+    assert hmmt["tokens"][0] == 10.0
+
+
+def test_every_response_has_its_grade_in_a_file(graded: Path) -> None:
+    rows = [json.loads(line) for line in (graded / "grades.jsonl").read_text().splitlines()]
+    assert len(rows) == 10
+    by_key = {(row["benchmark"], row["problem_id"], row["index"]): row for row in rows}
+    assert by_key["aime", "aime:1", 1]["outcome"] == "correct"
+    assert by_key["aime", "aime:1", 2]["outcome"] == "wrong"
+    assert by_key["hmmt", "9", 1]["outcome"] == "ungraded"
+    (reject,) = (graded / "rejects.jsonl").read_text().splitlines()
+    assert "no problem 'unknown'" in reject
+
+
+def test_the_page_shows_responses_and_runs_nothing_of_them(graded: Path) -> None:
+    page = (graded / "evaluation.html").read_text()
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page
+    assert "<script" not in page
+    assert "</pre><b>" not in page
+    assert "3 (1 without response)" in page
+    assert page.index("aime:1") < page.index("aime:2")  # hardest first
+
+
+def test_wrong_input_is_told_with_status_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    problems = write(tmp_path / "p.jsonl", {"problem": "2 + 2?", "answer": "4"})
+    generations = write(tmp_path / "g.jsonl", {"problem_id": "nobody", "response": GOOD})
+    for arguments, says in [
+        (["--grade", generations, "--problems", str(tmp_path / "none.jsonl")], "none.jsonl: cannot be read"),
+        (["--grade", str(tmp_path / "none.jsonl"), "--problems", problems], "none.jsonl: cannot be read"),
+        (["--grade", generations, "--problems", problems], "has no problem 'nobody'"),
+        (["--grade", generations, "--problems", problems, problems], "would both be called 'p'"),
+        (["--grade", generations, "--problems", problems, "--out", problems], "p.jsonl: File exists"),
+    ]:
+        assert evaluate.main(arguments) == 2, arguments
+        assert says in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [["--pass-at", "0"], ["--workers", "none"], ["--timeout", "-1"]])
+def test_wrong_options_are_told_with_status_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as leaving:
+        evaluate.main(["--grade", "g", "--problems", "p", *arguments])
+    assert leaving.value.code == 2
+    assert f"{arguments[0]}: got '{arguments[1]}', must be" in capsys.readouterr().err
