@@ -4,9 +4,11 @@
 
 Two trainer ranks train a tiny model from what the rollout manager draws, with partial rollouts. Meanwhile, at random
 moments decided by the seed: processes of a server are killed with SIGKILL; one or both trainer ranks are; a server is
-stopped (SIGSTOP) for longer than `scheduling.stall_seconds` and goes on (SIGCONT), as after a network time-out; or a
-life of the trainer may not write files beyond a small size (RLIMIT_FSIZE), as on a full disk. A trainer that has ended
-is started again. In the end the run is finished undisturbed, and the ledger is asked how often each prompt was trained.
+stopped (SIGSTOP) for longer than `scheduling.stall_seconds` and goes on (SIGCONT); all packets to and from a server's
+port are dropped for as long (iptables, where there is root to use it), so that its connections time out while it lives;
+or a life of the trainer may not write files beyond a small size (RLIMIT_FSIZE), as on a full disk. A trainer that has
+ended is started again. In the end the run is finished undisturbed, and the ledger is asked how often each prompt was
+trained.
 
 Writes benchmarks/results/soak.json; exit status 1 when a prompt was not trained exactly once or a process is left.
 """
@@ -33,7 +35,9 @@ import psutil
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULT = Path(__file__).with_name("results") / "soak.json"
-FAULTS = {"server killed": 0.5, "trainer killed": 0.25, "server stopped": 0.15, "disk full": 0.1}
+FAULTS = {
+    "server killed": 0.45, "trainer killed": 0.25, "server stopped": 0.1, "network silent": 0.1, "disk full": 0.1,
+}  # fmt: skip
 STALL_SECONDS, STOPPED_SECONDS = 20.0, 35.0
 PER_STEP = 8
 NOT_ONCE = """
@@ -202,12 +206,16 @@ class Soak:
 
     def _cause(self, kind: str) -> None:
         trainer, rng = self.trainer, self.rng
-        if kind in ("server killed", "server stopped"):
+        if kind in ("server killed", "server stopped", "network silent"):
             servers = trainer.servers()
             if not servers:
                 return
             server = rng.choice(servers)
             processes = _with_children(server)
+            if kind == "network silent":
+                kind = kind if _silence(server, STOPPED_SECONDS) else "network could not be silenced"
+                self.faults[kind] += 1
+                return
             if kind == "server killed":
                 _signal(rng.choice([[server], processes[-1:], processes]), signal.SIGKILL)
             else:
@@ -248,6 +256,32 @@ def _signal(processes: list[psutil.Process], number: int) -> None:
             process.send_signal(number)
         except psutil.Error:
             continue  # it has ended
+
+
+def _silence(server: psutil.Process, seconds: float) -> bool:
+    """Drop all packets to and from a server's port for some seconds; returns whether that could be done."""
+    try:
+        words = server.cmdline()
+        port = words[words.index("--port") + 1]
+    except (psutil.Error, ValueError):
+        return False
+    rules = [["-i", "lo", "-p", "tcp", side, port, "-j", "DROP"] for side in ("--dport", "--sport")]
+    added = [rule for rule in rules if _iptables("-I", rule)]
+    try:
+        if len(added) == len(rules):
+            time.sleep(seconds)
+    finally:
+        for rule in added:
+            _iptables("-D", rule)
+    return len(added) == len(rules)
+
+
+def _iptables(action: str, rule: list[str]) -> bool:
+    try:
+        command = ["iptables", "-w", "5", action, "INPUT", *rule]
+        return subprocess.run(command, capture_output=True, timeout=20).returncode == 0
+    except (OSError, subprocess.TimeoutExpired):
+        return False
 
 
 def settings(work: Path, venv: Path, servers: int) -> list[str]:
