@@ -29,9 +29,12 @@ from megatron_klear.observe import (
     append_examples,
     memory_metrics,
     open_metrics,
+    utilization_metrics,
     write_report,
 )
+from megatron_klear.observe.names import phase_seconds
 from megatron_klear.observe.replace import replace_file
+from megatron_klear.session.device_rates import device_rates
 from megatron_klear.session.launch import Preempted, StopRequest
 from megatron_klear.session.run_lock import RunLock
 from megatron_klear.trainer import Trainer, make_trainable
@@ -107,6 +110,7 @@ class Session:
         self.was_done = self.step >= total_steps
         self.phases = Phases(synchronize=torch.cuda.synchronize if self.context.device.type == "cuda" else None)
         together("open the files of the run", self._open_files, self.context)
+        self.rates = device_rates(self.root, self.context, self.model.config.params_dtype)
         self.progress = Progress(
             _TITLES[entry],
             total_steps,
@@ -200,10 +204,12 @@ class Session:
         """
         self.heartbeat.beat(step, "finish")
         self.step = step
-        seconds = self.phases.take_metrics()
+        by_phase = self.phases.take()
+        seconds = {phase_seconds(name): spent for name, spent in by_phase.items()}
         tokens = float(values.get("throughput/tokens", 0.0))
         busy = sum(seconds.values())  # evaluation and saving are not in it: see set_aside_phases
-        everything = {**values, **seconds, **memory_metrics()}
+        used = utilization_metrics(self.trainer.take_flops(), by_phase, self.rates)
+        everything = {**values, **used, **seconds, **memory_metrics()}
         everything.pop("throughput/tokens", None)
         if busy > 0 and tokens:
             everything["throughput/tokens_per_second"] = tokens / busy
