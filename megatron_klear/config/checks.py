@@ -18,6 +18,7 @@ from megatron_klear.config.architecture import (
     read_hf_architecture,
     resolve_architecture,
 )
+from megatron_klear.config.profiling import check_profile
 from megatron_klear.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -64,6 +65,7 @@ def find_problems(settings: Settings, *, entry: Entry, world_size: int, broken: 
         _check_lengths(settings, architecture, entry, problems)
     _check_backends(settings, problems)
     _check_training(settings, entry, problems)
+    check_profile(settings, world_size, settings.rl.steps if entry == "rl" else settings.sft.steps, problems)
     _check_rewards(settings, problems)
     if entry == "rl":
         _check_scheduling(settings, problems)

@@ -29,6 +29,7 @@ from megatron_klear.config.fields import (
     Tokens,
     Unit,
 )
+from megatron_klear.config.profiling import ProfileSettings
 from megatron_klear.config.serving import SchedulingSettings, SglangSettings, WeightSyncSettings
 
 Entry = Literal["sft", "rl"]
@@ -387,6 +388,7 @@ class Settings:
     checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
     evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
     observe: ObserveSettings = field(default_factory=ObserveSettings)
+    profile: ProfileSettings = field(default_factory=ProfileSettings)
 
     @property
     def architecture(self) -> Architecture:

@@ -19,6 +19,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from klear_kernels import linear_logprob, linear_policy_loss
 from megatron_klear.algorithm import PolicyObjective
 from megatron_klear.config import Architecture, ModelSettings, ParallelSettings, padded_vocab_size
+from megatron_klear.model.layer_ranges import StageRanges
 from megatron_klear.model.layer_spec import block_spec, pick_layer_spec
 from megatron_klear.model.packed_layout import PackedLayout, packed_layout
 from megatron_klear.parallel import cuda_means_cpu
@@ -136,6 +137,8 @@ class Qwen3Model(GPTModel):
     layer_kind: str
     finish_update: Callable[[], None] | None = None
     """Gathers what the last update left on other ranks; None where updates leave nothing behind."""
+    ranges: StageRanges | None = None
+    """Names layers and microbatches in profilers' timelines; None where no profiler is used."""
 
     def settle(self) -> None:
         """Make this rank's weights those of the last update before they are read (a collective, cheap if they are).

@@ -1,4 +1,4 @@
-"""How many floating-point operations per second this device does in matrix products: measured, and by its data sheet."""
+"""Floating-point operations per second of this device in matrix products: measured, and by its data sheet."""
 
 from __future__ import annotations
 

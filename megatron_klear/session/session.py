@@ -21,6 +21,7 @@ from megatron_klear.config import Entry, Settings, dump_settings
 from megatron_klear.data import ChatTokenizer
 from megatron_klear.errors import CheckpointError, ConfigError
 from megatron_klear.model import build_qwen3, load_hf_weights, open_hf_directory
+from megatron_klear.model.layer_ranges import StageRanges
 from megatron_klear.observe import (
     Heartbeat,
     Metrics,
@@ -36,6 +37,7 @@ from megatron_klear.observe.names import phase_seconds
 from megatron_klear.observe.replace import replace_file
 from megatron_klear.session.device_rates import device_rates
 from megatron_klear.session.launch import Preempted, StopRequest
+from megatron_klear.session.profiling import ProfileWindow
 from megatron_klear.session.run_lock import RunLock
 from megatron_klear.trainer import Trainer, make_trainable
 
@@ -110,6 +112,9 @@ class Session:
         self.was_done = self.step >= total_steps
         self.phases = Phases(synchronize=torch.cuda.synchronize if self.context.device.type == "cuda" else None)
         together("open the files of the run", self._open_files, self.context)
+        self.profile = ProfileWindow(settings.profile, self.root, self.context.world.rank)
+        if self.profile.wanted:
+            self.model.ranges = StageRanges(self.model)
         self.rates = device_rates(self.root, self.context, self.model.config.params_dtype)
         self.progress = Progress(
             _TITLES[entry],
@@ -178,6 +183,7 @@ class Session:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.progress.__exit__(kind, error, trace)
+        self.profile.close(self.step)
         self.metrics.close()
         if self._lock is not None:
             self._lock.release()
@@ -187,6 +193,7 @@ class Session:
     def steps(self) -> Iterator[int]:
         """Numbers of the steps still to do, counting from 1."""
         while self.step < self.total_steps:
+            self.profile.begin_step(self.step + 1)
             yield self.step + 1
 
     @contextlib.contextmanager
@@ -203,6 +210,7 @@ class Session:
             Preempted: after saving, when any rank was asked to stop.
         """
         self.heartbeat.beat(step, "finish")
+        self.profile.end_step(step)
         self.step = step
         by_phase = self.phases.take()
         seconds = {phase_seconds(name): spent for name, spent in by_phase.items()}
