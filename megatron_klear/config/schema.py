@@ -31,6 +31,7 @@ from megatron_klear.config.fields import (
 )
 from megatron_klear.config.profiling import ProfileSettings
 from megatron_klear.config.serving import SchedulingSettings, SglangSettings, WeightSyncSettings
+from megatron_klear.config.yarn import YarnSettings
 
 Entry = Literal["sft", "rl"]
 
@@ -372,6 +373,7 @@ class Settings:
     run: RunSettings
     tokenizer: TokenizerSettings
     model: ModelSettings = field(default_factory=ModelSettings)
+    yarn: YarnSettings = field(default_factory=YarnSettings)
     parallel: ParallelSettings = field(default_factory=ParallelSettings)
     data: DataSettings = field(default_factory=DataSettings)
     packing: PackingSettings = field(default_factory=PackingSettings)

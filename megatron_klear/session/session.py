@@ -89,7 +89,9 @@ class Session:
         self._lock: RunLock | None = None  # on the first rank
         self.is_first = self.context.world.rank == 0
         torch.manual_seed(settings.run.seed)
-        self.model = build_qwen3(self.arch, settings.model, settings.parallel, self.context)
+        self.model = build_qwen3(
+            self.arch, settings.model, settings.parallel, self.context, yarn=settings.yarn.in_training(self.arch)
+        )
         checkpoints = self.root / "checkpoints"
         hf_files = None if self._prepare_directory(checkpoints) else self._first_weights()
         trainable = make_trainable(
