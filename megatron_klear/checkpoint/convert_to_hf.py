@@ -157,9 +157,7 @@ def _trained(directory: Path) -> _Trained:
     places += [found for run in runs for found in sorted(run.glob(f"step_*/{HF_FILES}"), reverse=True)]
     places += [hf_dir] if hf_dir else []
     padded = padded_vocab_size(arch.vocab_size, model.vocab_multiple)
-    return _Trained(
-        directory=directory, arch=arch, padded_vocab=padded, places=places, tokenizer=tokenizer, yarn=yarn
-    )
+    return _Trained(directory=directory, arch=arch, padded_vocab=padded, places=places, tokenizer=tokenizer, yarn=yarn)
 
 
 def _reader_of(source: _Trained) -> TorchDistReader:

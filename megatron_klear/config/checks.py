@@ -171,7 +171,11 @@ def _check_lengths(settings: Settings, architecture: Architecture, entry: Entry,
 
 def _named(limit: int, architecture: Architecture) -> str:
     scaled = limit != architecture.max_position_embeddings
-    return f"the positions that YaRN gives the model = {limit}" if scaled else f"the model's max_position_embeddings = {limit}"
+    return (
+        f"the positions that YaRN gives the model = {limit}"
+        if scaled
+        else f"the model's max_position_embeddings = {limit}"
+    )
 
 
 def _check_backends(settings: Settings, problems: Problems) -> None:

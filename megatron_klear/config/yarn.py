@@ -94,7 +94,9 @@ def yarn_of_hf_config(config: dict[str, Any]) -> Yarn | None:
     return None
 
 
-def check_yarn(settings: Settings, arch: Architecture, entry: Entry, in_weights: Yarn | None, problems: Problems) -> None:
+def check_yarn(
+    settings: Settings, arch: Architecture, entry: Entry, in_weights: Yarn | None, problems: Problems
+) -> None:
     """Check that everyone who must compute the same policy has the same rotary embedding.
 
     Args:

@@ -124,9 +124,7 @@ def test_a_forward_pass_beyond_the_trained_length_is_that_of_transformers(
     rows = sequences(80, 7, 50)
     batch = pack(rows)
     with torch.no_grad(), parallel.cuda_means_cpu():
-        answer = forward_microbatch(
-            model, HeadRequest(batch=batch, objective=None), context, transformer_engine=False
-        )
+        answer = forward_microbatch(model, HeadRequest(batch=batch, objective=None), context, transformer_engine=False)
     found = unpack([answer.logprobs], batch)
     double, plain = reference.double(), theirs(ARCH, None).double()
     for row, ours in zip(rows, found, strict=True):
