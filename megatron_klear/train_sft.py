@@ -73,7 +73,7 @@ def main(settings: Settings, stop: StopRequest) -> None:
         multiple=sequence_multiple(settings.parallel.cp),
         oversize=settings.packing.oversize,
     )
-    require_positions(data, settings.architecture.max_position_embeddings)
+    require_positions(data, settings.yarn.training_positions(settings.architecture))
     heldout = None
     if settings.data.heldout:
         heldout = load_prompts(

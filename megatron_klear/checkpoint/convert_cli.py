@@ -96,6 +96,19 @@ def _parser() -> argparse.ArgumentParser:
     two.add_argument(
         "--tokenizer", type=Path, metavar="DIR", help="take tokenizer files from here, not from the checkpoint"
     )
+    two.add_argument(
+        "--yarn-factor",
+        type=_positive(float),  # type: ignore[arg-type]
+        metavar="FACTOR",
+        help="have config.json ask for YaRN, for sequences longer by this than those of training (default: as the "
+        "checkpoint's settings say, section yarn; 1 for none)",
+    )
+    two.add_argument(
+        "--yarn-original",
+        type=_positive(int),  # type: ignore[arg-type]
+        metavar="TOKENS",
+        help="positions that the model was trained on, with --yarn-factor (default: the model's)",
+    )
     for command in (one, two):
         command.add_argument(
             "--dtype",
@@ -138,13 +151,19 @@ def _convert(options: argparse.Namespace) -> Conversion:
 
         return hf_to_megatron(options.hf, options.out, vocab_multiple=options.vocab_multiple, dtype=options.dtype)
     from megatron_klear.checkpoint.convert_to_hf import megatron_to_hf
+    from megatron_klear.config.yarn import YarnSettings
 
+    yarn = None
+    if options.yarn_factor is not None:
+        asked = options.yarn_factor if options.yarn_factor > 1 else None
+        yarn = YarnSettings(factor=asked, original_positions=options.yarn_original)
     return megatron_to_hf(
         options.checkpoint,
         options.out,
         shard_gb=options.shard_gb,
         dtype=options.dtype,
         tokenizer=options.tokenizer,
+        yarn=yarn,
     )
 
 

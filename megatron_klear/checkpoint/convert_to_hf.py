@@ -17,6 +17,7 @@ from megatron_klear.checkpoint.find import find_whole
 from megatron_klear.checkpoint.safetensors_stream import TensorEntry, write_shards
 from megatron_klear.checkpoint.torch_dist_stream import TorchDistReader
 from megatron_klear.config import Architecture, ModelSettings, padded_vocab_size, resolve_architecture
+from megatron_klear.config.yarn import Yarn, YarnSettings
 from megatron_klear.errors import CheckpointError, ConfigError, DataError
 from megatron_klear.model.hf_names import TensorRule, hf_from_whole, shard_shape, tensor_rules
 from megatron_klear.observe.work_progress import WorkProgress
@@ -34,6 +35,7 @@ class _Trained:
         padded_vocab: rows of its vocabulary matrices.
         places: directories where config.json and what belongs to it may lie, the best first.
         tokenizer: the tokenizer that it was trained with, if it was trained.
+        yarn: the scaled rotary embedding that its settings ask for, in evaluation at least.
     """
 
     directory: Path
@@ -41,6 +43,7 @@ class _Trained:
     padded_vocab: int
     places: list[Path]
     tokenizer: Path | None
+    yarn: Yarn | None
 
 
 def megatron_to_hf(
@@ -50,6 +53,7 @@ def megatron_to_hf(
     shard_gb: float = 5.0,
     dtype: str = "keep",
     tokenizer: Path | None = None,
+    yarn: YarnSettings | None = None,
 ) -> Conversion:
     """Write a Hugging Face directory from a checkpoint of any layout.
 
@@ -61,6 +65,7 @@ def megatron_to_hf(
         shard_gb: size of the largest safetensors file in 10**9 bytes.
         dtype: `bfloat16`, `float32`, or `keep` for that of the checkpoint.
         tokenizer: directory to take tokenizer files from, instead of those that the checkpoint carries.
+        yarn: scaled rotary embedding for config.json; None takes what the settings in the checkpoint ask for.
 
     Raises:
         DataError: no whole checkpoint, or one that does not hold its model; nothing was written.
@@ -91,7 +96,8 @@ def megatron_to_hf(
             )
         notes += _carry(source, hidden, tokenizer)
         origin = _first_with(hf_directory.CONFIG, source.places)
-        hf_directory.write_config(hidden, arch, entries[0].dtype, origin)
+        scaling = source.yarn if yarn is None else yarn.scaling(arch)
+        hf_directory.write_config(hidden, arch, entries[0].dtype, origin, scaling)
         layout.flush_to_disk(hidden)
         hidden.replace(out)
         layout.flush_to_disk(out.absolute().parent)
@@ -135,6 +141,7 @@ def _trained(directory: Path) -> _Trained:
         settings = yaml.safe_load(path.read_text(encoding="utf-8"))
         model = ModelSettings(**settings["model"])
         arch = resolve_architecture(model)
+        yarn = YarnSettings(**(settings.get("yarn") or {})).scaling(arch)
     except ConfigError as error:
         raise DataError(f"{path}: does not describe a model:\n{error}") from error
     except (OSError, yaml.YAMLError, ValidationError, KeyError, TypeError, ValueError) as error:
@@ -150,7 +157,7 @@ def _trained(directory: Path) -> _Trained:
     places += [found for run in runs for found in sorted(run.glob(f"step_*/{HF_FILES}"), reverse=True)]
     places += [hf_dir] if hf_dir else []
     padded = padded_vocab_size(arch.vocab_size, model.vocab_multiple)
-    return _Trained(directory=directory, arch=arch, padded_vocab=padded, places=places, tokenizer=tokenizer)
+    return _Trained(directory=directory, arch=arch, padded_vocab=padded, places=places, tokenizer=tokenizer, yarn=yarn)
 
 
 def _reader_of(source: _Trained) -> TorchDistReader:

@@ -14,6 +14,7 @@ from megatron_klear.checkpoint.layout import flush_to_disk
 from megatron_klear.checkpoint.safetensors_stream import DTYPES, INDEX, StoredTensor, read_header
 from megatron_klear.config import Architecture, ModelSettings, read_hf_architecture, resolve_architecture
 from megatron_klear.config.architecture import SHAPE_FIELDS
+from megatron_klear.config.yarn import Yarn
 from megatron_klear.errors import ConfigError, DataError
 from megatron_klear.model.hf_config import hf_config
 from megatron_klear.model.hf_names import tensor_rules
@@ -146,7 +147,9 @@ def copy_files(source: Path, names: tuple[str, ...], target: Path) -> list[str]:
     return present
 
 
-def write_config(target: Path, arch: Architecture, dtype: torch.dtype, origin: Path | None) -> None:
+def write_config(
+    target: Path, arch: Architecture, dtype: torch.dtype, origin: Path | None, yarn: Yarn | None = None
+) -> None:
     """Write a config.json that describes exported weights.
 
     Args:
@@ -155,18 +158,23 @@ def write_config(target: Path, arch: Architecture, dtype: torch.dtype, origin: P
         dtype: number format of the exported weights.
         origin: directory whose config.json the model was trained from; it is copied as it is but for what training
             settings changed. Left aside when its shapes are another model's.
+        yarn: scaled rotary embedding to be used with the weights; None leaves what `origin` says.
     """
     path = target / CONFIG
     config = _origin_config(origin, arch) if origin is not None else None
     if config is None:
         path.write_text(
-            json.dumps({**hf_config(arch, dtype=str(dtype).removeprefix("torch.")), **_end_token(target)}, indent=2)
+            json.dumps(
+                {**hf_config(arch, dtype=str(dtype).removeprefix("torch."), yarn=yarn), **_end_token(target)}, indent=2
+            )
             + "\n"
         )
     else:
         assert origin is not None
         shutil.copyfile(origin / CONFIG, path)
         changed = _changes(config, arch, dtype, read_hf_architecture(origin))
+        if yarn is not None:
+            changed |= _scaled(config, arch, yarn)
         if changed:
             path.write_text(json.dumps({**config, **changed}, indent=2) + "\n")
     flush_to_disk(path)
@@ -200,6 +208,16 @@ def _changes(config: dict[str, Any], arch: Architecture, dtype: torch.dtype, bef
     for key in ("dtype", "torch_dtype"):
         if key in config and config[key] != name:
             ours[key] = name
+    return ours
+
+
+def _scaled(config: dict[str, Any], arch: Architecture, yarn: Yarn) -> dict[str, Any]:
+    """Entries of an existing config.json that ask for YaRN, where its version of transformers looks for them."""
+    ours: dict[str, Any] = {"max_position_embeddings": yarn.positions}
+    if isinstance(config.get("rope_parameters"), dict):
+        ours["rope_parameters"] = {**yarn.hf_scaling(), "rope_theta": arch.rope_theta}
+    else:
+        ours["rope_scaling"] = yarn.hf_scaling()
     return ours
 
 

@@ -15,6 +15,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass as section
 
 from megatron_klear.config.fields import SECTION, Heads, Layers, Positive, Unit, Width
+from megatron_klear.config.yarn import Yarn, yarn_of_hf_config
 from megatron_klear.errors import ConfigError
 
 PresetName = Literal["qwen3-0.6b", "qwen3-1.7b", "qwen3-4b", "qwen3-8b", "qwen3-tiny", "qwen3-tiny-tied"]
@@ -182,18 +183,12 @@ def padded_vocab_size(vocab_size: int, vocab_multiple: int) -> int:
 def read_hf_architecture(hf_dir: str | Path) -> Architecture:
     """Read the architecture from `config.json` of a Hugging Face Qwen3 directory.
 
+    Where it asks for YaRN, positions are those that the model was trained on (see `read_hf_yarn`).
+
     Raises:
         ConfigError: missing or malformed file, another model family, or a feature that is not supported.
     """
-    path = Path(hf_dir) / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError([f"model.hf_dir: cannot read {path}: {error.strerror}"]) from error
-    except ValueError as error:
-        raise ConfigError([f"model.hf_dir: {path} is not valid JSON: {error}"]) from error
-    if not isinstance(config, dict):
-        raise ConfigError([f"model.hf_dir: {path} holds {type(config).__name__}, expected an object"])
+    path, config = _read_hf_config(hf_dir)
     problems = [f"model.hf_dir: {path}: {text}" for text in _unsupported(config)]
     values: dict[str, Any] = {}
     for name, key in _HF_KEYS.items():
@@ -212,7 +207,32 @@ def read_hf_architecture(hf_dir: str | Path) -> Architecture:
     values["rope_theta"] = float(holder["rope_theta"])
     values["rms_norm_eps"] = float(values["rms_norm_eps"])
     values["init_std"] = float(config.get("initializer_range") or 0.02)
+    yarn = yarn_of_hf_config(config)
+    if yarn is not None:
+        values["max_position_embeddings"] = yarn.original_positions
     return Architecture(**values)
+
+
+def read_hf_yarn(hf_dir: str | Path) -> Yarn | None:
+    """The YaRN that `config.json` of a Hugging Face directory asks for, if any.
+
+    Raises:
+        ConfigError: missing or malformed file.
+    """
+    return yarn_of_hf_config(_read_hf_config(hf_dir)[1])
+
+
+def _read_hf_config(hf_dir: str | Path) -> tuple[Path, dict[str, Any]]:
+    path = Path(hf_dir) / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError([f"model.hf_dir: cannot read {path}: {error.strerror}"]) from error
+    except ValueError as error:
+        raise ConfigError([f"model.hf_dir: {path} is not valid JSON: {error}"]) from error
+    if not isinstance(config, dict):
+        raise ConfigError([f"model.hf_dir: {path} holds {type(config).__name__}, expected an object"])
+    return path, config
 
 
 def _hf_problem(config: dict[str, Any], key: str, kind: type) -> str | None:
@@ -238,8 +258,11 @@ def _unsupported(config: dict[str, Any]) -> list[str]:
     for key in ("rope_scaling", "rope_parameters"):
         scaling = config.get(key)
         kind = scaling.get("rope_type", scaling.get("type", "default")) if isinstance(scaling, dict) else "default"
-        if kind != "default":
-            found.append(f"{key} asks for {kind!r}, only the default rotary embedding is supported")
+        if kind != "default" and yarn_of_hf_config(config) is None:
+            found.append(
+                f"{key} asks for {kind!r}, only the default rotary embedding and YaRN with a factor above 1, "
+                "original_max_position_embeddings and no other constants are supported"
+            )
     return found
 
 

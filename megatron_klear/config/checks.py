@@ -15,9 +15,12 @@ from megatron_klear.config.architecture import (
     contradictions,
     padded_vocab_size,
     read_hf_architecture,
+    read_hf_yarn,
     resolve_architecture,
 )
 from megatron_klear.config.data import BIN_MULTIPLE, dali_installed, entry_problems, file_problems
+from megatron_klear.config.profiling import check_profile
+from megatron_klear.config.yarn import check_yarn
 from megatron_klear.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -62,8 +65,11 @@ def find_problems(settings: Settings, *, entry: Entry, world_size: int, broken: 
     if architecture is not None:
         _check_split(settings, architecture, problems)
         _check_lengths(settings, architecture, entry, problems)
+        in_weights = None if settings.model.hf_dir is None else read_hf_yarn(settings.model.hf_dir)
+        check_yarn(settings, architecture, entry, in_weights, problems)
     _check_backends(settings, problems)
     _check_training(settings, entry, problems)
+    check_profile(settings, world_size, settings.rl.steps if entry == "rl" else settings.sft.steps, problems)
     _check_rewards(settings, problems)
     if entry == "rl":
         _check_scheduling(settings, problems)
@@ -144,7 +150,7 @@ def _check_split(settings: Settings, architecture: Architecture, problems: Probl
 
 def _check_lengths(settings: Settings, architecture: Architecture, entry: Entry, problems: Problems) -> None:
     """Check that the longest prompt and response fit into a microbatch and into the model's positions."""
-    prompt, limit = settings.data.max_prompt_tokens, architecture.max_position_embeddings
+    prompt, limit = settings.data.max_prompt_tokens, settings.yarn.training_positions(architecture)
     budget = settings.packing.token_budget
     if entry == "rl":
         longest = prompt + settings.rollout.max_response_tokens
@@ -154,20 +160,30 @@ def _check_lengths(settings: Settings, architecture: Architecture, entry: Entry,
             text = f"{got}; {sum_text} packing.token_budget = {budget}"
             problems.add(path, text, "data.max_prompt_tokens", "packing.token_budget")
         if longest > limit:
-            text = f"{got}; {sum_text} the model's max_position_embeddings = {limit}"
+            text = f"{got}; {sum_text} {_named(limit, architecture)}"
             problems.add(path, text, "data.max_prompt_tokens")
     if settings.data.heldout and (settings.evaluation.every_steps or settings.evaluation.at_end):
         own = settings.evaluation.max_response_tokens
         response = settings.rollout.max_response_tokens if own is None else own
         path = "rollout.max_response_tokens" if own is None else "evaluation.max_response_tokens"
+        limit = settings.yarn.evaluation_positions(architecture)
         if prompt + response > limit and not (own is None and entry == "rl"):
             problems.add(
                 path,
                 f"got {response}; with data.max_prompt_tokens = {prompt} an evaluated sequence has up to "
-                f"{prompt + response} tokens, more than the model's max_position_embeddings = {limit}",
+                f"{prompt + response} tokens, more than {_named(limit, architecture)}",
                 "data.max_prompt_tokens",
                 "data.heldout",
             )
+
+
+def _named(limit: int, architecture: Architecture) -> str:
+    scaled = limit != architecture.max_position_embeddings
+    return (
+        f"the positions that YaRN gives the model = {limit}"
+        if scaled
+        else f"the model's max_position_embeddings = {limit}"
+    )
 
 
 def _check_backends(settings: Settings, problems: Problems) -> None:

@@ -12,7 +12,7 @@ _CHECKPOINTS = "checkpoints/step_*/manifest.json"
 def outlook(settings: Settings, *, entry: Entry, world_size: int) -> str:
     """Describe the run that these settings would start.
 
-    The lines `run.dir` and `model.hf_dir` are read by the job scripts in `tools/`; the rest is for people.
+    The lines `run.dir`, `model.hf_dir` and `profile` are read by scripts in `tools/`; the rest is for people.
 
     Args:
         settings: settings that were found good.
@@ -33,6 +33,10 @@ def outlook(settings: Settings, *, entry: Entry, world_size: int) -> str:
         f"{settings.model.dtype}",
         "training": _training(settings, entry),
     }
+    profile = settings.profile
+    if profile.tool != "none":
+        ranks = ", ".join(map(str, profile.ranks))
+        lines["profile"] = f"{profile.tool}, steps {profile.first_step} to {profile.last_step}, ranks {ranks}"
     return "".join(f"{name}: {value}\n" for name, value in lines.items())
 
 

@@ -30,7 +30,9 @@ from megatron_klear.config.fields import (
     Tokens,
     Unit,
 )
+from megatron_klear.config.profiling import ProfileSettings
 from megatron_klear.config.serving import SchedulingSettings, SglangSettings, WeightSyncSettings
+from megatron_klear.config.yarn import YarnSettings
 
 Entry = Literal["sft", "rl"]
 
@@ -353,6 +355,7 @@ class Settings:
     run: RunSettings
     tokenizer: TokenizerSettings
     model: ModelSettings = field(default_factory=ModelSettings)
+    yarn: YarnSettings = field(default_factory=YarnSettings)
     parallel: ParallelSettings = field(default_factory=ParallelSettings)
     data: DataSettings = field(default_factory=DataSettings)
     packing: PackingSettings = field(default_factory=PackingSettings)
@@ -369,6 +372,7 @@ class Settings:
     checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
     evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
     observe: ObserveSettings = field(default_factory=ObserveSettings)
+    profile: ProfileSettings = field(default_factory=ProfileSettings)
 
     @property
     def architecture(self) -> Architecture:

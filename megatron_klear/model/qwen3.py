@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import YarnRotaryEmbedding
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -19,6 +20,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from klear_kernels import linear_logprob, linear_policy_loss
 from megatron_klear.algorithm import PolicyObjective
 from megatron_klear.config import Architecture, ModelSettings, ParallelSettings, padded_vocab_size
+from megatron_klear.config.yarn import Yarn
+from megatron_klear.model.layer_ranges import StageRanges
 from megatron_klear.model.layer_spec import block_spec, pick_layer_spec
 from megatron_klear.model.packed_layout import PackedLayout, packed_layout
 from megatron_klear.parallel import cuda_means_cpu
@@ -136,6 +139,8 @@ class Qwen3Model(GPTModel):
     layer_kind: str
     finish_update: Callable[[], None] | None = None
     """Gathers what the last update left on other ranks; None where updates leave nothing behind."""
+    ranges: StageRanges | None = None
+    """Names layers and microbatches in profilers' timelines; None where no profiler is used."""
 
     def settle(self) -> None:
         """Make this rank's weights those of the last update before they are read (a collective, cheap if they are).
@@ -169,8 +174,16 @@ class Qwen3Model(GPTModel):
         # cuts sequences is needed. Megatron's tuple: input, angles, and four that only inference and MoE use.
         assert packed_seq_params.position_ids is not None
         embedded = self.embedding(input_ids=input_ids, position_ids=position_ids) if self.pre_process else None
-        rotary = rotary_frequencies(self.rotary_pos_emb.inv_freq, packed_seq_params.position_ids)
+        rotary = self._rotary_angles(packed_seq_params.position_ids, packed_seq_params.max_seqlen_q)
         return (embedded, rotary, None, None, None, None)
+
+    def _rotary_angles(self, position_ids: torch.Tensor, max_seqlen: int) -> torch.Tensor:
+        if isinstance(self.rotary_pos_emb, YarnRotaryEmbedding):
+            # The second value scales cosine and sine; Megatron's attention reads it from the configuration.
+            angles, _ = self.rotary_pos_emb.get_emb(max_seqlen)
+            picked: torch.Tensor = angles.index_select(0, position_ids.to(angles.device))
+            return picked
+        return rotary_frequencies(self.rotary_pos_emb.inv_freq, position_ids)
 
     def _postprocess(
         self, hidden_states: torch.Tensor, labels: HeadRequest | None = None, **_: Any
@@ -194,7 +207,9 @@ def rotary_frequencies(inv_freq: torch.Tensor, position_ids: torch.Tensor) -> to
     return torch.cat([angles, angles], dim=-1)[:, None, None, :]
 
 
-def transformer_config(arch: Architecture, model: ModelSettings, parallel: ParallelSettings) -> TransformerConfig:
+def transformer_config(
+    arch: Architecture, model: ModelSettings, parallel: ParallelSettings, *, yarn: Yarn | None = None
+) -> TransformerConfig:
     """Megatron's configuration for a Qwen3 architecture under a layout.
 
     The loss is a plain sum with global denominators folded in, hence `calculate_per_token_loss`: Megatron then
@@ -238,12 +253,24 @@ def transformer_config(arch: Architecture, model: ModelSettings, parallel: Paral
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
         persist_layer_norm=False,
-        apply_rope_fusion=on_gpu and pick_layer_spec(model) == "te",
+        # Megatron 0.16.1 drops YaRN's scale of cosine and sine in the fused kernel for packed sequences.
+        apply_rope_fusion=on_gpu and pick_layer_spec(model) == "te" and yarn is None,
         attention_softmax_in_fp32=True,
         **_recompute(model.recompute, arch.num_layers, parallel.pp),
     )
     config.klear_attention = model.attention
+    if yarn is not None:
+        _add_yarn(config, yarn)
     return config
+
+
+def _add_yarn(config: TransformerConfig, yarn: Yarn) -> None:
+    """What GPTModel and attention look up by these names when positions are embedded by YaRN (not fields in 0.16.1)."""
+    config.yarn_rotary_scaling_factor = yarn.factor
+    config.yarn_original_max_position_embeddings = yarn.original_positions
+    config.yarn_beta_fast, config.yarn_beta_slow = 32.0, 1.0
+    config.yarn_mscale = config.yarn_mscale_all_dim = None
+    config.yarn_correction_range_round_to_int = True
 
 
 def _recompute(setting: str, num_layers: int, pp: int) -> dict[str, Any]:
@@ -259,7 +286,12 @@ def _recompute(setting: str, num_layers: int, pp: int) -> dict[str, Any]:
 
 
 def build_qwen3(
-    arch: Architecture, model: ModelSettings, parallel: ParallelSettings, context: ParallelContext
+    arch: Architecture,
+    model: ModelSettings,
+    parallel: ParallelSettings,
+    context: ParallelContext,
+    *,
+    yarn: Yarn | None = None,
 ) -> Qwen3Model:
     """Build this rank's part of the model with random weights.
 
@@ -268,8 +300,9 @@ def build_qwen3(
         model: data type, layer spec, attention backend, recomputation.
         parallel: layout.
         context: this rank's place in it.
+        yarn: scaled rotary embedding; None for the plain one.
     """
-    config = transformer_config(arch, model, parallel)
+    config = transformer_config(arch, model, parallel, yarn=yarn)
     kind = pick_layer_spec(model)
     with cuda_means_cpu():
         qwen3 = Qwen3Model(
@@ -281,7 +314,7 @@ def build_qwen3(
             post_process=context.pp.rank == context.pp.size - 1,
             parallel_output=True,
             share_embeddings_and_output_weights=arch.tie_embeddings,
-            position_embedding_type="rope",
+            position_embedding_type="rope" if yarn is None else "yarn",
             rotary_base=arch.rope_theta,  # hinted int by Megatron, which would cut off fractions
         )
     qwen3.layer_kind = kind

@@ -15,16 +15,17 @@ if TYPE_CHECKING:
     from megatron_klear.observe.progress import Progress
     from megatron_klear.observe.ranges import nvtx_range
     from megatron_klear.observe.report import write_report
-    from megatron_klear.observe.throughput import Phases, TokenRate
+    from megatron_klear.observe.throughput import Phases
+    from megatron_klear.observe.utilization import DeviceRates, utilization_metrics
 
 __all__ = [
+    "DeviceRates",
     "Heartbeat",
     "Metrics",
     "MetricsWriter",
     "Phases",
     "Progress",
     "SilentMetrics",
-    "TokenRate",
     "append_examples",
     "memory_metrics",
     "note_failure",
@@ -33,6 +34,7 @@ __all__ = [
     "read_examples",
     "read_metrics",
     "reset_peaks",
+    "utilization_metrics",
     "whereabouts",
     "write_report",
 ]
@@ -45,7 +47,8 @@ _HOMES = {
     "progress": ("Progress",),
     "ranges": ("nvtx_range",),
     "report": ("write_report",),
-    "throughput": ("Phases", "TokenRate"),
+    "throughput": ("Phases",),
+    "utilization": ("DeviceRates", "utilization_metrics"),
 }
 
 

@@ -246,6 +246,15 @@ def _optimizer_charts(logs: Sequence[PhaseLog]) -> list[Chart]:
             values="quantity",
             from_zero=True,
         ),
+        _utilization(logs),
+        Chart(
+            key="packing",
+            title="Packing",
+            y_label="share of packed positions",
+            note="Positions that hold a token; the rest is padding.",
+            panels=_panels(logs, _one(names.SLOTS_USED, "used", SKY)),
+            values="percent",
+        ),
         Chart(
             key="phases",
             title="Where the time goes",
@@ -265,6 +274,24 @@ def _optimizer_charts(logs: Sequence[PhaseLog]) -> list[Chart]:
             from_zero=True,
         ),
     ]
+
+
+def _utilization(logs: Sequence[PhaseLog]) -> Chart:
+    def lines(log: PhaseLog) -> list[Line]:
+        return [
+            Line("of the products measured on the device", log.series(names.MFU), BLUE),
+            Line("of the data sheet's bfloat16 rate", log.series(names.MFU_DATASHEET), ORANGE, dashed=True),
+        ]
+
+    return Chart(
+        key="mfu",
+        title="Model FLOP utilization",
+        y_label="share of the device's rate",
+        note="Operations that the model needs per second of training it; recomputation and padding are not counted.",
+        panels=_panels(logs, lines),
+        values="percent",
+        from_zero=True,
+    )
 
 
 def _clip(logs: Sequence[PhaseLog], group: str, title: str, y_label: str) -> Chart:

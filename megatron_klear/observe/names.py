@@ -49,6 +49,11 @@ FILTER_GROUPS_TOTAL = "filter/groups_total"
 OPTIMIZER_LR = "optimizer/lr"
 OPTIMIZER_GRAD_NORM = "optimizer/grad_norm"
 TOKENS_PER_SECOND = "throughput/tokens_per_second"
+MODEL_TFLOPS = "throughput/model_tflops"
+MFU = "throughput/mfu"
+MFU_DATASHEET = "throughput/mfu_datasheet"
+ATTENTION_SHARE = "throughput/attention_share"
+SLOTS_USED = "packing/slots_used"
 MEMORY_PEAK_BYTES = "memory/peak_bytes"
 MEMORY_HOST_PEAK_BYTES = "memory/host_peak_bytes"
 
@@ -110,6 +115,11 @@ METRICS: dict[str, Metric] = {
     OPTIMIZER_LR: Metric("", "learning rate of the step's last update"),
     OPTIMIZER_GRAD_NORM: Metric("", "gradient norm before clipping, mean over the step's updates"),
     TOKENS_PER_SECOND: Metric("tokens/s", "trained tokens of all ranks, without padding, per second of the step"),
+    MODEL_TFLOPS: Metric("TFLOP/s", "operations that the model needs, per second of training it, per device"),
+    MFU: Metric("fraction", "throughput/model_tflops as a share of the matrix products measured on the device"),
+    MFU_DATASHEET: Metric("fraction", "throughput/model_tflops as a share of the data sheet's bfloat16 rate"),
+    ATTENTION_SHARE: Metric("fraction", "causal attention's part of the model's operations"),
+    SLOTS_USED: Metric("fraction", "packed positions that hold a token, not padding"),
     MEMORY_PEAK_BYTES: Metric("bytes", "peak of one process: allocated CUDA memory, or host memory without CUDA"),
     MEMORY_HOST_PEAK_BYTES: Metric("bytes", "peak resident host memory of one process"),
 }

@@ -28,6 +28,7 @@ _SHOWN: tuple[tuple[str, str, Callable[[float], str]], ...] = (
     (names.ACCURACY_TRAIN, "accuracy", "{:.3f}".format),
     (names.ACCURACY_HELDOUT, "held-out", "{:.3f}".format),
     (names.TOKENS_PER_SECOND, "tokens/s", quantity),
+    (names.MFU, "MFU", "{:.1%}".format),
 )
 
 

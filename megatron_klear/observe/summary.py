@@ -110,6 +110,7 @@ def tiles(logs: Sequence[PhaseLog], points: Sequence[Accuracy]) -> list[Tile]:
     speed = log.series(names.TOKENS_PER_SECOND).finite.values
     if len(speed):
         found.append(Tile("Throughput", quantity(float(np.median(speed))), "tokens/s", "Median of all steps"))
+    found += _utilization_tile(log)
     memory = log.series(names.MEMORY_PEAK_BYTES).finite.values
     if len(memory):
         size, unit = byte_size(float(memory.max())).split()
@@ -117,6 +118,23 @@ def tiles(logs: Sequence[PhaseLog], points: Sequence[Accuracy]) -> list[Tile]:
     title = PHASE_TITLES.get(log.phase, log.phase)
     found.append(Tile("Steps", f"{log.last_step:,}", title, f"In {duration(log.seconds)}, pauses included"))
     return found
+
+
+def _utilization_tile(log: PhaseLog) -> list[Tile]:
+    """Model operations per second, with their share of the data sheet's rate, else of the measured one."""
+    rate = log.series(names.MODEL_TFLOPS).finite.values
+    if not len(rate):
+        return []
+    detail = "Median of all steps"
+    for name, of in ((names.MFU_DATASHEET, "the data sheet"), (names.MFU, "measured products")):
+        share = log.series(name).finite.values
+        if len(share):
+            detail = f"{100 * float(np.median(share)):.1f}% of {of}"
+            break
+    median = float(np.median(rate)) * 1e12
+    value = quantity(median)
+    letter = value[-1] if value[-1].isalpha() else ""
+    return [Tile("Model compute", value.removesuffix(letter), f"{letter}FLOP/s per device", detail)]
 
 
 def pick_rollouts(examples: Sequence[dict[str, Any]], *, each: int = 3) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Where the time of a step goes, and tokens per second."""
+"""Where the time of a step goes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from megatron_klear.observe.names import phase_seconds
 from megatron_klear.observe.ranges import nvtx_range
 
 
@@ -49,10 +48,6 @@ class Phases:
         seconds, self._seconds = self._seconds, {}
         return seconds
 
-    def take_metrics(self) -> dict[str, float]:
-        """`take` under the names of the metrics, `phase_seconds/<name>`."""
-        return {phase_seconds(name): seconds for name, seconds in self.take().items()}
-
     def _settle(self) -> None:
         if self._synchronize is not None:
             self._synchronize()
@@ -60,27 +55,3 @@ class Phases:
         if self._open:
             self._seconds[self._open[-1]] = self._seconds.get(self._open[-1], 0.0) + now - self._mark
         self._mark = now
-
-
-class TokenRate:
-    """Tokens per second of wall time, step by step.
-
-    Args:
-        clock: seconds, never going back.
-    """
-
-    def __init__(self, *, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
-        self._start = clock()
-        self._tokens = 0
-
-    def add(self, tokens: int) -> None:
-        """Counts tokens that were trained on, padding left out."""
-        self._tokens += int(tokens)
-
-    def take(self) -> float:
-        """Tokens per second since the last call; starts again from zero."""
-        now = self._clock()
-        seconds, tokens = now - self._start, self._tokens
-        self._start, self._tokens = now, 0
-        return tokens / seconds if seconds > 0 else 0.0

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 
 from megatron_klear.errors import RolloutError, WeightSyncError
 from megatron_klear.records import Prompt, Rollout, RolloutGroup
@@ -152,6 +154,31 @@ class LocalEngine:
             for index, prompt in enumerate(prompts)
         ]
 
+    @contextmanager
+    def other_positions(self, hf_config: Mapping[str, Any]) -> Iterator[None]:
+        """Compute with the rotary embedding and the number of positions of another config for a while.
+
+        Weights know nothing of positions, and no keys are kept between two calls of `generate`.
+
+        Args:
+            hf_config: a Hugging Face config of the same sizes.
+
+        Raises:
+            RolloutError: a config that cannot be used.
+        """
+        if self._model is None:
+            raise RolloutError(f"the rollout engine cannot generate: {self._unusable}")
+        other, before = _read_config(hf_config), self._model.config
+        embedding = self._model.model.rotary_emb
+        other._attn_implementation = before._attn_implementation
+        self._model.model.rotary_emb = _rotary_embedding(other, self._model.lm_head.weight.device)
+        self._model.config = other
+        try:
+            yield
+        finally:
+            if self._model is not None:
+                self._model.config, self._model.model.rotary_emb = before, embedding
+
     def close(self) -> None:
         """Release the model; a second call does nothing."""
         self._model = None
@@ -208,10 +235,14 @@ def _empty_model(config: Qwen3Config, device: torch.device, dtype: torch.dtype) 
     model.to_empty(device=device)
     model.tie_weights()
     # The rotary frequencies are no parameter and arrive in no stream; they stay float32 in every dtype.
-    with torch.device(device):
-        model.model.rotary_emb = type(model.model.rotary_emb)(config=config)
+    model.model.rotary_emb = _rotary_embedding(config, device)
     model.config._attn_implementation = ATTENTION_NAME
     return model.eval().requires_grad_(False)
+
+
+def _rotary_embedding(config: Qwen3Config, device: torch.device) -> Qwen3RotaryEmbedding:
+    with torch.device(device):
+        return Qwen3RotaryEmbedding(config=config)
 
 
 def _check_request(

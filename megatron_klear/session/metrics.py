@@ -26,7 +26,7 @@ def update_metrics(reports: Sequence[UpdateReport]) -> dict[str, float]:
         names.ENTROPY_MEAN: sum(r.entropy * r.predicted_tokens for r in reports) / max(tokens, 1),
         names.OPTIMIZER_LR: reports[-1].lr,
         names.OPTIMIZER_GRAD_NORM: float(np.mean([r.grad_norm for r in reports])),
-        "packing/slots_used": float(np.mean([r.slots_used for r in reports])),
+        names.SLOTS_USED: float(np.mean([r.slots_used for r in reports])),
         "throughput/tokens": float(sum(r.tokens for r in reports)),
     }
     regions = reduce(add, [r.regions for r in reports])

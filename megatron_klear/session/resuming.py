@@ -22,7 +22,7 @@ _FIXED = {
 }
 """Settings that a run keeps for its whole life, and why."""
 
-_NO_NEWS = ("run.dir", "run.resume", "run.device", "observe.")
+_NO_NEWS = ("run.dir", "run.resume", "run.device", "observe.", "profile.")
 """Settings whose change says nothing about what is trained."""
 
 

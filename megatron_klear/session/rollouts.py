@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
@@ -56,7 +57,7 @@ class Rollouts:
             self.engine = ServedEngine(session)
         else:
             self.engine = LocalEngine(
-                hf_config(session.arch, dtype=settings.model.dtype),
+                hf_config(session.arch, dtype=settings.model.dtype, yarn=settings.yarn.in_training(session.arch)),
                 device=context.device,
                 dtype=dtype,
                 batch_responses=settings.rollout.batch_responses,
@@ -128,7 +129,8 @@ class Rollouts:
             max_response_tokens=settings.max_response_tokens or self.session.settings.rollout.max_response_tokens,
             stop_token_ids=self.stop_token_ids,
         )
-        mine = self._generate(prompts, sampling, settings.samples_per_prompt, seed=_seed(self.session, step, 1))
+        with self._positions_of_evaluation():
+            mine = self._generate(prompts, sampling, settings.samples_per_prompt, seed=_seed(self.session, step, 1))
         groups = self.score(prompts, mine)
         per_problem = np.array([g.is_correct[g.graded].mean() for g in groups if g.graded.any()])
         count = int(sum(g.graded.sum() for g in groups))
@@ -140,6 +142,14 @@ class Rollouts:
             count=count,
             groups=tuple(groups),
         )
+
+    def _positions_of_evaluation(self) -> AbstractContextManager[None]:
+        """With `yarn.apply_to=evaluation` the engine computes with YaRN for the while; servers do so all the time."""
+        session, yarn = self.session, self.session.settings.yarn
+        scaling = yarn.scaling(session.arch)
+        if scaling is None or yarn.apply_to == "everything" or isinstance(self.engine, ServedEngine):
+            return nullcontext()
+        return self.engine.other_positions(hf_config(session.arch, dtype=session.settings.model.dtype, yarn=scaling))
 
     def examples(self, groups: Sequence[ScoredGroup], step: int) -> list[dict[str, Any]]:
         """Some right and some wrong responses as rows for the report."""

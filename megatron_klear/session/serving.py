@@ -194,7 +194,7 @@ class ServedEngine:
             if not urls:
                 fleet = ServerFleet(
                     settings.sglang,
-                    hf_config(arch, dtype=self._dtype()),
+                    self._hf_config(self._dtype()),
                     self.session.root,
                     dtype=settings.model.dtype,
                     on_cpu=self.session.context.device.type == "cpu",
@@ -266,15 +266,21 @@ class ServedEngine:
         trained = settings.rollout.max_response_tokens if self.session.entry == "rl" else 0
         return settings.data.max_prompt_tokens + max(evaluated if settings.data.heldout else 0, trained)
 
+    def _hf_config(self, dtype: str) -> dict[str, Any]:
+        """Servers have one rotary embedding: after SFT that of evaluation, in RL the trainer's (see config/yarn.py)."""
+        yarn, arch = self.session.settings.yarn, self.session.arch
+        in_use = yarn.in_training(arch) if self.session.entry == "rl" else yarn.scaling(arch)
+        return hf_config(arch, dtype=dtype, yarn=in_use)
+
     def _transport(self, engines: EngineGroup, layout: EngineLayout) -> Transport:
-        settings, arch = self.session.settings, self.session.arch
+        settings = self.session.settings
         kind = settings.weight_sync.transport
         near = all(_is_this_machine(caller.url) for caller in engines.callers)
         if kind == "auto":
             kind = "tensor" if near else "distributed"
         keeps = settings.weight_sync.keep_on_disk and self._fleet is not None
         files = WeightFiles(
-            self.session.root / "weights", hf_config(arch, dtype=layout.dtype), keep=2 if kind == "disk" else 1
+            self.session.root / "weights", self._hf_config(layout.dtype), keep=2 if kind == "disk" else 1
         )
         if keeps:
             self._files = files

@@ -21,6 +21,7 @@ from megatron_klear.config import Entry, Settings, dump_settings
 from megatron_klear.data import ChatTokenizer
 from megatron_klear.errors import CheckpointError, ConfigError
 from megatron_klear.model import build_qwen3, load_hf_weights, open_hf_directory
+from megatron_klear.model.layer_ranges import StageRanges
 from megatron_klear.observe import (
     Heartbeat,
     Metrics,
@@ -29,10 +30,14 @@ from megatron_klear.observe import (
     append_examples,
     memory_metrics,
     open_metrics,
+    utilization_metrics,
     write_report,
 )
+from megatron_klear.observe.names import phase_seconds
 from megatron_klear.observe.replace import replace_file
+from megatron_klear.session.device_rates import device_rates
 from megatron_klear.session.launch import Preempted, StopRequest
+from megatron_klear.session.profiling import ProfileWindow
 from megatron_klear.session.run_lock import RunLock
 from megatron_klear.trainer import Trainer, make_trainable
 
@@ -84,7 +89,9 @@ class Session:
         self._lock: RunLock | None = None  # on the first rank
         self.is_first = self.context.world.rank == 0
         torch.manual_seed(settings.run.seed)
-        self.model = build_qwen3(self.arch, settings.model, settings.parallel, self.context)
+        self.model = build_qwen3(
+            self.arch, settings.model, settings.parallel, self.context, yarn=settings.yarn.in_training(self.arch)
+        )
         checkpoints = self.root / "checkpoints"
         hf_files = None if self._prepare_directory(checkpoints) else self._first_weights()
         trainable = make_trainable(
@@ -107,6 +114,10 @@ class Session:
         self.was_done = self.step >= total_steps
         self.phases = Phases(synchronize=torch.cuda.synchronize if self.context.device.type == "cuda" else None)
         together("open the files of the run", self._open_files, self.context)
+        self.profile = ProfileWindow(settings.profile, self.root, self.context.world.rank)
+        if self.profile.wanted:
+            self.model.ranges = StageRanges(self.model)
+        self.rates = device_rates(self.root, self.context, self.model.config.params_dtype)
         self.progress = Progress(
             _TITLES[entry],
             total_steps,
@@ -174,6 +185,7 @@ class Session:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.progress.__exit__(kind, error, trace)
+        self.profile.close(self.step)
         self.metrics.close()
         if self._lock is not None:
             self._lock.release()
@@ -183,6 +195,7 @@ class Session:
     def steps(self) -> Iterator[int]:
         """Numbers of the steps still to do, counting from 1."""
         while self.step < self.total_steps:
+            self.profile.begin_step(self.step + 1)
             yield self.step + 1
 
     @contextlib.contextmanager
@@ -199,11 +212,14 @@ class Session:
             Preempted: after saving, when any rank was asked to stop.
         """
         self.heartbeat.beat(step, "finish")
+        self.profile.end_step(step)
         self.step = step
-        seconds = self.phases.take_metrics()
+        by_phase = self.phases.take()
+        seconds = {phase_seconds(name): spent for name, spent in by_phase.items()}
         tokens = float(values.get("throughput/tokens", 0.0))
         busy = sum(seconds.values())  # evaluation and saving are not in it: see set_aside_phases
-        everything = {**values, **seconds, **memory_metrics()}
+        used = utilization_metrics(self.trainer.take_flops(), by_phase, self.rates)
+        everything = {**values, **used, **seconds, **memory_metrics()}
         everything.pop("throughput/tokens", None)
         if busy > 0 and tokens:
             everything["throughput/tokens_per_second"] = tokens / busy

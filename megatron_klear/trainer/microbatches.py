@@ -12,6 +12,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_klear.algorithm import PolicyObjective
 from megatron_klear.model import HeadRequest, HeadResult, forward_microbatch
+from megatron_klear.observe import nvtx_range
 from megatron_klear.parallel import cuda_means_cpu
 from megatron_klear.records import PackedBatch, ParallelContext
 from megatron_klear.trainer.optimizer import TrainableModel
@@ -51,11 +52,13 @@ def run_microbatches(
         temperature=temperature,
         transformer_engine=trainable.model.layer_kind == "te",
     )
+    if trainable.model.ranges is not None:
+        trainable.model.ranges.restart()
     training = objective is not None
     with cuda_means_cpu(), torch.set_grad_enabled(training):
         results: list[HeadResult] = get_forward_backward_func()(
             forward_step_func=step,
-            data_iterator=iter(packs),
+            data_iterator=enumerate(packs),
             model=[trainable.ddp],
             num_microbatches=len(packs),
             seq_length=packs[0].token_ids.numel(),
@@ -66,7 +69,7 @@ def run_microbatches(
 
 
 def _forward_step(
-    packs: Iterator[PackedBatch],
+    packs: Iterator[tuple[int, PackedBatch]],
     model: Callable[..., Any],
     *,
     context: ParallelContext,
@@ -74,8 +77,10 @@ def _forward_step(
     temperature: float,
     transformer_engine: bool,
 ) -> tuple[torch.Tensor | HeadResult, Callable[[HeadResult], tuple[torch.Tensor, torch.Tensor, HeadResult]]]:
-    request = HeadRequest(batch=next(packs), objective=objective, temperature=temperature)
-    return forward_microbatch(model, request, context, transformer_engine=transformer_engine), _loss_of
+    number, batch = next(packs)
+    request = HeadRequest(batch=batch, objective=objective, temperature=temperature)
+    with nvtx_range(f"microbatch {number} forward"):
+        return forward_microbatch(model, request, context, transformer_engine=transformer_engine), _loss_of
 
 
 def _loss_of(result: HeadResult) -> tuple[torch.Tensor, torch.Tensor, HeadResult]:

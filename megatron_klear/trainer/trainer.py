@@ -17,6 +17,7 @@ from megatron_klear.algorithm import ClipRegions, PolicyObjective, clip_regions
 from megatron_klear.config import Architecture, Settings
 from megatron_klear.errors import TrainingError
 from megatron_klear.model import HeadResult
+from megatron_klear.observe.flops import FlopCount, forward_flops, training_flops
 from megatron_klear.packing import pack, plan_packs, sequence_multiple, unpack
 from megatron_klear.parallel import cuda_means_cpu
 from megatron_klear.records import FloatArray, PackedBatch, ParallelContext, TrainSequence
@@ -70,6 +71,12 @@ class Trainer:
         self.arch = arch
         self.settings = settings
         self.context = context
+        self._flops = FlopCount()
+
+    def take_flops(self) -> FlopCount:
+        """Operations that the model needed since the last call, over all ranks."""
+        flops, self._flops = self._flops, FlopCount()
+        return flops
 
     def token_logprobs(self, sequences: Sequence[TrainSequence], *, temperature: float = 1.0) -> list[FloatArray]:
         """Log-probability of every token under the current weights, in the token frame.
@@ -82,6 +89,7 @@ class Trainer:
             One float32 [L] per sequence, in order, on every rank; entry 0 is 0.
         """
         plan, packs = self._packs(sequences)
+        self._flops += forward_flops(self.arch, [len(s.token_ids) for s in sequences])
         results = run_microbatches(self.trainable, packs, None, self.context, temperature=temperature)
         mine: dict[int, FloatArray] = {}
         for number, (indices, batch) in enumerate(zip(plan, packs, strict=True)):
@@ -115,7 +123,9 @@ class Trainer:
         sums, regions = self._sums(packs, results, objective)
         self._require_finite_losses(packs, results, step)
         lr, grad_norm = self._step(step, sequences)
-        tokens = sum(len(s.token_ids) for s in sequences)
+        lengths = [len(s.token_ids) for s in sequences]
+        tokens, predicted = sum(lengths), round(sums["predicted"])
+        self._flops += training_flops(self.arch, lengths, trained_tokens=predicted)
         return UpdateReport(
             loss=sums["policy_loss"] + sums["lm_loss"],
             policy_loss=sums["policy_loss"],
@@ -123,7 +133,7 @@ class Trainer:
             grad_norm=grad_norm,
             lr=lr,
             tokens=tokens,
-            predicted_tokens=round(sums["predicted"]),
+            predicted_tokens=predicted,
             entropy=sums["entropy"] / max(sums["predicted"], 1.0),
             regions=regions,
             microbatches=len(packs),

@@ -15,13 +15,14 @@ import torch
 import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from megatron_klear.checkpoint import layout
 from megatron_klear.checkpoint.convert_from_hf import hf_to_megatron
 from megatron_klear.checkpoint.convert_to_hf import megatron_to_hf
 from megatron_klear.checkpoint.safetensors_stream import StoredTensor
 from megatron_klear.checkpoint.torch_dist_stream import TorchDistReader
+from megatron_klear.config.yarn import YarnSettings
 from megatron_klear.errors import CheckpointError, DataError
 
 MakeHf = Callable[..., Path]
@@ -549,3 +550,32 @@ def test_a_source_that_shrinks_while_it_is_read(monkeypatch: pytest.MonkeyPatch,
     with pytest.raises(DataError, match="cut short while being read"):
         hf_to_megatron(source, tmp_path / "runs" / "out")
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("carried", [True, False])
+def test_yarn_of_the_settings_is_written_for_transformers_and_the_weights_stay(
+    carried: bool, hf: Path, damaged: Path, tmp_path: Path
+) -> None:
+    scaling = {"rope_type": "yarn", "factor": 2.5, "original_max_position_embeddings": 512}
+    rewrite(damaged, "config.yaml", lambda tree: {**tree, "yarn": {"factor": 2.5}})
+    if not carried:
+        without_hf_files(damaged)
+    megatron_to_hf(damaged, tmp_path / "back")
+    before = AutoModelForCausalLM.from_pretrained(hf, dtype=torch.float32)
+    after = AutoModelForCausalLM.from_pretrained(tmp_path / "back", dtype=torch.float32)
+    assert after.config.rope_parameters == {**scaling, "rope_theta": 5e4}
+    assert after.config.max_position_embeddings == 1280
+    assert all(torch.equal(one, other) for one, other in zip(before.parameters(), after.parameters(), strict=True))
+    ids = torch.arange(40).view(2, 20)
+    assert not torch.allclose(before(ids).logits, after(ids).logits)
+    asked = Qwen3Config(**{**before.config.to_dict(), "rope_parameters": after.config.rope_parameters})
+    reference = Qwen3ForCausalLM(asked)
+    reference.load_state_dict(before.state_dict())
+    assert torch.equal(reference(ids).logits, after(ids).logits)
+
+    megatron_to_hf(damaged, tmp_path / "plain", yarn=YarnSettings())
+    assert "yarn" not in (tmp_path / "plain" / "config.json").read_text(), "asked for without"
+    # What was exported can be converted back, and says so again when it is exported.
+    hf_to_megatron(tmp_path / "back", tmp_path / "again")
+    megatron_to_hf(tmp_path / "again", tmp_path / "twice", yarn=None)
+    assert (tmp_path / "twice" / "config.json").read_bytes() == (tmp_path / "back" / "config.json").read_bytes()

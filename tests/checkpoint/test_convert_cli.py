@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import signal
 import subprocess
@@ -208,3 +209,13 @@ def test_a_failure_is_not_followed_by_a_line_that_says_done() -> None:
     with pytest.raises(OSError, match="full"), WorkProgress("writing", 2, 200, stream=stream):
         raise OSError("full")
     assert stream.getvalue() == ""
+
+
+def test_yarn_by_option(hf: Path, tmp_path: Path) -> None:
+    assert main(["hf-to-megatron", "--hf", str(hf), "--out", str(tmp_path / "run")]) == 0
+    arguments = ["megatron-to-hf", "--checkpoint", str(tmp_path / "run"), "--out", str(tmp_path / "out")]
+    assert main([*arguments, "--yarn-factor", "2.5", "--yarn-original", "256"]) == 0
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["rope_parameters"]["original_max_position_embeddings"] == 256
+    assert config["rope_parameters"]["factor"] == 2.5
+    assert config["max_position_embeddings"] == 640

@@ -16,6 +16,7 @@ from megatron_klear.config import Architecture
 from megatron_klear.conformance.reference import all_logprobs, reference_loss, reference_model
 from megatron_klear.errors import DataError, TrainingError
 from megatron_klear.model import hf_named_tensors
+from megatron_klear.observe.flops import FlopCount, forward_flops, training_flops
 from megatron_klear.records import TrainSequence
 from megatron_klear.trainer import Trainer, sft_minibatch
 from megatron_klear.trainer import trainer as trainer_file
@@ -113,6 +114,18 @@ def test_one_report_by_hand(
             logits = reference_model(arch)(input_ids=torch.as_tensor(s.token_ids)[None]).logits[0, :-1]
             entropies.append(torch.distributions.Categorical(logits=logits).entropy()[s.policy_weight[1:] != 0])
     assert report.entropy == pytest.approx(float(torch.cat(entropies).mean()), rel=1e-5)
+
+
+def test_operations_are_those_of_the_sequences_however_they_are_packed(
+    make_trainer: Callable[..., Trainer], sequences: list[TrainSequence], arch: Architecture
+) -> None:
+    trainer = make_trainer(token_budget=50)
+    lengths = [len(s.token_ids) for s in sequences]
+    trained = sum(int(((s.policy_weight != 0) | (s.lm_weight != 0)).sum()) for s in sequences)
+    trainer.token_logprobs(sequences)
+    trainer.update(sequences, OBJECTIVE, step=1)
+    assert trainer.take_flops() == forward_flops(arch, lengths) + training_flops(arch, lengths, trained)
+    assert trainer.take_flops() == FlopCount()
 
 
 @pytest.mark.parametrize("distributed", [False, True])
