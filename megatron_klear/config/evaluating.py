@@ -16,13 +16,14 @@ from megatron_klear.config.fields import SECTION, Positive, Unit
 from megatron_klear.config.loading import load_schema
 from megatron_klear.config.sampler import SamplerSettings, sampler_problems
 from megatron_klear.config.schema import RewardSettings
+from megatron_klear.config.yarn import Yarn
 
 _POSITIONS = "max_position_embeddings"
 _PAPER = {"temperature": 0.6, "top_p": 0.95, "responses": 64, "max_prompt_tokens": 2048}
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     "none": {},
     "32k": {"sampler": {**_PAPER, "max_response_tokens": 30720}},
-    "64k": {"sampler": {**_PAPER, "max_response_tokens": 63488}, "rope": {"yarn_factor": 2.5}},
+    "64k": {"sampler": {**_PAPER, "max_response_tokens": 63488}, "yarn": {"factor": 2.5, "original_positions": 32768}},
 }
 """Values of `run.preset`: what is set where the settings file and the command line say nothing (the paper, Table 1)."""
 
@@ -60,15 +61,14 @@ class BenchmarkSettings:
 
 
 @dataclass(frozen=True, kw_only=True, config=SECTION)
-class RopeSettings:
-    """Positions beyond those that the model was trained with."""
+class EvaluationYarnSettings:
+    """YaRN for a local engine; servers must be started with it, and are asked for the length they serve."""
 
-    yarn_factor: Annotated[float | None, Field(gt=1)] = None
-    """YaRN's scaling factor for sampler.engine=local (the paper: 2.5 for 64K from 32K); servers must be started with
-    it, and are asked for the length they serve. Null takes what the model's config.json says."""
+    factor: Annotated[float | None, Field(gt=1)] = None
+    """Positions grow by this (the paper: 2.5 for 64K after training at 32K); null takes what config.json says."""
 
-    trained_positions: Annotated[int, Unit("tokens"), Positive] = 32768
-    """Length that the model was trained with, from which YaRN extends (original_max_position_embeddings)."""
+    original_positions: Annotated[int | None, Unit("tokens"), Positive] = None
+    """Positions that the model was trained on; null takes max_position_embeddings of its config.json."""
 
 
 @dataclass(frozen=True, kw_only=True, config=SECTION)
@@ -78,7 +78,7 @@ class EvaluationSettings:
     run: EvaluationRunSettings
     benchmarks: BenchmarkSettings = field(default_factory=BenchmarkSettings)
     sampler: SamplerSettings = field(default_factory=SamplerSettings)
-    rope: RopeSettings = field(default_factory=RopeSettings)
+    yarn: EvaluationYarnSettings = field(default_factory=EvaluationYarnSettings)
     reward: RewardSettings = field(default_factory=RewardSettings)
 
 
@@ -129,30 +129,38 @@ def _problems(settings: EvaluationSettings) -> Iterator[tuple[str, str]]:
             yield "benchmarks.pass_at", f"got {k}, must be from 1 to sampler.responses = {sampler.responses}"
     if sampler.temperature == 0 and sampler.responses > 1:
         yield "sampler.responses", f"is {sampler.responses}, but greedy responses (sampler.temperature 0) are all alike"
-    yarn, trained = settings.rope.yarn_factor, settings.rope.trained_positions
-    longest = sampler.max_prompt_tokens + sampler.max_response_tokens
-    if yarn is not None and longest > yarn * trained:
+    longest, positions = sampler.max_prompt_tokens + sampler.max_response_tokens, _positions(settings)
+    if positions is not None and longest > positions:
         yield (
             "sampler.max_response_tokens",
-            f"prompt and response may take {longest} tokens; rope.yarn_factor {yarn:g} reaches {int(yarn * trained)}",
-        )
-    positions = _positions(sampler)
-    if yarn is None and positions is not None and longest > positions:
-        yield (
-            "sampler.max_response_tokens",
-            f"prompt and response may take {longest} tokens, but the model has {positions} positions "
-            "(max_position_embeddings in its config.json); lower it, or set rope.yarn_factor",
+            f"prompt and response may take {longest} tokens, but the model has {positions} positions; lower it, or set "
+            "yarn.factor",
         )
     reward = settings.reward
     if not reward.correct > reward.wrong:
         yield "reward.wrong", f"must be below reward.correct = {reward.correct}, got {reward.wrong}"
 
 
-def _positions(sampler: SamplerSettings) -> int | None:
-    """Positions of a local engine's model; None where its config.json does not say, which the engine will tell."""
-    if sampler.engine != "local" or sampler.hf_dir is None:
+def evaluation_yarn(settings: EvaluationSettings) -> Yarn | None:
+    """The YaRN that is asked for beyond what the model's config.json says; None for servers, which have their own."""
+    factor, original = settings.yarn.factor, settings.yarn.original_positions
+    if factor is None or settings.sampler.engine != "local":
         return None
+    if original is None:
+        original = _config_positions(settings.sampler)
+    return None if original is None else Yarn(factor=factor, original_positions=original)
+
+
+def _positions(settings: EvaluationSettings) -> int | None:
+    """Positions that a local engine has; None where that is not known here, which the engine will tell."""
+    if settings.sampler.engine != "local":
+        return None
+    yarn = evaluation_yarn(settings)
+    return _config_positions(settings.sampler) if yarn is None else yarn.positions
+
+
+def _config_positions(sampler: SamplerSettings) -> int | None:
     try:
-        return int(json.loads((Path(sampler.hf_dir) / "config.json").read_text(encoding="utf-8"))[_POSITIONS])
+        return int(json.loads((Path(sampler.hf_dir or "") / "config.json").read_text(encoding="utf-8"))[_POSITIONS])
     except (OSError, ValueError, KeyError, TypeError):
         return None

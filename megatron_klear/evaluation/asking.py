@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_klear import __version__
-from megatron_klear.config.evaluating import BenchmarkSettings, EvaluationSettings
+from megatron_klear.config.evaluating import BenchmarkSettings, EvaluationSettings, evaluation_yarn
 from megatron_klear.data.chat import ConversationError
 from megatron_klear.data.problems import Problems
 from megatron_klear.errors import ConfigError
@@ -117,8 +117,8 @@ def rope_changes(settings: EvaluationSettings) -> dict[str, Any]:
     Raises:
         ConfigError: config.json cannot be read or names no base.
     """
-    factor, trained = settings.rope.yarn_factor, settings.rope.trained_positions
-    if factor is None or settings.sampler.engine != "local":
+    yarn = evaluation_yarn(settings)
+    if yarn is None:
         return {}
     file = Path(settings.sampler.hf_dir or "") / "config.json"
     try:
@@ -126,13 +126,8 @@ def rope_changes(settings: EvaluationSettings) -> dict[str, Any]:
         theta = float((config.get("rope_parameters") or config)["rope_theta"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError([f"sampler.hf_dir: {file} names no rope_theta ({type(error).__name__}: {error})"]) from error
-    yarn = {
-        "rope_type": "yarn",
-        "rope_theta": theta,
-        "factor": factor,
-        "original_max_position_embeddings": trained,
-    }
-    return {"rope_parameters": yarn, "rope_scaling": None, "max_position_embeddings": int(factor * trained)}
+    rope = {**yarn.hf_scaling(), "rope_theta": theta}
+    return {"rope_parameters": rope, "rope_scaling": None, "max_position_embeddings": yarn.positions}
 
 
 def facts_of(settings: EvaluationSettings) -> dict[str, Any]:
@@ -146,7 +141,7 @@ def facts_of(settings: EvaluationSettings) -> dict[str, Any]:
         "temperature": sampler.temperature,
         "top_p": sampler.top_p,
         "max_response_tokens": sampler.max_response_tokens,
-        "yarn_factor": settings.rope.yarn_factor,
+        "yarn_factor": settings.yarn.factor,
         "preset": settings.run.preset,
         "thinking part required": settings.reward.require_think,
         "seed": settings.run.seed,

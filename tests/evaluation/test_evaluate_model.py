@@ -105,7 +105,7 @@ def test_presets_are_the_papers_and_yield_to_the_file_and_the_command_line(confi
     sampler = found.sampler
     assert (sampler.temperature, sampler.top_p, sampler.responses) == (0.6, 0.5, 8)
     assert sampler.max_prompt_tokens + sampler.max_response_tokens == 65536
-    assert found.rope.yarn_factor == 2.5
+    assert found.yarn.factor == 2.5
     short = load_evaluation(config, ["run.preset=32k"]).sampler
     assert (short.responses, short.max_prompt_tokens + short.max_response_tokens) == (64, 32768)
 
@@ -116,7 +116,7 @@ def test_all_mistakes_are_told_at_once_before_anything_starts(
     with pytest.raises(SystemExit) as leaving:
         evaluate.main(
             [str(config), "benchmarks.files=[none.jsonl,a/none.jsonl]", "sampler.hf_dir=nowhere", "run.preset=48k",
-             "benchmarks.pass_at=[5]", "reward.wrong=2", "rope.yarn_factor=2", "rope.trained_positions=64",
+             "benchmarks.pass_at=[5]", "reward.wrong=2", "yarn.factor=2", "yarn.original_positions=64",
              "sampler.answers=3"]
         )  # fmt: skip
     assert leaving.value.code == 2
@@ -128,7 +128,7 @@ def test_all_mistakes_are_told_at_once_before_anything_starts(
         "run.preset: got '48k' (text), allowed: none, 32k, 64k",
         "benchmarks.pass_at: got 5, must be from 1 to sampler.responses = 4",
         "reward.wrong: must be below reward.correct",
-        "sampler.max_response_tokens: prompt and response may take 152 tokens; rope.yarn_factor 2 reaches 128",
+        "sampler.max_response_tokens: prompt and response may take 152 tokens, but the model has 128 positions",
         "sampler.answers: unknown setting",
     ):
         assert text in told
@@ -152,7 +152,7 @@ def test_more_positions_than_the_model_has_are_refused_unless_yarn_gives_them(
         evaluate.main([str(config), *longer])
     assert leaving.value.code == 2
     assert "the model has 256 positions" in capsys.readouterr().err
-    yarn = ["rope.yarn_factor=2", "rope.trained_positions=256", "sampler.max_response_tokens=200"]
+    yarn = ["yarn.factor=2", "yarn.original_positions=256", "sampler.max_response_tokens=200"]
     assert evaluate.main([str(config), *longer, *yarn]) == 0
     assert results(tmp_path / "out")["facts"]["yarn_factor"] == 2.0
 
@@ -167,7 +167,7 @@ def test_yarn_keeps_the_models_own_base(form: str, config: Path, model: Path, tm
     directory = tmp_path / "changed"
     shutil.copytree(model, directory)
     (directory / "config.json").write_text(json.dumps(changed))
-    yarn = ["rope.yarn_factor=2.5", "rope.trained_positions=256", f"sampler.hf_dir={directory}"]
+    yarn = ["yarn.factor=2.5", "yarn.original_positions=256", f"sampler.hf_dir={directory}"]
     found = rope_changes(load_evaluation(config, yarn))
     parameters = Qwen3Config.from_dict({**changed, **found}).rope_parameters
     assert parameters == {
