@@ -31,6 +31,10 @@ class SglangSettings:
     urls: tuple[str, ...] = ()
     """Servers that run already, as http://HOST:PORT; none starts `sglang.servers` on each of the trainer's machines."""
 
+    router_url: str | None = None
+    """A running sglang_router in front of exactly `sglang.urls`; null picks the server with the fewest requests
+    itself, and so notices which is slow or hangs. Weights, pauses and interruptions go past the router."""
+
     connect_seconds: Annotated[float, Unit("seconds"), Field(ge=0)] = 0.0
     """How long servers at `sglang.urls` may take until they answer, because they are being started at the same time."""
 

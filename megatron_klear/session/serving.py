@@ -24,7 +24,14 @@ from megatron_klear.records import FloatArray, IntArray, Prompt, RolloutGroup, T
 from megatron_klear.rollout import ProgressCallback, SamplingParams
 from megatron_klear.rollout.endpoint import Endpoint, EndpointError
 from megatron_klear.rollout.manager import Restart
-from megatron_klear.rollout.sglang import ConnectedEngine, Expected, FleetPlace, ServerFleet, SglangEngine
+from megatron_klear.rollout.sglang import (
+    ConnectedEngine,
+    Expected,
+    FleetPlace,
+    ServerFleet,
+    SglangEngine,
+    wait_until_answering,
+)
 from megatron_klear.session.fleets import MachineFleets
 from megatron_klear.session.restarting import EngineRestarts
 from megatron_klear.session.session import Session
@@ -145,6 +152,8 @@ class ServedEngine:
         assert self._engine is not None
         assert self._group is not None
         self._is_managed = True
+        if self.session.settings.sglang.router_url is not None:
+            return [self._engine.routed_endpoint()]
         if self._restarts is not None:
             self._group.least = 0
             return self._restarts.endpoints()
@@ -221,6 +230,8 @@ class ServedEngine:
             urls: Sequence[str] = settings.sglang.urls
             if self._fleets is not None:
                 urls = self._fleets.start_all(self._first_rank.alive)
+            else:
+                wait_until_answering(urls, settings.sglang.connect_seconds, self._first_rank.alive)
             encode = self.session.chat.hf
             samples = [(text, encode(text, add_special_tokens=False)["input_ids"]) for text in _SAMPLE_TEXTS]
             expected = Expected(vocab_size=arch.vocab_size, longest_sequence=longest, tokenizer_samples=samples)

@@ -6,7 +6,7 @@ from megatron_klear.rollout.sglang.compatibility import EngineFacts, Expected, e
 from megatron_klear.rollout.sglang.connection import Connection
 from megatron_klear.rollout.sglang.endpoint import SglangEndpoint
 from megatron_klear.rollout.sglang.engine import EndpointPool
-from megatron_klear.rollout.sglang.fleet import FleetPlace, ServerFleet
+from megatron_klear.rollout.sglang.fleet import FleetPlace, ServerFleet, wait_until_answering
 from megatron_klear.rollout.sglang.serving import ConnectedEngine, SglangCaller, SglangEngine
 
 __all__ = [
@@ -21,4 +21,5 @@ __all__ = [
     "SglangEndpoint",
     "SglangEngine",
     "examine",
+    "wait_until_answering",
 ]

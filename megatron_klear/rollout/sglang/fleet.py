@@ -10,7 +10,7 @@ import re
 import socket
 import time
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -175,7 +175,7 @@ class ServerFleet:
         deadline = time.monotonic() + self._settings.start_seconds
         attempts = 1
         with httpx2.Client(trust_env=False, timeout=5.0) as client:
-            while not _is_ready(client, self.url(index)):
+            while not is_ready(client, self.url(index)):
                 process = self._processes[index]
                 status = process.exit_status()
                 if status is not None:
@@ -234,10 +234,26 @@ class ServerFleet:
         )  # fmt: skip
 
 
-def _is_ready(client: httpx2.Client, url: str) -> bool:
+def wait_until_answering(urls: Sequence[str], seconds: float, waiting: Callable[[], None]) -> None:
+    """Give servers that others start so long to load their model; whoever asks them next says what is wrong.
+
+    Args:
+        urls: of the servers.
+        seconds: for all of them together.
+        waiting: called while waiting, several times a second.
+    """
+    deadline = time.monotonic() + seconds
+    with httpx2.Client(trust_env=False, timeout=5.0) as client:
+        left = list(urls)
+        while time.monotonic() < deadline and (left := [url for url in left if not is_ready(client, url)]):
+            waiting()
+            time.sleep(_POLL_SECONDS)
+
+
+def is_ready(client: httpx2.Client, url: str) -> bool:
     """Whether the server has loaded its model: it answers HTTP only then."""
     try:
-        return client.get(f"{url}/model_info").status_code == 200
+        return client.get(f"{url.rstrip('/')}/model_info").status_code == 200
     except httpx2.TransportError:
         return False
 
