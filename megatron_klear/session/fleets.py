@@ -68,8 +68,10 @@ class MachineFleets:
                     for call in ended:
                         call.result()
                     waiting()
-            finally:
+            except BaseException:
                 given_up.set()
+                self.close()  # as every other rank does when it is told of the failure
+                raise
         found = [call.result() for call in calls]
         self._places = [(machine, index) for machine, urls in enumerate(found) for index in range(len(urls))]
         self._urls = [url for urls in found for url in urls]

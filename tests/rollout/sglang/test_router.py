@@ -33,8 +33,7 @@ def start_router(tmp_path: Path) -> Iterator[Callable[..., str]]:
     """Starts `sglang_router` of SGLang's environment in front of servers; returns its URL."""
     venv = Path(os.environ.get("KLEAR_SGLANG_VENV") or Path(__file__).parents[3] / ".venv-sglang")
     python = venv / "bin" / "python"
-    found = python.exists() and subprocess.run([python, "-c", "import sglang_router"], capture_output=True).returncode
-    if found != 0:
+    if not python.exists() or subprocess.run([python, "-c", "import sglang_router"], capture_output=True).returncode:
         pytest.skip(f"needs sglang_router in SGLang's environment ({venv}); tools/setup_sglang.sh installs it")
     routers: list[subprocess.Popen[bytes]] = []
 
