@@ -31,7 +31,8 @@ def train(session: Session, prompts: PromptData, cursor: DataCursor, heldout: Pr
         rollouts = evaluation.rollouts
         with ledger.publishing(session.step):
             rollouts.publish(version=session.step)
-        evaluation.at_start()
+        with ledger.sharing_engines():
+            evaluation.at_start()
         for step in session.steps():
             groups = ledger.groups(step, cursor, rollouts)  # x ~ D, M responses, rewards, Eq. 4
             kept = [] if settings.scheduling.rollout_only else filtered(groups, settings.algorithm)  # Section 5.2.5
@@ -50,10 +51,12 @@ def train(session: Session, prompts: PromptData, cursor: DataCursor, heldout: Pr
             ledger.trained(step)
             with ledger.publishing(step):
                 rollouts.publish(version=step)
-            evaluation.when_due(step)
+            with ledger.sharing_engines():
+                evaluation.when_due(step)
             session.keep_examples(rollouts.examples(groups, step), step)
             session.finish_step(step, {**rollout_metrics(groups, kept), **mismatch, **update_metrics(reports)})
-        evaluation.at_end()
+        with ledger.sharing_engines():
+            evaluation.at_end()
 
 
 def main(settings: Settings, stop: StopRequest) -> None:

@@ -82,14 +82,15 @@ if [[ $device == cpu ]]; then
     step "2/4 torch (the largest part)" pip_install torch
     step "3/4 what SGLang imports" pip_install "${packages[@]}"
     # Their lists of dependencies name CUDA packages. No torchaudio: without CUDA it keeps transformers from loading.
-    step "4/4 SGLang on torch alone" pip_install --no-deps sglang triton torchvision apache-tvm-ffi
+    # The router (sglang.router_url) needs no more than is there.
+    step "4/4 SGLang on torch alone" pip_install --no-deps sglang triton torchvision apache-tvm-ffi sglang-router
     install_shims
     export SGLANG_USE_CPU_ENGINE=1
 else
     # SGLang names the torch and the kernels that a GPU needs; the file's versions of these are for a CPU.
     grep -viE '^(torch|triton|torchvision|apache-tvm-ffi|nvidia-[a-z0-9-]+)==' "$root/constraints-sglang.txt" >"$constraints"
     step "2/4 SGLang's version" pip_install --no-deps sglang
-    step "3/4 torch, kernels and the rest (the largest part)" pip_install sglang
+    step "3/4 torch, kernels and the rest (the largest part)" pip_install sglang sglang-router
     say "4/4 no shims: this environment has SGLang's own kernels"
 fi
 step "checking that the packages fit together" "$venv/bin/python" -c 'import torch, transformers, sglang.launch_server'

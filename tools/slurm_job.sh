@@ -112,7 +112,8 @@ name_engines() {
             urls+=,http://$(address "$node"):$((engine_port + index))
         done
     done
-    engine_settings=(rollout.engine=sglang "sglang.urls=[${urls#,}]")
+    number KLEAR_ENGINE_SECONDS 1800 0
+    engine_settings=(rollout.engine=sglang "sglang.urls=[${urls#,}]" "sglang.connect_seconds=$number")
 }
 
 # address NODE: what Slurm itself calls this node by; a node's name need not resolve.

@@ -285,11 +285,22 @@ def _check_serving(settings: Settings, architecture: Architecture | None, proble
     """Check that SGLang can be started or reached, and that a publish can be proved as it is asked for."""
     sglang, verify = settings.sglang, settings.weight_sync.verify
     for url in sglang.urls:
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname or parts.path not in ("", "/"):
+        if not _is_server(url):
             problems.add("sglang.urls", f"got {url!r}, must be http://HOST:PORT")
     for url in sorted({url for url in sglang.urls if sglang.urls.count(url) > 1}):
         problems.add("sglang.urls", f"{url} is named more than once")
+    if sglang.router_url is not None:
+        if not _is_server(sglang.router_url):
+            problems.add("sglang.router_url", f"got {sglang.router_url!r}, must be http://HOST:PORT")
+        if not sglang.urls:
+            text = f"got {sglang.router_url} without sglang.urls; name the servers behind the router, which get weights"
+            problems.add("sglang.router_url", text, "sglang.urls")
+        if settings.scheduling.min_engines > 1:
+            text = f"got {settings.scheduling.min_engines}, and servers behind sglang.router_url count as one: set 1"
+            problems.add("scheduling.min_engines", text, "sglang.router_url")
+    if sglang.connect_seconds and not sglang.urls:
+        text = f"got {sglang.connect_seconds:g} without sglang.urls; servers of ours have sglang.start_seconds"
+        problems.add("sglang.connect_seconds", text, "sglang.urls")
     if not sglang.urls:
         python = Path(sglang.venv) / "bin" / "python"
         if not os.access(python, os.X_OK):
@@ -311,6 +322,11 @@ def _check_serving(settings: Settings, architecture: Architecture | None, proble
         )
     if sglang.quantization == "fp8" and settings.run.device == "cpu":
         problems.add("sglang.quantization", "got fp8, which needs a GPU, and run.device is cpu")
+
+
+def _is_server(url: str) -> bool:
+    parts = urlsplit(url)
+    return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.path in ("", "/")
 
 
 def _check_files(settings: Settings, entry: Entry, architecture: Architecture | None, problems: Problems) -> None:

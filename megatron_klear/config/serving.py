@@ -29,22 +29,30 @@ class SglangSettings:
     """Virtual environment that the servers run in, as tools/setup_sglang.sh makes it; not used with `sglang.urls`."""
 
     urls: tuple[str, ...] = ()
-    """Servers that run already, as http://HOST:PORT; none starts `sglang.servers` on the first rank's machine."""
+    """Servers that run already, as http://HOST:PORT; none starts `sglang.servers` on each of the trainer's machines."""
+
+    router_url: str | None = None
+    """A running sglang_router in front of exactly `sglang.urls`; null picks the server with the fewest requests
+    itself, and so notices which is slow or hangs. Weights, pauses and interruptions go past the router."""
+
+    connect_seconds: Annotated[float, Unit("seconds"), Field(ge=0)] = 0.0
+    """How long servers at `sglang.urls` may take until they answer, because they are being started at the same time."""
 
     servers: Annotated[int, Unit("servers"), Positive] = 1
-    """Servers to start, each with `sglang.server_tp` GPUs of its own where there are GPUs."""
+    """Servers to start on each machine of the trainer, each on `sglang.server_tp` GPUs of its own where it has any."""
 
     server_tp: Ranks = 1
     """Tensor parallel size of each server."""
 
     first_gpu: Annotated[int, Unit("number"), NonNegative] = 0
-    """Number of the first GPU for the servers that are started; the others take the GPUs after it."""
+    """Number of a machine's first GPU for the servers that are started; the others take the GPUs after it."""
 
-    host: Annotated[str, Field(min_length=1)] = "127.0.0.1"
-    """Address that started servers listen on; another machine's trainer needs one that it can reach."""
+    host: Annotated[str, Field(min_length=1)] = "auto"
+    """Address that started servers listen on; auto is 127.0.0.1 where all ranks are on one machine, and otherwise each
+    machine's address as it reaches the first one (`MASTER_ADDR`); 0.0.0.0 is all of its addresses."""
 
     port: Annotated[int | None, Unit("number"), Field(ge=1, le=65535)] = None
-    """Port of the first started server, the others take the ports after it; null finds free ones."""
+    """Port of a machine's first started server, the others take the ports after it; null finds free ones."""
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Data type of weights and computation in started servers; auto takes `model.dtype`."""

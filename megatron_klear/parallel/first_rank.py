@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import torch.distributed as dist
@@ -65,7 +65,7 @@ class FirstRank:
         try:
             result = action()
         except BaseException as error:
-            self._tell(key, _described(error))
+            self._tell(key, described(error, "the first rank"))
             self._wait_until_read(key)
             raise
         self._tell(key, {"result": result})
@@ -95,7 +95,7 @@ class FirstRank:
         except dist.DistError as error:
             raise errors.RolloutError(f"the first rank ended while it was to {what}") from error
         if "kind" in outcome:
-            raise _rebuilt(outcome)
+            raise rebuilt(outcome)
         return outcome["result"]
 
     def _outcome(self, key: str, what: str) -> dict[str, Any]:
@@ -126,20 +126,21 @@ def _store() -> dist.Store:
     return store
 
 
-def _described(error: BaseException) -> dict[str, object]:
+def described(error: BaseException, who: str) -> dict[str, object]:
+    """An error as JSON values, for another process; `who` failed where it is none made for people."""
     if isinstance(error, ConfigError):
         return {"kind": "ConfigError", "problems": list(error.problems)}
     if isinstance(error, KlearError):
         kind = next(c.__name__ for c in type(error).__mro__ if getattr(errors, c.__name__, None) is c)
         return {"kind": kind, "text": str(error)}
-    return {"kind": "RolloutError", "text": f"the first rank failed: {type(error).__name__}: {error}"}
+    return {"kind": "RolloutError", "text": f"{who} failed: {type(error).__name__}: {error}"}
 
 
-def _rebuilt(outcome: dict[str, object]) -> KlearError:
+def rebuilt(outcome: Mapping[str, object]) -> KlearError:
+    """The error that another process described."""
     if outcome["kind"] == "ConfigError":
         problems = outcome["problems"]
         assert isinstance(problems, list)
         return ConfigError(problems)
-    kind = getattr(errors, str(outcome["kind"]))
-    rebuilt: KlearError = kind(str(outcome["text"]))
-    return rebuilt
+    made: KlearError = getattr(errors, str(outcome["kind"]))(str(outcome["text"]))
+    return made

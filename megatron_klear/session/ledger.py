@@ -117,6 +117,11 @@ class RunLedger:
         """Around a publish; the ranks that generate are the ones that publish, so nothing is in flight."""
         yield
 
+    @contextmanager
+    def sharing_engines(self) -> Iterator[None]:
+        """Around an evaluation; nothing else is generated meanwhile."""
+        yield
+
     def _open(self) -> None:
         settings, session = self.session.settings, self.session
         source = settings.scheduling.replay_from

@@ -77,7 +77,8 @@ class ManagedGroups:
         """
         context, settings = self.session.context, self.session.settings
         wanted: list[tuple[int, Prompt]] = []
-        while cursor.rows_taken < (step + settings.scheduling.staleness) * settings.rl.prompts_per_step:
+        last = min(step + settings.scheduling.staleness, self.session.total_steps)
+        while cursor.rows_taken < last * settings.rl.prompts_per_step:
             first = cursor.rows_taken
             rows = cursor.next_batch()
             wanted += [((first + i) // len(self._prompts), self._prompts.prompts[r]) for i, r in enumerate(rows)]
@@ -108,6 +109,14 @@ class ManagedGroups:
         yield
         together("resume generation", lambda: self._resume(version), context, only_first=True)
         self._published = True
+
+    @contextmanager
+    def sharing_engines(self) -> Iterator[None]:
+        """Around an evaluation: it and what is generated for training take turns at the engines."""
+        with ExitStack() as shared:
+            if self._manager is not None:
+                shared.enter_context(self._manager.sharing_engines())
+            yield
 
     @property
     def _running(self) -> RolloutManager:

@@ -12,7 +12,8 @@ from contextlib import contextmanager
 
 from megatron_klear.errors import RolloutError
 from megatron_klear.rollout.endpoint import Endpoint
-from megatron_klear.rollout.sglang import ConnectedEngine, ServerFleet, SglangEngine
+from megatron_klear.rollout.sglang import ConnectedEngine, SglangEngine
+from megatron_klear.session.fleets import MachineFleets
 from megatron_klear.weight_sync import EngineGroup
 
 log = logging.getLogger(__name__)
@@ -36,7 +37,7 @@ class EngineRestarts:
         bring_up: see `BringUp`.
     """
 
-    def __init__(self, fleet: ServerFleet, engine: SglangEngine, group: EngineGroup, bring_up: BringUp) -> None:
+    def __init__(self, fleet: MachineFleets, engine: SglangEngine, group: EngineGroup, bring_up: BringUp) -> None:
         self._fleet, self._engine, self._group, self._bring_up = fleet, engine, group, bring_up
         self._numbers: dict[int, int] = {}
         self._endpoints: list[Endpoint] = []

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import math
 import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from types import TracebackType
@@ -16,12 +18,16 @@ import torch.distributed as dist
 
 from megatron_klear.config import EvaluationSettings
 from megatron_klear.model import hf_config, hf_named_tensors
+from megatron_klear.parallel import Machines
 from megatron_klear.records import Grade, Prompt, RolloutGroup, ScoredGroup
 from megatron_klear.reward import AnswerFormat, GradeRequest, MathGraderPool, RewardRules
 from megatron_klear.rollout import LocalEngine, SamplingParams, merge_groups, shard_prompts
 from megatron_klear.rollout.ledger import scored_group
+from megatron_klear.session.grading import Graders, MachineGraders
 from megatron_klear.session.serving import ServedEngine
 from megatron_klear.session.session import Session
+
+_WAKE_SECONDS = 0.5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,7 +48,10 @@ class Accuracy:
 
 
 class Rollouts:
-    """Generates and grades on all ranks, each doing its share of the prompts; every rank gets all results.
+    """Generates and grades; every rank gets all results.
+
+    With the engine inside the training processes each rank does its share of the prompts. With servers the first rank
+    has them generate, and all machines' graders grade.
 
     Args:
         session: the run.
@@ -53,8 +62,15 @@ class Rollouts:
         settings, context = session.settings, session.context
         dtype = torch.bfloat16 if settings.model.dtype == "bfloat16" else torch.float32
         self.engine: LocalEngine | ServedEngine
+        self.graders: Graders
+        self._machines: Machines | None = None
+        workers = settings.reward.workers
         if settings.rollout.engine == "sglang":
-            self.engine = ServedEngine(session)
+            self._machines = Machines(context)
+            # First, so that machines grade as soon as there is something to grade.
+            pool = self._grader_pool(workers) if self._machines.is_leader else None
+            self.graders = MachineGraders(self._machines, pool, workers=workers)
+            self.engine = ServedEngine(session, self._machines)
         else:
             self.engine = LocalEngine(
                 hf_config(session.arch, dtype=settings.model.dtype, yarn=settings.yarn.in_training(session.arch)),
@@ -62,18 +78,7 @@ class Rollouts:
                 dtype=dtype,
                 batch_responses=settings.rollout.batch_responses,
             )
-        local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        reward = settings.reward
-        self.graders = MathGraderPool(
-            workers=max(1, reward.workers // local_ranks),
-            timeout_seconds=reward.timeout_seconds,
-            rules=RewardRules(correct=reward.correct, wrong=reward.wrong, malformed=reward.malformed),
-            answer_format=AnswerFormat(
-                think_start=settings.tokenizer.think_start,
-                think_end=settings.tokenizer.think_end,
-                require_think=reward.require_think,
-            ),
-        )
+            self.graders = self._grader_pool(max(1, workers // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
         self.stop_token_ids = session.chat.stop_ids
 
     def __enter__(self) -> Self:
@@ -82,8 +87,23 @@ class Rollouts:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if self._machines is not None:
+            self._machines.close()
         self.graders.close()
         self.engine.close()
+
+    def _grader_pool(self, workers: int) -> MathGraderPool:
+        reward, tokenizer = self.session.settings.reward, self.session.settings.tokenizer
+        return MathGraderPool(
+            workers=workers,
+            timeout_seconds=reward.timeout_seconds,
+            rules=RewardRules(correct=reward.correct, wrong=reward.wrong, malformed=reward.malformed),
+            answer_format=AnswerFormat(
+                think_start=tokenizer.think_start,
+                think_end=tokenizer.think_end,
+                require_think=reward.require_think,
+            ),
+        )
 
     @property
     def attested(self) -> bool:
@@ -101,7 +121,7 @@ class Rollouts:
             self.engine.update_weights(stream, version=version)
 
     def generate(self, prompts: Sequence[Prompt], *, step: int) -> list[RolloutGroup]:
-        """This rank's share of the step's groups: M responses to each prompt at the training temperature."""
+        """M responses to each of a step's prompts at the training temperature; of a local engine this rank's share."""
         rollout = self.session.settings.rollout
         sampling = SamplingParams(
             temperature=rollout.temperature,
@@ -112,12 +132,16 @@ class Rollouts:
         return self._generate(prompts, sampling, rollout.responses_per_prompt, seed=_seed(self.session, step, 0))
 
     def score(self, prompts: Sequence[Prompt], mine: Sequence[RolloutGroup]) -> list[ScoredGroup]:
-        """Grade this rank's groups and gather everyone's, in the order of `prompts`, with their advantages (Eq. 4)."""
+        """Grade what `generate` gave; all groups in the order of `prompts`, with their advantages (Eq. 4)."""
+        std = self.session.settings.algorithm.advantage_std
+        if isinstance(self.engine, ServedEngine):
+            with self.session.phase("grade"):
+                told = self.engine.for_all("grade", lambda: self._graded_meanwhile(mine))
+            return [scored_group(group, grades, normalize_std=std) for group, grades in zip(mine, told, strict=True)]
         with self.session.phase("grade"):
             graded = {group.prompt.prompt_id: grades for group, grades in zip(mine, self.grade(mine), strict=True)}
         with self.session.phase("gather"):
             groups, grades = self._gather(prompts, mine, graded)
-        std = self.session.settings.algorithm.advantage_std
         return [scored_group(group, grades[group.prompt.prompt_id], normalize_std=std) for group in groups]
 
     def evaluate(self, prompts: Sequence[Prompt], settings: EvaluationSettings, *, step: int) -> Accuracy:
@@ -190,13 +214,9 @@ class Rollouts:
                 advance(progress.finished_responses - done)
                 done = progress.finished_responses
 
-            groups = self.engine.generate(
+            return self.engine.generate(
                 mine, num_responses=num_responses, sampling=sampling, seed=seed, on_progress=show
             )
-        if not served:
-            return groups
-        share = {prompt.prompt_id for prompt in shard_prompts(prompts, world.rank, world.size)}
-        return [group for group in groups if group.prompt.prompt_id in share]
 
     def grade(self, groups: Sequence[RolloutGroup]) -> list[tuple[Grade, ...]]:
         """Grades of each group's responses, which are decoded without the end-of-turn token that closes them."""
@@ -212,6 +232,15 @@ class Rollouts:
         ]
         grades = iter(self.graders.grade_many(requests))
         return [tuple(next(grades) for _ in group.rollouts) for group in groups]
+
+    def _graded_meanwhile(self, groups: Sequence[RolloutGroup]) -> list[tuple[Grade, ...]]:
+        """As `grade`, on the first rank, showing the others that it lives."""
+        assert isinstance(self.engine, ServedEngine)
+        with ThreadPoolExecutor(1, thread_name_prefix="grade") as thread:
+            grading = thread.submit(self.grade, groups)
+            while not concurrent.futures.wait([grading], timeout=_WAKE_SECONDS).done:
+                self.engine.alive()
+            return grading.result()
 
     def _answer_text(self, response_ids: np.ndarray) -> str:
         ended = len(response_ids) > 0 and int(response_ids[-1]) in self.stop_token_ids

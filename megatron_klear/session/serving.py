@@ -1,4 +1,4 @@
-"""SGLang's servers as the engine of a run: the first rank owns them, all ranks publish to them."""
+"""SGLang's servers as the engine of a run: the first rank commands them, all ranks publish to them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -19,12 +19,20 @@ import torch.distributed as dist
 
 from megatron_klear.errors import WeightSyncError
 from megatron_klear.model import hf_config
-from megatron_klear.parallel import FirstRank
+from megatron_klear.parallel import FirstRank, Machines
 from megatron_klear.records import FloatArray, IntArray, Prompt, RolloutGroup, TrainSequence
 from megatron_klear.rollout import ProgressCallback, SamplingParams
 from megatron_klear.rollout.endpoint import Endpoint, EndpointError
 from megatron_klear.rollout.manager import Restart
-from megatron_klear.rollout.sglang import ConnectedEngine, Expected, ServerFleet, SglangEngine
+from megatron_klear.rollout.sglang import (
+    ConnectedEngine,
+    Expected,
+    FleetPlace,
+    ServerFleet,
+    SglangEngine,
+    wait_until_answering,
+)
+from megatron_klear.session.fleets import MachineFleets
 from megatron_klear.session.restarting import EngineRestarts
 from megatron_klear.session.session import Session
 from megatron_klear.weight_sync import (
@@ -49,22 +57,25 @@ _ATTEMPTS = 4
 """How often an evaluation is begun when its servers are lost."""
 _WAKE_SECONDS = 0.5
 _SHARED_MEMORY = Path("/dev/shm")
+_Result = TypeVar("_Result")
 
 
 class ServedEngine:
     """Generates on SGLang's servers; every rank holds one, and its methods are collectives.
 
-    Servers are started, or those at `sglang.urls` used; they end with this process at the latest.
+    Servers are started on every machine of the launch, or those at `sglang.urls` used. Those that were started end with
+    the trainer's processes on their machine at the latest.
 
     Args:
         session: the run.
+        machines: where servers are started.
 
     Raises:
         ConfigError: on every rank: servers cannot be started or reached, or do not serve our model.
         RolloutError: on every rank: a server failed while starting.
     """
 
-    def __init__(self, session: Session) -> None:
+    def __init__(self, session: Session, machines: Machines) -> None:
         self.session = session
         settings = session.settings
         self._first_rank = FirstRank(
@@ -74,22 +85,27 @@ class ServedEngine:
         )
         self._engine: SglangEngine | None = None
         self._resources = ExitStack()
-        self._fleet: ServerFleet | None = None
+        self._fleets: MachineFleets | None = None
+        if not settings.sglang.urls:
+            self._fleets = MachineFleets(machines, lambda: self._fleet(machines))
+            self._resources.callback(self._fleets.close)
         self._group: EngineGroup | None = None
         self._files: WeightFiles | None = None
         self._restarts: EngineRestarts | None = None
         self._is_managed = False
         self._probe: tuple[IntArray, FloatArray] | None = None
         transport: Transport | None = None
-        with session.phase("start engines"):
+        with session.phase("start engines"), ExitStack() as on_failure:
+            on_failure.callback(self._resources.close)
             layout = EngineLayout(**self._first_rank.run("start SGLang's servers", self._start))
+            on_failure.pop_all()
         if self._engine is not None:
             callers = [engine.caller for engine in self._engine.engines]
             group = EngineGroup(callers, settings.weight_sync.timeout_seconds, waiting=self._first_rank.alive)
             transport = self._transport(group, layout)
             self._group = group
-            if self._fleet is not None and self._files is not None:
-                self._restarts = EngineRestarts(self._fleet, self._engine, group, self._bring_up)
+            if self._fleets is not None and self._files is not None:
+                self._restarts = EngineRestarts(self._fleets, self._engine, group, self._bring_up)
                 self._resources.callback(self._restarts.close)
         self._publisher = Publisher(
             self._group,
@@ -136,10 +152,12 @@ class ServedEngine:
         assert self._engine is not None
         assert self._group is not None
         self._is_managed = True
+        if self.session.settings.sglang.router_url is not None:
+            return [self._engine.routed_endpoint()]
         if self._restarts is not None:
             self._group.least = 0
             return self._restarts.endpoints()
-        if self._fleet is not None:
+        if self._fleets is not None:
             self._group.least = self.session.settings.scheduling.min_engines
         return [self._engine.another_endpoint(index) for index in range(len(self._engine.engines))]
 
@@ -162,11 +180,10 @@ class ServedEngine:
         Raises:
             RolloutError: on every rank; see `SglangEngine.generate`.
         """
-        groups: list[list[RolloutGroup] | None] = [None]
 
-        def generate() -> None:
+        def generate() -> list[RolloutGroup]:
             assert self._engine is not None
-            groups[0] = self._engine.generate(
+            return self._engine.generate(
                 prompts,
                 num_responses=num_responses,
                 sampling=sampling,
@@ -175,10 +192,30 @@ class ServedEngine:
                 waiting=self._first_rank.alive,
             )
 
-        self._first_rank.run("generate", lambda: self._tried(generate))
-        dist.broadcast_object_list(groups, src=0)
-        assert groups[0] is not None
-        return groups[0]
+        return self.for_all("generate", lambda: self._tried(generate))
+
+    def for_all(self, what: str, action: Callable[[], _Result]) -> _Result:
+        """Do `action` on the first rank, while the others wait outside of any collective; every rank gets its result.
+
+        Args:
+            what: names the action in messages.
+            action: calls `alive` now and then; its result can be pickled.
+
+        Raises:
+            KlearError: what the action raised, on every rank.
+        """
+        result: list[_Result | None] = [None]
+
+        def act() -> None:
+            result[0] = action()
+
+        self._first_rank.run(what, act)
+        dist.broadcast_object_list(result, src=0)
+        return cast(_Result, result[0])
+
+    def alive(self) -> None:
+        """Note that the first rank is alive; called by actions of `for_all` while they wait."""
+        self._first_rank.alive()
 
     def close(self) -> None:
         """End the servers that were started; a second call does nothing."""
@@ -191,19 +228,10 @@ class ServedEngine:
         longest = self._longest_sequence()
         with ExitStack() as on_failure:
             urls: Sequence[str] = settings.sglang.urls
-            if not urls:
-                fleet = ServerFleet(
-                    settings.sglang,
-                    self._hf_config(self._dtype()),
-                    self.session.root,
-                    dtype=settings.model.dtype,
-                    on_cpu=self.session.context.device.type == "cpu",
-                    batch_responses=settings.rollout.batch_responses,
-                    longest_sequence=longest,
-                )
-                on_failure.callback(fleet.close)
-                self._fleet = fleet
-                urls = fleet.start_all(self._first_rank.alive)
+            if self._fleets is not None:
+                urls = self._fleets.start_all(self._first_rank.alive)
+            else:
+                wait_until_answering(urls, settings.sglang.connect_seconds, self._first_rank.alive)
             encode = self.session.chat.hf
             samples = [(text, encode(text, add_special_tokens=False)["input_ids"]) for text in _SAMPLE_TEXTS]
             expected = Expected(vocab_size=arch.vocab_size, longest_sequence=longest, tokenizer_samples=samples)
@@ -219,11 +247,29 @@ class ServedEngine:
                 for e in engine.engines
             ]
             layout = common_layout(layouts, [e.endpoint.name for e in engine.engines])
-            self._engine, self._resources = engine, on_failure.pop_all()
+            self._engine = engine
+            self._resources.push(on_failure.pop_all())
         log.info("SGLang %s: %s", engine.engines[0].facts.version, ", ".join(urls))
         return asdict(layout)
 
-    def _tried(self, generate: Callable[[], None]) -> None:
+    def _fleet(self, machines: Machines) -> ServerFleet:
+        settings = self.session.settings
+        return ServerFleet(
+            settings.sglang,
+            self._hf_config(self._dtype()),
+            self.session.root,
+            dtype=settings.model.dtype,
+            on_cpu=self.session.context.device.type == "cpu",
+            batch_responses=settings.rollout.batch_responses,
+            longest_sequence=self._longest_sequence(),
+            place=FleetPlace(
+                first_number=machines.number * settings.sglang.servers,
+                address=machines.address if machines.count > 1 else "127.0.0.1",
+                companions=machines.pids,
+            ),
+        )
+
+    def _tried(self, generate: Callable[[], _Result]) -> _Result:
         """Generate, and again when servers were lost meanwhile and the manager has brought one back."""
         for left in reversed(range(_ATTEMPTS)):
             try:
@@ -233,6 +279,7 @@ class ServedEngine:
                     raise
                 log.warning("%s; asking again when a server answers", error)
                 self._wait_for_server(error)
+        raise AssertionError("the last attempt returns or raises")
 
     def _wait_for_server(self, error: EndpointError) -> None:
         assert self._engine is not None
@@ -278,7 +325,7 @@ class ServedEngine:
         near = all(_is_this_machine(caller.url) for caller in engines.callers)
         if kind == "auto":
             kind = "tensor" if near else "distributed"
-        keeps = settings.weight_sync.keep_on_disk and self._fleet is not None
+        keeps = settings.weight_sync.keep_on_disk and self._fleets is not None
         files = WeightFiles(
             self.session.root / "weights", self._hf_config(layout.dtype), keep=2 if kind == "disk" else 1
         )

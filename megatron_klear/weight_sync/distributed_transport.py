@@ -143,11 +143,18 @@ class DistributedTransport:
 
 
 def address_for(engines: EngineGroup) -> str:
-    """This machine's address as the engines see it: the one it reaches the first of them from."""
-    parts = urlsplit(engines.callers[0].url)
+    """This machine's address as the engines see it: the one it reaches them from, those elsewhere if there are any."""
+    # Engines on this machine may be known by 127.0.0.1, where those of other machines would look for themselves.
+    elsewhere = [c for c in engines.callers if not _is_loopback(urlsplit(c.url).hostname)]
+    chosen = [*elsewhere, *engines.callers][0]
+    parts = urlsplit(chosen.url)
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
             probe.connect((parts.hostname or "127.0.0.1", parts.port or 80))  # sends nothing
         except OSError as error:
-            raise WeightSyncError(f"{engines.callers[0].name}: no way to its address: {error}") from error
+            raise WeightSyncError(f"{chosen.name}: no way to its address: {error}") from error
         return str(probe.getsockname()[0])
+
+
+def _is_loopback(host: str | None) -> bool:
+    return host is None or host in ("localhost", "::1") or host.startswith("127.")

@@ -62,11 +62,19 @@ Start = Callable[..., Launch]
 def start(tmp_path: Path) -> Start:
     """Start an entry: `start("train_sft", config, [overrides], ranks=2)`, or a script by its path.
 
+    With `hosts` every rank is a machine of its own, whose servers listen on its address of these.
     Whatever is left is killed at the end.
     """
     launches: list[Launch] = []
 
-    def launch(entry: str, config: str | Path, overrides: Sequence[str] = (), *, ranks: int = 2) -> Launch:
+    def launch(
+        entry: str,
+        config: str | Path,
+        overrides: Sequence[str] = (),
+        *,
+        ranks: int = 2,
+        hosts: Sequence[str] = (),
+    ) -> Launch:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
@@ -82,14 +90,15 @@ def start(tmp_path: Path) -> Start:
                 "MASTER_ADDR": "127.0.0.1",
                 "MASTER_PORT": str(port),
                 "RANK": str(rank),
-                "LOCAL_RANK": str(rank),
+                "LOCAL_RANK": "0" if hosts else str(rank),
                 "WORLD_SIZE": str(ranks),
-                "LOCAL_WORLD_SIZE": str(ranks),
+                "LOCAL_WORLD_SIZE": "1" if hosts else str(ranks),
             }
+            place = [f"sglang.host={hosts[rank]}"] if hosts else []
             with log.open("wb") as stream:
                 processes.append(
                     subprocess.Popen(
-                        [sys.executable, *program, str(config), *overrides],
+                        [sys.executable, *program, str(config), *overrides, *place],
                         cwd=ROOT,
                         env=environment,
                         stdin=subprocess.DEVNULL,

@@ -197,6 +197,9 @@ class Run:
     def publishing(self, version: int) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext()
 
+    def sharing_engines(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
     def trained(self, step: int) -> None:
         self.order.append(f"trained {step}")
 

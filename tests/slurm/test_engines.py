@@ -73,7 +73,8 @@ def test_engines_run_beside_the_trainer_and_end_with_it(slurm, tmp_path):
     urls = f"sglang.urls=[http://127.0.0.1:{port},http://127.0.0.1:{port + 1}]"
     (trainer,) = (tmp_path / "calls.trainer").read_text().splitlines()
     assert trainer.startswith("n1 -m torch.distributed.run --nnodes 1 --nproc-per-node 1 --node-rank 0 ")
-    assert trainer.endswith(f" -m megatron_klear.train_rl config.yaml rl.steps=3 rollout.engine=sglang {urls}")
+    waits = "sglang.connect_seconds=1800"  # engines start when it does, and take longer
+    assert trainer.endswith(f" -m megatron_klear.train_rl config.yaml rl.steps=3 rollout.engine=sglang {urls} {waits}")
 
     engines = (tmp_path / "calls.engine").read_text().splitlines()
     served = "n2 -m sglang.launch_server --model-path /models/a b --mem-fraction-static 0.8 --tp-size 1 --host 0.0.0.0"

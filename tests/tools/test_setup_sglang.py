@@ -64,7 +64,7 @@ def test_a_cpu_gets_no_kernel_packages_and_the_shims(set_up):
     assert result.returncode == 0, result.stderr
     installs = set_up.installs()
     assert installs[0].endswith(" torch")
-    assert "--no-deps sglang triton torchvision apache-tvm-ffi" in installs[-1]
+    assert "--no-deps sglang triton torchvision apache-tvm-ffi sglang-router" in installs[-1]
     assert not any(re.search(r"sglang-kernel|flashinfer|torchaudio|sgl-", line) for line in installs)
     assert all(f"-c {set_up.venv}/constraints.txt" in line for line in installs)
     assert (set_up.venv / "lib" / "sgl_kernel" / "__init__.py").exists()
@@ -75,7 +75,7 @@ def test_a_cpu_gets_no_kernel_packages_and_the_shims(set_up):
 def test_a_gpu_gets_sglangs_own_torch_and_kernels(set_up):
     result = set_up(KLEAR_SGLANG_DEVICE="cuda")
     assert result.returncode == 0, result.stderr
-    assert set_up.installs()[-1].endswith(" sglang")
+    assert set_up.installs()[-1].endswith(" sglang sglang-router")
     assert not (set_up.venv / "lib" / "sgl_kernel").exists()
     pins = (set_up.venv / "constraints.txt").read_text()
     assert "sglang==" in pins

@@ -11,13 +11,15 @@ from megatron_klear.rollout.ledger import Ledger
 from megatron_klear.rollout.manager.journal import Journal, RunBlocking
 
 Grader = Callable[[Sequence[RolloutGroup]], Sequence[Sequence[Grade]]]
-"""Grades whole groups, one grade per response; blocking, called outside the event loop by one caller at a time."""
+"""Grades whole groups, one grade per response; blocking, called outside the event loop by two callers at a time."""
 
 _TOGETHER = 32
+_AT_A_TIME = 2
+"""While one call waits for its slowest response, the graders have those of the other."""
 
 
 class GradingQueue:
-    """Grades groups in the order they became complete, a few at a time, while others are being generated.
+    """Grades groups, begun in the order they became complete, a few at a time, while others are being generated.
 
     Args:
         ledger: responses are read from it, so that complete groups need no memory here.
@@ -41,21 +43,26 @@ class GradingQueue:
         self._ledger, self._journal, self._grade, self._run_blocking = ledger, journal, grade, run_blocking
         self._on_graded, self._on_failure = on_graded, on_failure
         self._waiting: list[int] = []
-        self._task: asyncio.Task[None] | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._num_working = 0
         self._is_closed = False
 
     def add(self, group_id: int) -> None:
         """Grade a group that the ledger has as generated."""
         self._waiting.append(group_id)
-        if self._task is None and not self._is_closed:
-            self._task = asyncio.create_task(self._grade_all())
+        if self._num_working < _AT_A_TIME and not self._is_closed:
+            self._num_working += 1
+            task = asyncio.create_task(self._grade_all())
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
 
     async def close(self) -> None:
         """Stop; groups without grades stay generated in the ledger and are graded in the next life."""
         self._is_closed = True
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+        tasks = list(self._tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _grade_all(self) -> None:
         try:
@@ -70,7 +77,7 @@ class GradingQueue:
         except Exception as error:  # the grader is code of another room; what it raises ends the run in its words
             self._on_failure(RolloutError(f"grading failed: {type(error).__name__}: {error}"))
         finally:
-            self._task = None
+            self._num_working -= 1
 
     def _grades_of(self, group_ids: list[int]) -> Sequence[Sequence[Grade]]:
         return self._grade([stored.rollout_group() for stored in self._ledger.load(group_ids)])

@@ -58,6 +58,7 @@ class EngineCare:
         self.tick_seconds = min(settings.stall_seconds / 4, 15.0)
         self.version = -1
         self._settled = asyncio.Event()
+        self._others = 0
         self._pool, self._settings, self._restart = pool, settings, restart
         self._on_lost, self._on_ready, self._on_failure, self._move = on_lost, on_ready, on_failure, move
         self._short_since: float | None = None
@@ -89,6 +90,19 @@ class EngineCare:
     def expect_publish(self) -> None:
         """Engines change their weights from now until `check_versions`: nobody is judged by them meanwhile."""
         self._settled.clear()
+
+    def share(self) -> None:
+        """Others use the engines, too, until `unshare`: silence may only mean that they are served first."""
+        self._others += 1
+
+    def unshare(self) -> None:
+        """The engines are ours again; what they did meanwhile is not held against them."""
+        self._others -= 1
+        now = self._measured_at = asyncio.get_running_loop().time()
+        for engine in self._pool:
+            engine.last_progress, engine.measured_tokens = now, engine.tokens
+            for request in engine.requests.values():
+                request.last_progress = now
 
     async def check_versions(self, version: int) -> None:
         """Ask all engines in use which weights they have; those with others than `version` are lost."""
@@ -169,13 +183,15 @@ class EngineCare:
             await asyncio.sleep(self.tick_seconds)
             now = asyncio.get_running_loop().time()
             for engine in self._pool:
+                if engine.status == "serving" and engine.requests and self._others:
+                    continue
                 if engine.status == "serving" and engine.requests:
                     self._watch_engine(engine, now)
                 elif engine.status == "serving" and self._settled.is_set() and not engine.is_asked:
                     self._spawn(self._check_idle(engine))
                 elif engine.status == "down" and self._restart is None:
                     self._spawn(self._ask_whether_back(engine))
-            if now - self._measured_at >= self._settings.stall_seconds / 2:
+            if now - self._measured_at >= self._settings.stall_seconds / 2 and not self._others:
                 self._measure(now - self._measured_at)
                 self._measured_at = now
             self._judge()

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import threading
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -140,6 +141,16 @@ class RolloutManager:
     def resume(self, version: int) -> None:
         """Go on under new weights; engines that report another version are lost until they have it."""
         self._call(self._scheduler.resume(version))
+
+    @contextmanager
+    def sharing_engines(self) -> Iterator[None]:
+        """Around requests that others send to the engines; no engine is given up for its silence meanwhile."""
+        care = self._scheduler.dispatcher.care
+        self._call(self._made(care.share))
+        try:
+            yield
+        finally:
+            self._call(self._made(care.unshare))
 
     def counts(self) -> dict[str, float]:
         """What happened so far, for metrics: requests, tokens, failures, moves, engines that serve."""

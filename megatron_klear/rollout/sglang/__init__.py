@@ -6,7 +6,7 @@ from megatron_klear.rollout.sglang.compatibility import EngineFacts, Expected, e
 from megatron_klear.rollout.sglang.connection import Connection
 from megatron_klear.rollout.sglang.endpoint import SglangEndpoint
 from megatron_klear.rollout.sglang.engine import EndpointPool
-from megatron_klear.rollout.sglang.fleet import ServerFleet
+from megatron_klear.rollout.sglang.fleet import FleetPlace, ServerFleet, wait_until_answering
 from megatron_klear.rollout.sglang.serving import ConnectedEngine, SglangCaller, SglangEngine
 
 __all__ = [
@@ -15,9 +15,11 @@ __all__ = [
     "EndpointPool",
     "EngineFacts",
     "Expected",
+    "FleetPlace",
     "ServerFleet",
     "SglangCaller",
     "SglangEndpoint",
     "SglangEngine",
     "examine",
+    "wait_until_answering",
 ]

@@ -35,6 +35,7 @@ def server_command(
     model_dir: Path,
     *,
     dtype: str,
+    host: str,
     port: int,
     on_cpu: bool,
     batch_responses: int,
@@ -49,7 +50,7 @@ def server_command(
         settings: section `sglang`.
         model_dir: directory with the model's config.json.
         dtype: data type where `sglang.dtype` is auto.
-        port: to listen on.
+        host, port: to listen on.
         on_cpu: whether it computes on the CPU.
         batch_responses: responses generated at a time.
         longest_sequence: prompt and response together, in tokens.
@@ -58,7 +59,7 @@ def server_command(
         *("--model-path", str(model_dir)),
         *("--load-format", "dummy"),
         "--skip-tokenizer-init",
-        *("--host", settings.host),
+        *("--host", host),
         *("--port", str(port)),
         *("--tp-size", str(settings.server_tp)),
         *("--dtype", dtype if settings.dtype == "auto" else settings.dtype),

@@ -40,6 +40,8 @@ class EndpointPool:
         self._outstanding = [0] * len(endpoints)
         self._retries = retries
         self.failures = 0
+        self.version: int | None = None
+        """Of the weights that all tokens must come from; None does not look."""
         self._numbers = itertools.count()
 
     async def generate(
@@ -105,6 +107,7 @@ class EndpointPool:
                     if part.finish_reason == "abort" and not len(part.token_ids):
                         name = self.endpoints[place].name
                         raise EndpointError(f"{name}: gave request {request.request_id} back untouched", retry=True)
+                    self._require_version(self.endpoints[place].name, part)
                 except EndpointError as error:
                     self.failures += 1
                     failures += 1
@@ -125,6 +128,13 @@ class EndpointPool:
             self._outstanding[place] -= 1
             if parts and parts[-1].finish_reason != "abort":
                 progress.finish(key)
+
+    def _require_version(self, name: str, part: GeneratedPart) -> None:
+        others = sorted({version for version, _ in part.policy_versions} - {self.version})
+        if self.version is not None and others:
+            raise EndpointError(
+                f"{name}: sampled with weights of version {others[0]}, and version {self.version} is in use", retry=True
+            )
 
     def _request(
         self, prompt: Prompt, index: int, sampling: SamplingParams, seed: int, parts: Sequence[GeneratedPart]

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import atexit
+import errno
 import json
 import logging
 import re
 import socket
 import time
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -18,6 +20,7 @@ import httpx2
 
 from megatron_klear.config.serving import SglangSettings
 from megatron_klear.errors import ConfigError, RolloutError
+from megatron_klear.observe.replace import replace_file
 from megatron_klear.rollout.sglang.command import server_command, server_environment
 from megatron_klear.rollout.sglang.process import ServerProcess
 
@@ -36,6 +39,21 @@ def _close_all() -> None:
         fleet.close()
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FleetPlace:
+    """Where among the machines of a launch a fleet is.
+
+    Attributes:
+        first_number: of its servers among all, for names of logs.
+        address: of this machine, as the first rank reaches it.
+        companions: processes beside this one with any of which the servers end.
+    """
+
+    first_number: int = 0
+    address: str = "127.0.0.1"
+    companions: tuple[int, ...] = ()
+
+
 class ServerFleet:
     """SGLang servers on this machine, ended with this process whatever ends it.
 
@@ -47,6 +65,7 @@ class ServerFleet:
         on_cpu: whether the servers compute on the CPU.
         batch_responses: responses that one server generates at a time.
         longest_sequence: prompt and response together, in tokens.
+        place: among the machines of the launch.
     """
 
     def __init__(
@@ -59,18 +78,22 @@ class ServerFleet:
         on_cpu: bool,
         batch_responses: int,
         longest_sequence: int,
+        place: FleetPlace | None = None,
     ) -> None:
-        self._settings = settings
+        self._settings, self._place = settings, place or FleetPlace()
+        self._host = self._place.address if settings.host == "auto" else settings.host
         self._logs = run_dir / "logs"
         self._on_cpu = on_cpu
         self._model_dir = self._logs / "engine_model"
         self._model_dir.mkdir(parents=True, exist_ok=True)
-        (self._model_dir / "config.json").write_text(json.dumps(hf_config, indent=1) + "\n")
+        if not self._place.first_number:  # the directory is shared, and the first machine's fleet is made first
+            replace_file(self._model_dir / "config.json", json.dumps(hf_config, indent=1) + "\n")
         self._shape: dict[str, Any] = {
             "dtype": dtype,
             "on_cpu": on_cpu,
             "batch_responses": batch_responses,
             "longest_sequence": longest_sequence,
+            "host": self._host,
         }
         self._processes: dict[int, ServerProcess] = {}
         self._ports: dict[int, int] = {}
@@ -94,12 +117,13 @@ class ServerFleet:
         """
         self.stop(index)
         if self._closed:
-            raise RolloutError(f"SGLang server {index} is not started: the run is ending")
+            raise RolloutError(f"{self._name(index)} is not started: the run is ending")
         port = self._choose_port(index)
         command = server_command(self._settings, self._model_dir.absolute(), port=port, **self._shape)
         environment = server_environment(self._settings, index, on_cpu=self._on_cpu)
         self._ports[index] = port
-        self._processes[index] = ServerProcess(command, environment, self._logs / f"engine_{index}.log")
+        log_file = self._logs / f"engine_{self._place.first_number + index}.log"
+        self._processes[index] = ServerProcess(command, environment, log_file, companions=self._place.companions)
 
     def start_all(self, waiting: Callable[[], None] | None = None) -> list[str]:
         """Start all servers at once and wait until each answers.
@@ -126,7 +150,7 @@ class ServerFleet:
 
     def url(self, index: int) -> str:
         """Where server number `index` answers."""
-        host = "127.0.0.1" if self._settings.host == "0.0.0.0" else self._settings.host
+        host = self._place.address if self._host == "0.0.0.0" else self._host
         return f"http://{host}:{self._ports[index]}"
 
     def pid(self, index: int) -> int:
@@ -151,7 +175,7 @@ class ServerFleet:
         deadline = time.monotonic() + self._settings.start_seconds
         attempts = 1
         with httpx2.Client(trust_env=False, timeout=5.0) as client:
-            while not _is_ready(client, self.url(index)):
+            while not is_ready(client, self.url(index)):
                 process = self._processes[index]
                 status = process.exit_status()
                 if status is not None:
@@ -161,18 +185,18 @@ class ServerFleet:
                         self.start(index)
                         continue
                     raise RolloutError(
-                        f"SGLang server {index} ended with status {status} while starting (sglang.*); the end of "
+                        f"{self._name(index)} ended with status {status} while starting (sglang.*); the end of "
                         f"{process.log}:\n{tail}"
                     )
                 if time.monotonic() > deadline:
                     raise RolloutError(
-                        f"SGLang server {index} is not ready after {self._settings.start_seconds:.0f} s "
+                        f"{self._name(index)} is not ready after {self._settings.start_seconds:.0f} s "
                         f"(sglang.start_seconds); the end of {process.log}:\n{process.log_tail()}"
                     )
                 if waiting is not None:
                     waiting()
                 time.sleep(_POLL_SECONDS)
-        log.info("SGLang server %d is ready: %s, log %s", index, self.url(index), self._processes[index].log)
+        log.info("%s is ready: %s, log %s", self._name(index), self.url(index), self._processes[index].log)
 
     def stop(self, index: int) -> None:
         """End server number `index` and all its processes; nothing happens when it does not run."""
@@ -189,22 +213,47 @@ class ServerFleet:
             self.stop(index)
         _fleets.discard(self)
 
+    def _name(self, index: int) -> str:
+        number, place = self._place.first_number + index, self._place
+        return f"SGLang server {number}" + (f" on {place.address}" if place.first_number else "")
+
     def _choose_port(self, index: int) -> int:
-        if self._settings.port is None:
-            return _free_port(self._settings.host)
-        port = self._settings.port + index
-        if not _is_free(self._settings.host, port):
-            raise ConfigError(
-                [f"sglang.port: port {port} on {self._settings.host} is in use, and server {index} needs it; choose "
-                 "another, or null for free ones"]
-            )  # fmt: skip
-        return port
+        try:
+            if self._settings.port is None:
+                return _free_port(self._host)
+            port = self._settings.port + index
+            if _is_free(self._host, port):
+                return port
+        except OSError as error:
+            text = f"sglang.host: {self._host} is no address that a server can listen on here: {error}"
+            raise ConfigError([text]) from error
+        number = self._place.first_number + index
+        raise ConfigError(
+            [f"sglang.port: port {port} on {self._host} is in use, and server {number} needs it; choose another, or "
+             "null for free ones"]
+        )  # fmt: skip
 
 
-def _is_ready(client: httpx2.Client, url: str) -> bool:
+def wait_until_answering(urls: Sequence[str], seconds: float, waiting: Callable[[], None]) -> None:
+    """Give servers that others start so long to load their model; whoever asks them next says what is wrong.
+
+    Args:
+        urls: of the servers.
+        seconds: for all of them together.
+        waiting: called while waiting, several times a second.
+    """
+    deadline = time.monotonic() + seconds
+    with httpx2.Client(trust_env=False, timeout=5.0) as client:
+        left = list(urls)
+        while time.monotonic() < deadline and (left := [url for url in left if not is_ready(client, url)]):
+            waiting()
+            time.sleep(_POLL_SECONDS)
+
+
+def is_ready(client: httpx2.Client, url: str) -> bool:
     """Whether the server has loaded its model: it answers HTTP only then."""
     try:
-        return client.get(f"{url}/model_info").status_code == 200
+        return client.get(f"{url.rstrip('/')}/model_info").status_code == 200
     except httpx2.TransportError:
         return False
 
@@ -220,6 +269,8 @@ def _is_free(host: str, port: int) -> bool:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
-        except OSError:
+        except OSError as error:
+            if error.errno not in (errno.EADDRINUSE, errno.EACCES):
+                raise
             return False
     return True

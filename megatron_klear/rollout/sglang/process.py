@@ -23,18 +23,27 @@ class ServerProcess:
         command: program and arguments.
         environment: its environment variables.
         log: file that its output is added to.
+        companions: processes beside this one, on the same machine, with any of which it ends, too.
     """
 
-    def __init__(self, command: Sequence[str], environment: Mapping[str, str], log: Path) -> None:
+    def __init__(
+        self,
+        command: Sequence[str],
+        environment: Mapping[str, str],
+        log: Path,
+        *,
+        companions: Sequence[int] = (),
+    ) -> None:
         self.log = log
         log.parent.mkdir(parents=True, exist_ok=True)
+        watched = ",".join(str(pid) for pid in dict.fromkeys((os.getpid(), *companions)))
         with log.open("ab") as output:
             output.write(f"--- {' '.join(command)}\n".encode())
             output.flush()
             self._log_start = output.tell()
             # -I -S: neither our path nor site-packages; it needs nothing of either and starts in milliseconds.
             self._supervisor = subprocess.Popen(
-                [sys.executable, "-I", "-S", str(_SUPERVISOR), str(os.getpid()), *command],
+                [sys.executable, "-I", "-S", str(_SUPERVISOR), watched, *command],
                 stdin=subprocess.PIPE,
                 stdout=output,
                 stderr=subprocess.STDOUT,

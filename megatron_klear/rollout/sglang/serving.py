@@ -12,12 +12,14 @@ from typing import Any, TypeVar
 from megatron_klear.config.serving import SglangSettings
 from megatron_klear.errors import ConfigError
 from megatron_klear.records import FloatArray, IntArray, Prompt, Rollout, RolloutGroup
+from megatron_klear.rollout.endpoint import Endpoint
 from megatron_klear.rollout.engine import ProgressCallback, RolloutCallback, RolloutProgress, SamplingParams
 from megatron_klear.rollout.sglang.compatibility import EngineFacts, Expected, examine
 from megatron_klear.rollout.sglang.connection import Connection, Refused
 from megatron_klear.rollout.sglang.endpoint import SglangEndpoint
 from megatron_klear.rollout.sglang.engine import EndpointPool
 from megatron_klear.rollout.sglang.loop import LoopThread
+from megatron_klear.rollout.sglang.router import RoutedEndpoint, require_workers
 
 _WAKE_SECONDS = 0.1
 _Result = TypeVar("_Result")
@@ -91,7 +93,10 @@ class SglangEngine:
         self._loop = LoopThread("sglang")
         try:
             self.engines = self._loop.run(self._connect(urls))
-            endpoints = [engine.endpoint for engine in self.engines]
+            endpoints: list[Endpoint] = [engine.endpoint for engine in self.engines]
+            if settings.router_url is not None:
+                self._loop.run(require_workers(self._router(), urls))
+                endpoints, in_flight = [self.routed_endpoint()], in_flight * len(urls)
             self._pool = EndpointPool(endpoints, in_flight=in_flight, retries=settings.retries)
         except BaseException:
             self._loop.close()
@@ -103,7 +108,8 @@ class SglangEngine:
         return self._pool.failures
 
     def use_version(self, version: int) -> None:
-        """Note that weights of this version have been published to all servers."""
+        """Note that weights of this version have been published to all servers; none but these may be sampled from."""
+        self._pool.version = version
         for engine in self.engines:
             engine.endpoint.use_version(version)
 
@@ -197,6 +203,12 @@ class SglangEngine:
         engine = self.engines[index]
         return self._endpoint(Connection(engine.endpoint.name, engine.caller.url), engine.facts)
 
+    def routed_endpoint(self) -> RoutedEndpoint:
+        """One way to all servers, through the router, for a caller with an event loop of its own."""
+        facts = self.engines[0].facts
+        workers = [self.another_endpoint(index) for index in range(len(self.engines))]
+        return RoutedEndpoint(self._router(), workers, **self._options(facts))
+
     def answering(self, version: int) -> list[int]:
         """Numbers of the servers that are alive and have weights of this version."""
 
@@ -230,11 +242,18 @@ class SglangEngine:
         )
 
     def _endpoint(self, connection: Connection, facts: EngineFacts) -> SglangEndpoint:
-        return SglangEndpoint(
-            connection,
-            vocab_size=self._expected.vocab_size,
-            context_length=facts.context_length,
-            incremental=facts.incremental,
-            stream_interval=self._settings.stream_interval,
-            idle_seconds=self._settings.idle_seconds,
-        )
+        return SglangEndpoint(connection, **self._options(facts))
+
+    def _options(self, facts: EngineFacts) -> dict[str, Any]:
+        return {
+            "vocab_size": self._expected.vocab_size,
+            "context_length": facts.context_length,
+            "incremental": facts.incremental,
+            "stream_interval": self._settings.stream_interval,
+            "idle_seconds": self._settings.idle_seconds,
+        }
+
+    def _router(self) -> Connection:
+        url = self._settings.router_url
+        assert url is not None
+        return Connection(f"the router ({url.rstrip('/')})", url)

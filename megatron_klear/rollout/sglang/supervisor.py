@@ -1,4 +1,4 @@
-"""Runs one serving command and lets none of its processes outlive the trainer: `supervisor.py PARENT_PID COMMAND...`.
+"""Runs one serving command and lets none of its processes outlive the trainer: `supervisor.py PID[,PID...] COMMAND...`.
 
 A server makes processes of its own, and a trainer that is killed with SIGKILL ends none of them. So this small process
 stands between the two. It notices that the trainer is gone by the end of its standard input, a pipe that only the
@@ -23,15 +23,17 @@ from pathlib import Path
 GRACE_SECONDS = 10.0
 """Time that the server has to end by itself after SIGTERM, when the trainer asks for it; SGLang looks every 5 s."""
 
+_COMPANION = object()
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
 
 
-def main(parent_pid: int, command: list[str]) -> int:
+def main(parent_pid: int, companions: list[int], command: list[str]) -> int:
     """Run the command until it ends or the trainer is gone.
 
     Args:
-        parent_pid: the trainer's process.
+        parent_pid: the trainer's process that started this one.
+        companions: its other processes on this machine; the end of any of them is the trainer's.
         command: program and arguments.
 
     Returns:
@@ -51,7 +53,7 @@ def main(parent_pid: int, command: list[str]) -> int:
     server = subprocess.Popen(
         command, stdin=subprocess.DEVNULL, preexec_fn=lambda: _die_with_supervisor(own_pid), start_new_session=True
     )
-    abandoned = _wait(server, parent_pid, wake_reader)
+    abandoned = _wait(server, parent_pid, companions, wake_reader)
     status = _end(server, at_once=abandoned)
     return status if status >= 0 else 128 - status
 
@@ -68,13 +70,22 @@ def _die_with_supervisor(supervisor_pid: int) -> None:
         os._exit(1)
 
 
-def _wait(server: subprocess.Popen[bytes], parent_pid: int, wake_reader: int) -> bool:
+def _wait(server: subprocess.Popen[bytes], parent_pid: int, companions: list[int], wake_reader: int) -> bool:
     """Sleep until the server ends, the trainer asks for its end (false), or the trainer is gone (true)."""
     with selectors.DefaultSelector() as selector:
         selector.register(wake_reader, selectors.EVENT_READ)
         selector.register(0, selectors.EVENT_READ)
+        for pid in companions:
+            try:
+                selector.register(os.pidfd_open(pid), selectors.EVENT_READ, _COMPANION)
+            except ProcessLookupError:
+                return True
+            except OSError:
+                pass  # a kernel that knows none: the parent's end must do
         while True:
             for key, _ in selector.select():
+                if key.data is _COMPANION:
+                    return True
                 data = os.read(key.fd, 64)
                 if key.fd == 0:
                     # A letter before the end of the pipe is the trainer's request; its absence, the trainer's end.
@@ -140,4 +151,5 @@ def _is_dead(pid: int) -> bool:
 
 
 if __name__ == "__main__":
-    sys.exit(main(int(sys.argv[1]), sys.argv[2:]))
+    first, *others = (int(pid) for pid in sys.argv[1].split(","))
+    sys.exit(main(first, others, sys.argv[2:]))

@@ -6,6 +6,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -87,6 +88,13 @@ class StandIn:
 @pytest.fixture
 def stand_in() -> Iterator[StandIn]:
     """A server that answers as a good one does to everything but /generate."""
+    with standing_in() as made:
+        yield made
+
+
+@contextmanager
+def standing_in() -> Iterator[StandIn]:
+    """Run a stand-in."""
     made = StandIn()
     server = ThreadingHTTPServer(("127.0.0.1", 0), type("Bound", (Handler,), {"stand_in": made}))
     server.daemon_threads = True

@@ -22,8 +22,8 @@ def venv(tmp_path: Path) -> str:
 def arguments(venv: str, *, on_cpu: bool = False, **settings: Any) -> dict[str, str | None]:
     """Options of the command line with their values."""
     command = server_command(
-        SglangSettings(venv=venv, **settings), Path("/model"), dtype="bfloat16", port=4000, on_cpu=on_cpu,
-        batch_responses=32, longest_sequence=100,
+        SglangSettings(venv=venv, **settings), Path("/model"), dtype="bfloat16", host="10.0.0.7", port=4000,
+        on_cpu=on_cpu, batch_responses=32, longest_sequence=100,
     )  # fmt: skip
     assert command[:3] == [f"{venv}/bin/python", "-m", "sglang.launch_server"]
     options = command[3:]
@@ -41,7 +41,7 @@ def test_settings_become_arguments(venv: str) -> None:
         extra_args=("--enable-x", "1"),
     )
     assert found["--model-path"] == "/model"
-    assert found["--port"] == "4000"
+    assert (found["--host"], found["--port"]) == ("10.0.0.7", "4000")
     assert found["--tp-size"] == "4"
     assert found["--dtype"] == "bfloat16"
     assert found["--quantization"] == "fp8"

@@ -126,6 +126,30 @@ def test_nothing_is_left_when_the_trainer_is_killed(tmp_path: Path, kind: str) -
         os.kill(number, signal.SIGKILL)
 
 
+@pytest.mark.parametrize("when", ["later", "before"])
+def test_it_ends_with_any_other_process_of_the_trainer(tmp_path: Path, when: str) -> None:
+    """Not with the one that is a sibling of none of them: only pids that it was given count."""
+    companions = [subprocess.Popen(["sleep", "600"]) for _ in range(2)]
+    try:
+        if when == "before":
+            companions[1].kill()
+            companions[1].wait()
+        command = [sys.executable, "-c", TREE, str(tmp_path), "stubborn"]
+        known = [process.pid for process in companions]
+        server = ServerProcess(command, os.environ, tmp_path / "engine.log", companions=[os.getpid(), *known])
+        if when == "later":
+            numbers = pids(tmp_path)
+            time.sleep(0.5)
+            assert server.exit_status() is None
+            companions[1].kill()
+            until(lambda: all(gone(number) for number in [*numbers, server.pid]))
+        until(lambda: server.exit_status() is not None)
+    finally:
+        for process in companions:
+            process.kill()
+            process.wait()
+
+
 def test_nothing_is_left_when_the_supervisor_itself_is_killed(tmp_path: Path) -> None:
     server = start(tmp_path)
     numbers = pids(tmp_path)

@@ -1,0 +1,121 @@
+"""SGLang's servers on all machines of the trainer, commanded by the first rank."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+from megatron_klear.errors import RolloutError
+from megatron_klear.parallel import Machines
+from megatron_klear.rollout.sglang import ServerFleet
+
+_WAKE_SECONDS = 0.2
+
+
+class MachineFleets:
+    """One fleet of servers per machine, numbered together, machine by machine; made on every rank.
+
+    A machine's first process starts the servers there, and they end with it and with any other of the trainer's
+    processes on that machine. The first rank alone uses the methods, but for `close`.
+
+    Args:
+        machines: of the launch.
+        make: makes this machine's fleet when it is wanted.
+    """
+
+    def __init__(self, machines: Machines, make: Callable[[], ServerFleet]) -> None:
+        self._machines, self._make = machines, make
+        self._fleet: ServerFleet | None = None
+        self._is_closed = False
+        self._making = threading.Lock()
+        self._places: list[tuple[int, int]] = []
+        self._urls: list[str] = []
+        if machines.is_leader:
+            machines.offer("start its servers", lambda waiting: self._here().start_all(waiting))
+            machines.offer("start a server", lambda index, _: self._here().start(index))
+            machines.offer("end a server", lambda index, _: self._here().stop(index))
+            machines.offer("wait for a server", self._wait_here)
+
+    def start_all(self, waiting: Callable[[], None]) -> list[str]:
+        """Start all servers of all machines at once and wait until each answers.
+
+        Args:
+            waiting: called while waiting, several times a second.
+
+        Returns:
+            their URLs, in order.
+
+        Raises:
+            ConfigError: no SGLang environment on a machine, too few GPUs, or a fixed port that is taken.
+            RolloutError: a server ended or is not ready in time; carries the end of its log.
+        """
+        self._here()  # writes what the others read
+        given_up = threading.Event()
+
+        def between() -> None:
+            if given_up.is_set():
+                raise RolloutError("servers elsewhere cannot be started")
+
+        count = self._machines.count
+        with ThreadPoolExecutor(count, thread_name_prefix="start servers") as threads:
+            calls = [threads.submit(self._machines.call, m, "start its servers", waiting=between) for m in range(count)]
+            try:
+                left = set(calls)
+                while left:
+                    ended, left = concurrent.futures.wait(left, timeout=_WAKE_SECONDS)
+                    for call in ended:
+                        call.result()
+                    waiting()
+            except BaseException:
+                given_up.set()
+                self.close()  # as every other rank does when it is told of the failure
+                raise
+        found = [call.result() for call in calls]
+        self._places = [(machine, index) for machine, urls in enumerate(found) for index in range(len(urls))]
+        self._urls = [url for urls in found for url in urls]
+        return list(self._urls)
+
+    def start(self, index: int) -> None:
+        """Start server number `index` anew, on a port of its own; it is not ready yet.
+
+        Raises:
+            KlearError: as `ServerFleet.start`, or its machine gives no answer.
+        """
+        machine, local = self._places[index]
+        self._machines.call(machine, "start a server", local)
+
+    def wait_ready(self, index: int, waiting: Callable[[], None]) -> None:
+        """Wait until a server that was started answers; see `ServerFleet.wait_ready`."""
+        machine, local = self._places[index]
+        self._urls[index] = self._machines.call(machine, "wait for a server", local, waiting=waiting)
+
+    def stop(self, index: int) -> None:
+        """End server number `index` and all its processes; nothing happens when it does not run."""
+        machine, local = self._places[index]
+        self._machines.call(machine, "end a server", local)
+
+    def url(self, index: int) -> str:
+        """Where server number `index` answers, once it was ready."""
+        return self._urls[index]
+
+    def close(self) -> None:
+        """End this machine's servers; a second call does nothing, and none is started after it."""
+        with self._making:
+            self._is_closed = True
+        if self._fleet is not None:
+            self._fleet.close()
+
+    def _here(self) -> ServerFleet:
+        with self._making:
+            if self._is_closed:
+                raise RolloutError("no server is started: the run is ending")
+            if self._fleet is None:
+                self._fleet = self._make()
+            return self._fleet
+
+    def _wait_here(self, index: int, waiting: Callable[[], None]) -> str:
+        fleet = self._here()
+        fleet.wait_ready(index, waiting)
+        return fleet.url(index)

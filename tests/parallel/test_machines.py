@@ -1,0 +1,158 @@
+"""Machines of a launch: what the first rank has done elsewhere, with errors, silence and strangers."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+import threading
+import time
+from multiprocessing.connection import Connection
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+
+from megatron_klear.errors import ConfigError, RolloutError
+from megatron_klear.parallel import Machines
+
+LOCAL_RANKS = (0, 1, 0, 0)
+"""Three machines: two processes on the first, one on each of the others."""
+
+
+def rank_main(rank: int, port: int, results: Any) -> None:
+    os.environ.update(LOCAL_RANK=str(LOCAL_RANKS[rank]), MASTER_ADDR="127.0.0.1")
+    size = len(LOCAL_RANKS)
+    store = dist.TCPStore("127.0.0.1", port, size, is_master=rank == 0)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=size)
+    context: Any = SimpleNamespace(world=SimpleNamespace(rank=rank, size=size))
+    machines = Machines(context)
+    gone = threading.Event()
+
+    def wait_for_ever(waiting: Any) -> None:
+        try:
+            while True:
+                waiting()
+                time.sleep(0.02)
+        except RolloutError:
+            gone.set()
+            raise
+
+    def refuse(_: Any) -> None:
+        raise ConfigError(["sglang.venv: none here", "sglang.port: taken"])
+
+    if machines.is_leader:
+        machines.offer("tell its pid", lambda *given: (os.getpid(), given[:-1]))
+        machines.offer("refuse", refuse)
+        machines.offer("fail", lambda _: 1 // 0)
+        machines.offer("wait", wait_for_ever)
+        machines.offer("end", lambda _: os._exit(3))
+    results.put((rank, "place", (machines.number, machines.count, machines.is_leader, machines.pids, os.getpid())))
+    dist.barrier()
+    try:
+        if rank == 0:
+            results.put((0, "told", first_rank_calls(machines)))
+            dist.distributed_c10d._get_default_store().set("done", "1")
+        elif rank == 3:
+            # It sits outside of any collective: calls are answered all the same.
+            results.put((3, "given up", gone.wait(20.0)))
+            time.sleep(60.0)
+        else:
+            dist.distributed_c10d._get_default_store().wait(["done"])
+    finally:
+        machines.close()
+
+
+def first_rank_calls(machines: Machines) -> dict[str, Any]:
+    told: dict[str, Any] = {
+        "pids": [machines.call(m, "tell its pid", m, {"any": b"kind"}) for m in range(machines.count)],
+        "large": len(machines.call(2, "tell its pid", "x" * 5_000_000)[1][0]),
+    }
+    for name in ("refuse", "fail"):
+        try:
+            machines.call(1, name)
+        except Exception as error:
+            told[name] = (type(error).__name__, str(error))
+    began = time.monotonic()
+
+    def give_up() -> None:
+        if time.monotonic() - began > 0.5:
+            raise RolloutError("no more patience")
+
+    try:
+        machines.call(2, "wait", waiting=give_up)
+    except RolloutError as error:
+        told["wait"] = str(error)
+    told["stranger"] = what_a_stranger_gets(machines)
+    time.sleep(0.5)
+    try:
+        machines.call(2, "end")
+    except RolloutError as error:
+        told["end"] = str(error)
+    return told
+
+
+def what_a_stranger_gets(machines: Machines) -> str:
+    """One who does not know the key sends a call at once, and is not even listened to."""
+    address, port = machines._places[2]
+    with Connection(socket.create_connection((address, port)).detach()) as connection:
+        connection.recv_bytes()  # the challenge
+        connection.send_bytes(b"\x80\x04N.")  # a pickle in the place of an answer to it
+        return connection.recv_bytes().decode(errors="replace")
+
+
+@pytest.fixture(scope="module")
+def told() -> dict[tuple[int, str], Any]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    spawn = multiprocessing.get_context("spawn")
+    results = spawn.Queue()
+    ranks = [spawn.Process(target=rank_main, args=(rank, port, results)) for rank in range(len(LOCAL_RANKS))]
+    for process in ranks:
+        process.start()
+    try:
+        found = [results.get(timeout=90) for _ in range(len(LOCAL_RANKS) + 2)]
+    finally:
+        for process in ranks:
+            process.join(20)
+            process.kill()
+    assert [process.exitcode for process in ranks] == [0, 0, 0, 3]
+    return {(rank, what): value for rank, what, value in found}
+
+
+def test_local_ranks_say_who_shares_a_machine(told: dict[tuple[int, str], Any]) -> None:
+    places = [told[rank, "place"] for rank in range(4)]
+    pids = [place[4] for place in places]
+    assert [place[:3] for place in places] == [(0, 3, True), (0, 3, False), (1, 3, True), (2, 3, True)]
+    assert [place[3] for place in places] == [(pids[0], pids[1]), (pids[0], pids[1]), (pids[2],), (pids[3],)]
+
+
+def test_each_machine_answers_with_what_it_was_given(told: dict[tuple[int, str], Any]) -> None:
+    pids = [told[rank, "place"][4] for rank in (0, 2, 3)]
+    assert told[0, "told"]["pids"] == [(pid, (m, {"any": b"kind"})) for m, pid in enumerate(pids)]
+    assert told[0, "told"]["large"] == 5_000_000
+
+
+def test_errors_arrive_as_what_they_are(told: dict[tuple[int, str], Any]) -> None:
+    kind, text = told[0, "told"]["refuse"]
+    assert kind == "ConfigError"
+    assert "sglang.venv: none here" in text
+    assert "sglang.port: taken" in text
+    assert told[0, "told"]["fail"] == (
+        "RolloutError", "machine 1 (127.0.0.1) failed: ZeroDivisionError: integer division or modulo by zero"
+    )  # fmt: skip
+
+
+def test_a_call_that_is_given_up_ends_there_too(told: dict[tuple[int, str], Any]) -> None:
+    assert told[0, "told"]["wait"] == "no more patience"
+    assert told[3, "given up"]
+
+
+def test_a_machine_that_ends_is_named(told: dict[tuple[int, str], Any]) -> None:
+    assert told[0, "told"]["end"].startswith("machine 2 (127.0.0.1) did not end: ")
+
+
+def test_a_stranger_is_turned_away(told: dict[tuple[int, str], Any]) -> None:
+    assert "FAILURE" in told[0, "told"]["stranger"]

@@ -1,0 +1,182 @@
+"""Servers behind SGLang's router: a real router, before stand-ins and before a real server."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import subprocess
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from megatron_klear.config.serving import SglangSettings
+from megatron_klear.errors import ConfigError, RolloutError
+from megatron_klear.records import Prompt
+from megatron_klear.rollout import SamplingParams
+from megatron_klear.rollout.endpoint import EndpointError, GenerationRequest
+from megatron_klear.rollout.sglang import Connection, Expected, SglangEndpoint, SglangEngine
+from megatron_klear.rollout.sglang.router import RoutedEndpoint, require_workers
+from tests.rollout.sglang.conftest import VOCAB, Handler, StandIn, chunk, standing_in
+
+OPTIONS: dict[str, Any] = {"vocab_size": VOCAB, "context_length": 512, "incremental": True, "stream_interval": 1}
+
+
+@pytest.fixture
+def start_router(tmp_path: Path) -> Iterator[Callable[..., str]]:
+    """Starts `sglang_router` of SGLang's environment in front of servers; returns its URL."""
+    venv = Path(os.environ.get("KLEAR_SGLANG_VENV") or Path(__file__).parents[3] / ".venv-sglang")
+    python = venv / "bin" / "python"
+    if not python.exists() or subprocess.run([python, "-c", "import sglang_router"], capture_output=True).returncode:
+        pytest.skip(f"needs sglang_router in SGLang's environment ({venv}); tools/setup_sglang.sh installs it")
+    routers: list[subprocess.Popen[bytes]] = []
+
+    def start(urls: list[str]) -> str:
+        with socket.socket() as probe, socket.socket() as metrics:
+            probe.bind(("127.0.0.1", 0))
+            metrics.bind(("127.0.0.1", 0))
+            port, metrics_port = probe.getsockname()[1], metrics.getsockname()[1]
+        command = [
+            str(python), "-m", "sglang_router.launch_router", "--host", "127.0.0.1", "--port", str(port),
+            "--prometheus-port", str(metrics_port), "--policy", "round_robin", "--worker-urls", *urls,
+        ]  # fmt: skip
+        log = (tmp_path / "router.log").open("wb")
+        routers.append(subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT))
+        url, deadline = f"http://127.0.0.1:{port}", time.monotonic() + 60
+        while time.monotonic() < deadline:
+            try:
+                with urllib.request.urlopen(f"{url}/workers", timeout=5) as page:
+                    if page.read().count(b'"url"') == len(urls):
+                        return url
+            except OSError:
+                pass
+            assert routers[-1].poll() is None, (tmp_path / "router.log").read_text()
+            time.sleep(0.1)
+        pytest.fail(f"no router after 60 s:\n{(tmp_path / 'router.log').read_text()}")
+
+    yield start
+    for router in routers:
+        router.kill()
+        router.wait()
+
+
+@pytest.fixture
+def two() -> Iterator[list[StandIn]]:
+    with ExitStack() as stack:
+        made = [stack.enter_context(standing_in()) for _ in range(2)]
+        for number, stand_in in enumerate(made):
+            stand_in.answers["/health"] = {}
+            stand_in.answers["/generate"] = answering(number)
+        yield made
+
+
+def answering(number: int) -> Callable[[Handler, dict[str, Any]], None]:
+    """A token of its own, then 9, then the end; a first token of 80 is refused."""
+
+    def answer(handler: Handler, body: dict[str, Any]) -> None:
+        if body["input_ids"][0] == 80:
+            handler.reply(400, {"error": {"message": "too long for me"}})
+        else:
+            finish = {"type": "stop", "matched": 9}
+            handler.events(chunk([number + 1], 1), chunk([9], 2, finish=finish), pause=0.05)
+
+    return answer
+
+
+def routed(url: str, workers: list[StandIn]) -> RoutedEndpoint:
+    made = [SglangEndpoint(Connection(f"engine {i}", w.url), **OPTIONS) for i, w in enumerate(workers)]
+    return RoutedEndpoint(Connection("the router", url), made, **OPTIONS)
+
+
+def test_a_real_router_passes_answers_and_refusals_as_they_are(
+    start_router: Callable[..., str], two: list[StandIn], make_request: Callable[..., GenerationRequest]
+) -> None:
+    url = start_router([stand_in.url for stand_in in two])
+
+    async def run() -> tuple[list[Any], list[int], int]:
+        router = Connection("the router", url)
+        await require_workers(router, [stand_in.url for stand_in in reversed(two)])
+        with pytest.raises(ConfigError, match=r"the router sends to .*, and weights go to .*:1 \(sglang.urls\)"):
+            await require_workers(router, ["http://127.0.0.1:1"])
+        await router.close()
+        endpoint = routed(url, two)
+        counts: list[int] = []
+        version = await endpoint.check()
+        parts = [await endpoint.generate(make_request((5, 6), stops=(9,)), counts.append) for _ in range(4)]
+        with pytest.raises(RolloutError, match="the router refuses request r1 of 1 tokens: too long for me"):
+            await endpoint.generate(make_request((80,)))
+        await endpoint.abort("r1")
+        await endpoint.abort(None)
+        await endpoint.close()
+        return parts, counts, version
+
+    parts, counts, version = asyncio.run(run())
+    assert version == 3
+    assert sorted(int(part.token_ids[0]) for part in parts) == [1, 1, 2, 2], "both servers were given requests"
+    assert all(part.policy_versions == ((3, 2),) and part.finish_reason == "stop" for part in parts)
+    assert counts == [1, 2] * 4, "progress comes through while an answer is being made"
+    for stand_in in two:
+        bodies = [body for path, body in stand_in.seen if path == "/generate" and body["input_ids"] == [5, 6]]
+        assert len(bodies) == 2
+        for body in bodies:
+            assert body["sampling_params"]["sampling_seed"] == 5
+            assert body["sampling_params"]["stop_token_ids"] == [9]
+            assert body["extra_key"] == "version 3", "what keeps prefixes of other weights apart must not get lost"
+            assert body["return_logprob"] is True
+            assert body["rid"] == "r1"
+        assert [body for path, body in stand_in.seen if path == "/abort_request"] == [
+            {"rid": "r1"}, {"rid": "", "abort_all": True}
+        ]  # fmt: skip
+
+
+def test_its_servers_are_asked_themselves_whether_they_live_and_what_they_have(two: list[StandIn]) -> None:
+    async def check() -> int:
+        endpoint = routed("http://127.0.0.1:9", two)
+        try:
+            return await endpoint.check()
+        finally:
+            await endpoint.close()
+
+    assert asyncio.run(check()) == 3
+    two[1].answers["/model_info"] = {"weight_version": "2"}
+    with pytest.raises(EndpointError, match="weights of different versions: engine 0: 3, engine 1: 2"):
+        asyncio.run(check())
+    two[1].answers["/model_info"] = lambda handler, body: handler.reply(503, {})
+    with pytest.raises(EndpointError, match="engine 1: /model_info answered status 503"):
+        asyncio.run(check())
+
+
+def test_what_is_no_router_is_refused(stand_in: StandIn) -> None:
+    settings = SglangSettings(urls=(stand_in.url,), router_url=stand_in.url)
+    expected = Expected(vocab_size=VOCAB, longest_sequence=64, tokenizer_samples=())
+    with pytest.raises(ConfigError, match=r"router_url: the router .* answered .*must be a running sglang_router"):
+        SglangEngine([stand_in.url], settings, expected, in_flight=4)
+
+
+def test_a_real_server_generates_through_a_real_router(
+    start_router: Callable[..., str], sglang_urls: dict[str, str]
+) -> None:
+    urls = (sglang_urls["float32"],)
+    settings = SglangSettings(urls=urls, router_url=start_router(list(urls)), stream_interval=4)
+    expected = Expected(vocab_size=VOCAB, longest_sequence=64, tokenizer_samples=())
+    engine = SglangEngine(urls, settings, expected, in_flight=8)
+    try:
+        prompts = [
+            Prompt(prompt_id=f"p{i}", domain="math", token_ids=np.arange(3 + i), reference="1", text="")
+            for i in range(4)
+        ]
+        sampling = SamplingParams(temperature=1.0, top_p=1.0, max_response_tokens=12, stop_token_ids=())
+        groups = engine.generate(prompts, num_responses=3, sampling=sampling, seed=1)
+    finally:
+        engine.close()
+    assert [group.prompt.prompt_id for group in groups] == ["p0", "p1", "p2", "p3"]
+    for rollout in (rollout for group in groups for rollout in group.rollouts):
+        assert len(rollout.response_ids) == len(rollout.rollout_logprobs) == 12
+        assert (rollout.rollout_logprobs < 0).all()
+        assert sum(count for _, count in rollout.policy_versions) == 12

@@ -1,0 +1,135 @@
+"""Servers on several machines from the first rank: numbers, addresses, failures and ends; the servers are pages."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_klear.config.serving import SglangSettings
+from megatron_klear.errors import RolloutError
+from megatron_klear.rollout.sglang import FleetPlace, ServerFleet
+from megatron_klear.session.fleets import MachineFleets
+
+SERVER = """#!/bin/sh
+# As python in SGLang's environment: answers /model_info on the host and port that it is given.
+while [ $# -gt 0 ]; do case $1 in --host) host=$2;; --port) port=$2;; esac; shift; done
+[ -e "$BROKEN" ] && [ "$host" = 127.0.0.2 ] && { echo "no kernels on $host"; exit 3; }
+mkdir -p "$PAGES" && touch "$PAGES/model_info" && cd "$PAGES" || exit
+exec $PAGER_PYTHON -m http.server --bind "$host" "$port"
+"""
+
+
+class Launch:
+    """Stands in for `Machines` of two machines: each call goes to a thread, as it does to another process."""
+
+    count = 2
+    is_leader = True
+
+    def __init__(self) -> None:
+        self.actions: list[dict[str, Callable[..., Any]]] = [{}, {}]
+        self.making = 0
+
+    def offer(self, name: str, action: Callable[..., Any]) -> None:
+        self.actions[self.making][name] = action
+
+    def call(self, machine: int, name: str, *arguments: Any, waiting: Callable[[], None] = lambda: None) -> Any:
+        return self.actions[machine][name](*arguments, waiting)
+
+
+@pytest.fixture
+def start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[[], tuple[MachineFleets, MachineFleets]]]:
+    (tmp_path / "bin").mkdir()
+    python = tmp_path / "bin" / "python"
+    python.write_text(SERVER)
+    python.chmod(0o755)
+    for name, value in {
+        "PAGES": tmp_path / "pages",
+        "PAGER_PYTHON": sys.executable,
+        "BROKEN": tmp_path / "broken",
+    }.items():
+        monkeypatch.setenv(name, str(value))
+    made: list[MachineFleets] = []
+
+    def make() -> tuple[MachineFleets, MachineFleets]:
+        launch: Any = Launch()
+        for machine in range(2):
+            launch.making = machine
+            place = FleetPlace(first_number=2 * machine, address=f"127.0.0.{machine + 1}")
+
+            def fleet(place: FleetPlace = place) -> ServerFleet:
+                settings = SglangSettings(venv=str(tmp_path), servers=2, start_seconds=60.0)
+                shape: dict[str, Any] = {"dtype": "float32", "on_cpu": True, "batch_responses": 4}
+                return ServerFleet(settings, {}, tmp_path / "run", longest_sequence=64, place=place, **shape)
+
+            made.append(MachineFleets(launch, fleet))
+        return made[-2], made[-1]
+
+    yield make
+    for fleets in made:
+        fleets.close()
+
+
+def answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(f"{url}/model_info", timeout=5) as page:
+            return bool(page.status == 200)
+    except OSError:
+        return False
+
+
+def test_they_are_numbered_machine_by_machine_and_one_is_replaced_where_it_was(
+    start: Callable[[], tuple[MachineFleets, MachineFleets]], tmp_path: Path
+) -> None:
+    first, second = start()
+    waits: list[int] = []
+    urls = first.start_all(lambda: waits.append(1))
+    assert [url.rpartition(":")[0] for url in urls] == ["http://127.0.0.1"] * 2 + ["http://127.0.0.2"] * 2
+    assert all(answers(url) for url in urls)
+    assert waits, "the other ranks must be told while servers load"
+    logs = tmp_path / "run" / "logs"
+    assert sorted(path.name for path in logs.glob("*.log")) == [f"engine_{i}.log" for i in range(4)]
+    first.stop(3)
+    assert [answers(url) for url in urls] == [True, True, True, False]
+    first.start(3)
+    first.wait_ready(3, lambda: None)
+    assert first.url(3).startswith("http://127.0.0.2:")
+    assert first.url(3) != urls[3]
+    assert answers(first.url(3))
+    assert [first.url(i) for i in range(3)] == urls[:3]
+    second.close()  # what the second machine's process does when it ends
+    assert [answers(first.url(i)) for i in range(4)] == [True, True, False, False]
+    with pytest.raises(RolloutError, match="the run is ending"):
+        first.start(2)
+
+
+def test_a_machine_that_cannot_start_its_servers_ends_the_start_elsewhere_and_says_why(
+    start: Callable[[], tuple[MachineFleets, MachineFleets]], tmp_path: Path
+) -> None:
+    (tmp_path / "broken").touch()
+    first, _ = start()
+    with pytest.raises(RolloutError, match=r"(?s)server 2 on 127.0.0.2 ended with status 3.*no kernels on 127.0.0.2"):
+        first.start_all(lambda: None)
+    assert first._fleet is not None
+    assert not any(first._fleet.is_alive(index) for index in range(2))
+
+
+def test_a_start_is_given_up_while_it_waits(start: Callable[[], tuple[MachineFleets, MachineFleets]]) -> None:
+    first, _ = start()
+    began, main = time.monotonic(), threading.current_thread()
+
+    def waiting() -> None:
+        assert threading.current_thread() is main, "it tells other ranks, and that is the main thread's"
+        raise RolloutError("asked to stop")
+
+    with pytest.raises(RolloutError, match="asked to stop"):
+        first.start_all(waiting)
+    assert time.monotonic() - began < 30.0
