@@ -18,6 +18,7 @@ from megatron_klear.config.architecture import (
     read_hf_architecture,
     resolve_architecture,
 )
+from megatron_klear.config.placement import check_placement
 from megatron_klear.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -69,6 +70,7 @@ def find_problems(settings: Settings, *, entry: Entry, world_size: int, broken: 
         _check_scheduling(settings, problems)
     if settings.rollout.engine == "sglang":
         _check_serving(settings, architecture, problems)
+        check_placement(settings, entry, world_size, problems)
     _check_files(settings, entry, architecture, problems)
     return problems.texts
 

@@ -21,6 +21,7 @@ from megatron_klear.packing import pack, plan_packs, sequence_multiple, unpack
 from megatron_klear.parallel import cuda_means_cpu
 from megatron_klear.records import FloatArray, PackedBatch, ParallelContext, TrainSequence
 from megatron_klear.trainer.microbatches import run_microbatches
+from megatron_klear.trainer.offload import PARTS, TrainerMemory
 from megatron_klear.trainer.optimizer import TrainableModel
 
 
@@ -61,6 +62,9 @@ class Trainer:
         arch: sizes of the model.
         settings: the run's settings (packing, rollout temperature).
         context: the layout.
+
+    Attributes:
+        memory: moves what is trained off the device and back.
     """
 
     def __init__(
@@ -70,6 +74,7 @@ class Trainer:
         self.arch = arch
         self.settings = settings
         self.context = context
+        self.memory = TrainerMemory(trainable)
 
     def token_logprobs(self, sequences: Sequence[TrainSequence], *, temperature: float = 1.0) -> list[FloatArray]:
         """Log-probability of every token under the current weights, in the token frame.
@@ -81,6 +86,7 @@ class Trainer:
         Returns:
             One float32 [L] per sequence, in order, on every rank; entry 0 is 0.
         """
+        self.memory.require("weights")
         plan, packs = self._packs(sequences)
         results = run_microbatches(self.trainable, packs, None, self.context, temperature=temperature)
         mine: dict[int, FloatArray] = {}
@@ -108,6 +114,7 @@ class Trainer:
         Raises:
             TrainingError: the loss or the gradient is not finite; the weights are as before.
         """
+        self.memory.require(*PARTS)
         _, packs = self._packs(sequences)
         self.trainable.ddp.zero_grad_buffer()
         self.trainable.optimizer.zero_grad()
