@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import logging
 import os
+import warnings
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Literal, get_args
 
 import torch
@@ -74,7 +76,7 @@ class TrainerMemory:
         self._require_room([part for part in leaving if part != "gradients"])
         for part in leaving:
             if part == "gradients":
-                with cuda_means_cpu():
+                with cuda_means_cpu(), _unwarned():
                     self._trainable.optimizer.zero_grad()  # lets go of what looks into the buffers
                     self._trainable.ddp.offload_grad_buffers(empty_cache=False)
                 self._away[part] = []
@@ -93,7 +95,7 @@ class TrainerMemory:
         try:
             for part in coming:
                 if part == "gradients":
-                    with cuda_means_cpu():
+                    with cuda_means_cpu(), _unwarned():
                         self._trainable.ddp.restore_grad_buffers()
                 for stored in self._away[part]:
                     stored.fill()
@@ -176,6 +178,14 @@ class _Stored:
         """Give the storage its size and content back."""
         self.storage.resize_(self._num_bytes)
         _as_bytes(self.storage).copy_(self.host, non_blocking=True)
+
+
+@contextmanager
+def _unwarned() -> Iterator[None]:
+    """Around Megatron's buffers, which ask for storages in a way that torch warns of."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="TypedStorage is deprecated")
+        yield
 
 
 def _as_bytes(storage: torch.UntypedStorage) -> torch.Tensor:

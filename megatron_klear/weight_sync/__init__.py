@@ -1,4 +1,4 @@
-"""The trainer's weights to serving engines: three transports, versions that go up, and a proof of every publish."""
+"""The trainer's weights to serving engines: several transports, versions that go up, and a proof of every publish."""
 
 from __future__ import annotations
 
