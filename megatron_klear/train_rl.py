@@ -35,6 +35,7 @@ def train(session: Session, prompts: PromptData, cursor: DataCursor, heldout: Pr
             evaluation.at_start()
         for step in session.steps():
             groups = ledger.groups(step, cursor, rollouts)  # x ~ D, M responses, rewards, Eq. 4
+            rollouts.hand_to_trainer()  # the memory of GPUs that engines share
             kept = [] if settings.scheduling.rollout_only else filtered(groups, settings.algorithm)  # Section 5.2.5
             old = old_logprobs(session, kept)  # pi_old, by the trainer
             weights, mismatch = off_policy(session, kept, old, published=step - 1, attested=rollouts.attested)

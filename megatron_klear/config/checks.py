@@ -19,6 +19,7 @@ from megatron_klear.config.architecture import (
     resolve_architecture,
 )
 from megatron_klear.config.data import BIN_MULTIPLE, dali_installed, entry_problems, file_problems
+from megatron_klear.config.placement import check_placement
 from megatron_klear.config.profiling import check_profile
 from megatron_klear.config.yarn import check_yarn
 from megatron_klear.errors import ConfigError
@@ -75,6 +76,7 @@ def find_problems(settings: Settings, *, entry: Entry, world_size: int, broken: 
         _check_scheduling(settings, problems)
     if settings.rollout.engine == "sglang":
         _check_serving(settings, architecture, problems)
+        check_placement(settings, entry, world_size, problems)
     _check_files(settings, entry, architecture, problems)
     return problems.texts
 

@@ -44,6 +44,14 @@ class SglangSettings:
     server_tp: Ranks = 1
     """Tensor parallel size of each server."""
 
+    placement: Literal["separate", "colocated"] = "separate"
+    """separate gives servers GPUs that the trainer does not use; colocated has both take turns on the trainer's GPUs:
+    servers give up their memory while it trains, and its optimizer state waits on the host while they generate."""
+
+    offload_weights: bool = False
+    """colocated: move the trainer's weights to the host, too, while servers generate; optimizer and gradients always
+    give way. Leaves more for the KV cache."""
+
     first_gpu: Annotated[int, Unit("number"), NonNegative] = 0
     """Number of a machine's first GPU for the servers that are started; the others take the GPUs after it."""
 
@@ -87,8 +95,9 @@ class WeightSyncSettings:
     """How the trainer's weights reach the serving engines; used when `rollout.engine` is sglang."""
 
     transport: Literal["auto", "disk", "distributed", "tensor"] = "auto"
-    """By files in `run.dir`/weights, by broadcast (gloo or NCCL), or through memory of the machine; auto takes tensor
-    when all servers run on the first rank's machine, and distributed otherwise."""
+    """By files in `run.dir`/weights, by broadcast (gloo or NCCL), or through memory of the machine (of the GPU itself
+    where `sglang.placement` is colocated); auto takes tensor when all servers run on the first rank's machine, and
+    distributed otherwise."""
 
     pause_mode: Literal["abort", "in_place", "retract"] = "abort"
     """What a publish does to unfinished responses: end them, keep them with their KV cache, or recompute that."""

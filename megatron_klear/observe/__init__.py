@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from megatron_klear.observe.examples import append_examples, read_examples
     from megatron_klear.observe.heartbeat import Heartbeat, note_failure, whereabouts
-    from megatron_klear.observe.memory import memory_metrics, reset_peaks
+    from megatron_klear.observe.memory import MemoryReading, host_free_bytes, memory_metrics, read_memory, reset_peaks
     from megatron_klear.observe.metrics import Metrics, MetricsWriter, SilentMetrics, open_metrics, read_metrics
     from megatron_klear.observe.progress import Progress
     from megatron_klear.observe.ranges import nvtx_range
@@ -21,17 +21,20 @@ if TYPE_CHECKING:
 __all__ = [
     "DeviceRates",
     "Heartbeat",
+    "MemoryReading",
     "Metrics",
     "MetricsWriter",
     "Phases",
     "Progress",
     "SilentMetrics",
     "append_examples",
+    "host_free_bytes",
     "memory_metrics",
     "note_failure",
     "nvtx_range",
     "open_metrics",
     "read_examples",
+    "read_memory",
     "read_metrics",
     "reset_peaks",
     "utilization_metrics",
@@ -42,7 +45,7 @@ __all__ = [
 _HOMES = {
     "examples": ("append_examples", "read_examples"),
     "heartbeat": ("Heartbeat", "note_failure", "whereabouts"),
-    "memory": ("memory_metrics", "reset_peaks"),
+    "memory": ("MemoryReading", "host_free_bytes", "memory_metrics", "read_memory", "reset_peaks"),
     "metrics": ("Metrics", "MetricsWriter", "SilentMetrics", "open_metrics", "read_metrics"),
     "progress": ("Progress",),
     "ranges": ("nvtx_range",),

@@ -57,6 +57,11 @@ SLOTS_USED = "packing/slots_used"
 MEMORY_PEAK_BYTES = "memory/peak_bytes"
 MEMORY_HOST_PEAK_BYTES = "memory/host_peak_bytes"
 
+Turn = Literal["trainer", "engines"]
+"""Whose a GPU's memory is, where trainer and engines share GPUs."""
+
+TURNS: tuple[Turn, ...] = get_args(Turn)
+
 GRADES_PREFIX = "grades/"
 PHASE_SECONDS_PREFIX = "phase_seconds/"
 
@@ -123,6 +128,18 @@ METRICS: dict[str, Metric] = {
     MEMORY_PEAK_BYTES: Metric("bytes", "peak of one process: allocated CUDA memory, or host memory without CUDA"),
     MEMORY_HOST_PEAK_BYTES: Metric("bytes", "peak resident host memory of one process"),
 }
+_AT_TURN = {
+    "device_free_bytes": "free memory of the fullest GPU (of the host without CUDA)",
+    "device_used_bytes": "memory used on the fullest GPU (by one process without CUDA)",
+    "host_free_bytes": "host memory that could still be had",
+    "host_used_bytes": "host memory of the largest process",
+    "trainer_bytes": "weights, optimizer state and gradients that one process has on its device",
+}
+METRICS |= {
+    f"memory_at_turn/{turn}_{name}": Metric("bytes", f"{meaning}, after memory was handed to the {turn}")
+    for turn in TURNS
+    for name, meaning in _AT_TURN.items()
+}
 METRICS |= {f"{GRADES_PREFIX}{outcome}": Metric("responses", f"responses graded {outcome}") for outcome in OUTCOMES}
 
 
@@ -135,6 +152,17 @@ def grades(outcome: str) -> str:
     if outcome not in OUTCOMES:
         raise ValueError(f"outcome is {outcome!r}, must be one of {', '.join(OUTCOMES)}")
     return GRADES_PREFIX + outcome
+
+
+def at_turn(turn: Turn, name: str) -> str:
+    """Name of an amount of memory measured after the GPUs' memory was handed over.
+
+    Raises:
+        ValueError: if `name` is none of the amounts.
+    """
+    if name not in _AT_TURN:
+        raise ValueError(f"name is {name!r}, must be one of {', '.join(_AT_TURN)}")
+    return f"memory_at_turn/{turn}_{name}"
 
 
 def phase_seconds(name: str) -> str:

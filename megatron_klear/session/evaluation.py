@@ -95,6 +95,8 @@ class Evaluation:
             if self.rollouts.engine.policy_version < step or self.session.entry == "sft":
                 self.rollouts.publish(version=max(step, self.rollouts.engine.policy_version + 1))
             accuracy = self.rollouts.evaluate(self.heldout.prompts, self.session.settings.evaluation, step=step)
+            if self.session.entry == "sft":  # which trains next; RL first generates what it trains on
+                self.rollouts.hand_to_trainer()
         values = {
             names.ACCURACY_HELDOUT: accuracy.mean,
             names.ACCURACY_HELDOUT_COUNT: accuracy.count,

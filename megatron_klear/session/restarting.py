@@ -8,12 +8,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 from megatron_klear.errors import RolloutError
 from megatron_klear.rollout.endpoint import Endpoint
 from megatron_klear.rollout.sglang import ConnectedEngine, SglangEngine
 from megatron_klear.session.fleets import MachineFleets
+from megatron_klear.session.turn import Turn
 from megatron_klear.weight_sync import EngineGroup
 
 log = logging.getLogger(__name__)
@@ -35,10 +36,19 @@ class EngineRestarts:
         engine: generates on them for evaluation.
         group: those that are published to.
         bring_up: see `BringUp`.
+        turn: when servers may start, where they share GPUs with the trainer.
     """
 
-    def __init__(self, fleet: MachineFleets, engine: SglangEngine, group: EngineGroup, bring_up: BringUp) -> None:
+    def __init__(
+        self,
+        fleet: MachineFleets,
+        engine: SglangEngine,
+        group: EngineGroup,
+        bring_up: BringUp,
+        turn: Turn | None = None,
+    ) -> None:
         self._fleet, self._engine, self._group, self._bring_up = fleet, engine, group, bring_up
+        self._turn = turn
         self._numbers: dict[int, int] = {}
         self._endpoints: list[Endpoint] = []
         self._publishing = threading.Lock()
@@ -106,11 +116,17 @@ class EngineRestarts:
             self._fleet.stop(index)  # a publish that waits for an answer of it goes on without
             with self.publishing(waiting):
                 self._group.leave(self._engine.engines[index].caller)
-            self._fleet.start(index)
-            self._fleet.wait_ready(index, waiting)
-            with self.publishing(waiting):
-                fresh = self._engine.connect(index, self._fleet.url(index))
-                self._bring_up(fresh, waiting)
-                self._engine.replace(index, fresh)
-                self._group.take_in(fresh.caller)
+            with nullcontext() if self._turn is None else self._turn.starting(waiting):
+                fresh = self._start(index, waiting)
         log.info("%s is back with the current weights after %.0f s", fresh.endpoint.name, time.monotonic() - began)
+
+    def _start(self, index: int, waiting: Callable[[], None]) -> ConnectedEngine:
+        """Start a server, and have it join with the weights of the last publish."""
+        self._fleet.start(index)
+        self._fleet.wait_ready(index, waiting)
+        with self.publishing(waiting):
+            fresh = self._engine.connect(index, self._fleet.url(index))
+            self._bring_up(fresh, waiting)
+            self._engine.replace(index, fresh)
+            self._group.take_in(fresh.caller)
+        return fresh

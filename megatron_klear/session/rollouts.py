@@ -120,6 +120,12 @@ class Rollouts:
             stream = hf_named_tensors(session.model, session.arch, session.context)
             self.engine.update_weights(stream, version=version)
 
+    def hand_to_trainer(self) -> None:
+        """Before the ranks compute: where engines use their GPUs, these give up their memory until the next publish."""
+        if isinstance(self.engine, ServedEngine):
+            with self.session.phase("hand over"):
+                self.engine.hand_to_trainer()
+
     def generate(self, prompts: Sequence[Prompt], *, step: int) -> list[RolloutGroup]:
         """M responses to each of a step's prompts at the training temperature; of a local engine this rank's share."""
         rollout = self.session.settings.rollout

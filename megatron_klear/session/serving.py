@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import logging
-import os
 import socket
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any, TypeVar, cast
 from urllib.parse import urlsplit
 
@@ -32,21 +30,28 @@ from megatron_klear.rollout.sglang import (
     SglangEngine,
     wait_until_answering,
 )
+from megatron_klear.session.engine_memory import EngineMemory
 from megatron_klear.session.fleets import MachineFleets
+from megatron_klear.session.handover import Handover
 from megatron_klear.session.restarting import EngineRestarts
 from megatron_klear.session.session import Session
+from megatron_klear.session.sharing import choose_sharing
 from megatron_klear.weight_sync import (
     DiskTransport,
     DistributedTransport,
+    EngineCaller,
     EngineGroup,
     EngineLayout,
     KeepingTransport,
     Publisher,
+    PublishReport,
+    SharedTransport,
     TensorTransport,
     Transport,
     WeightFiles,
     common_layout,
     restore,
+    shared_memory_bytes,
 )
 
 log = logging.getLogger(__name__)
@@ -56,7 +61,6 @@ _PROBE_TOKENS = 64
 _ATTEMPTS = 4
 """How often an evaluation is begun when its servers are lost."""
 _WAKE_SECONDS = 0.5
-_SHARED_MEMORY = Path("/dev/shm")
 _Result = TypeVar("_Result")
 
 
@@ -95,18 +99,29 @@ class ServedEngine:
         self._is_managed = False
         self._probe: tuple[IntArray, FloatArray] | None = None
         transport: Transport | None = None
+        colocated = settings.sglang.placement == "colocated"
+        self._handover = Handover(session, self._first_rank) if colocated else None
         with session.phase("start engines"), ExitStack() as on_failure:
             on_failure.callback(self._resources.close)
+            if self._handover is not None:
+                self._handover.make_room()
             layout = EngineLayout(**self._first_rank.run("start SGLang's servers", self._start))
             on_failure.pop_all()
+        self._sharing = choose_sharing(session, self._first_rank, layout) if colocated else None
+        memory: EngineMemory | None = None
         if self._engine is not None:
             callers = [engine.caller for engine in self._engine.engines]
             group = EngineGroup(callers, settings.weight_sync.timeout_seconds, waiting=self._first_rank.alive)
             transport = self._transport(group, layout)
             self._group = group
+            if colocated:
+                memory = EngineMemory(group, self._end, self._first_rank.alive)
             if self._fleets is not None and self._files is not None:
-                self._restarts = EngineRestarts(self._fleets, self._engine, group, self._bring_up)
+                turn = None if memory is None else memory.turn
+                self._restarts = EngineRestarts(self._fleets, self._engine, group, self._bring_up, turn)
                 self._resources.callback(self._restarts.close)
+        if self._handover is not None:
+            self._handover.engines_started(memory)
         self._publisher = Publisher(
             self._group,
             transport,
@@ -118,6 +133,8 @@ class ServedEngine:
             pause_mode=settings.weight_sync.pause_mode,
             verify_mode=settings.weight_sync.verify,
             check_logprobs=self._check_logprobs,
+            sharing=self._sharing,
+            before_generation=(lambda: None) if self._handover is None else self._handover.resume_cache,
         )
 
     @property
@@ -131,9 +148,12 @@ class ServedEngine:
         Raises:
             WeightSyncError: on every rank; see `Publisher.publish`.
         """
-        alone = nullcontext() if self._restarts is None else self._restarts.publishing(self._first_rank.alive)
-        with alone:
-            report = self._publisher.publish(named_tensors, version=version)
+
+        def publish() -> PublishReport:
+            with nullcontext() if self._restarts is None else self._restarts.publishing(self._first_rank.alive):
+                return self._publisher.publish(named_tensors, version=version)
+
+        report = publish() if self._handover is None else self._handover.to_engines(publish)
         if self._engine is not None:
             assert self._group is not None
             self._engine.use_version(version)
@@ -142,6 +162,15 @@ class ServedEngine:
                 "published version %d: %.1f MB in %.2f s, %s",
                 report.version, report.num_bytes / 1e6, report.seconds, proof,
             )  # fmt: skip
+
+    def hand_to_trainer(self) -> None:
+        """The ranks are about to compute: engines that share GPUs with them give up their memory (a collective).
+
+        Raises:
+            WeightSyncError: on every rank: an engine fails, and cannot be done without.
+        """
+        if self._handover is not None:
+            self._handover.to_trainer()
 
     def endpoints(self) -> list[Endpoint]:
         """On the first rank: ways to all servers for the rollout manager, which judges them from now on.
@@ -334,12 +363,29 @@ class ServedEngine:
         if kind == "disk":
             return DiskTransport(engines, files)
         made: Transport
-        if kind == "distributed":
+        if self._sharing is not None:
+            made = SharedTransport(engines, self._sharing, self._ranks_of)
+        elif kind == "distributed":
             made = DistributedTransport(engines, tp=layout.tp, device=torch.device(layout.device))
         else:
-            fits = near and _shared_memory_bytes() > 3 * settings.weight_sync.bucket_bytes
+            fits = near and shared_memory_bytes() > 3 * settings.weight_sync.bucket_bytes
             made = TensorTransport(engines, tp=layout.tp, by_value=not fits)
         return KeepingTransport(made, files) if keeps else made
+
+    def _ranks_of(self, caller: EngineCaller) -> range:
+        """The trainer's ranks on the GPUs of an engine."""
+        assert self._engine is not None
+        index = next(i for i, engine in enumerate(self._engine.engines) if engine.caller is caller)
+        tp = self.session.settings.sglang.server_tp
+        return range(index * tp, (index + 1) * tp)
+
+    def _end(self, caller: EngineCaller) -> None:
+        """End the server of an engine that gave no answer."""
+        assert self._engine is not None
+        assert self._fleets is not None
+        for index, engine in enumerate(self._engine.engines):
+            if engine.caller is caller:
+                self._fleets.stop(index)
 
     def _check_logprobs(self) -> None:
         """Compare the engines' log-probabilities of a probe sequence with the trainer's (a collective)."""
@@ -387,11 +433,3 @@ def _to_score(tokens: IntArray) -> TrainSequence:
 def _is_this_machine(url: str) -> bool:
     host = urlsplit(url).hostname or ""
     return host in ("localhost", "127.0.0.1", "::1", socket.gethostname())
-
-
-def _shared_memory_bytes() -> int:
-    try:
-        free = os.statvfs(_SHARED_MEMORY)
-    except OSError:
-        return 0
-    return free.f_bavail * free.f_frsize

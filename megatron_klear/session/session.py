@@ -127,6 +127,8 @@ class Session:
         )
         self.cursor: Any = None  # the entry's data cursor; its place is part of every checkpoint
         self.ledger_position: Callable[[], Any] = lambda: None  # the rollout ledger's; rank 0's is stored
+        self.around_save: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
+        self.noted: dict[str, float] = {}  # metrics that come up in the middle of a step
 
     def _prepare_directory(self, checkpoints: Path) -> list[int]:
         """Make the run directory; returns the steps of the checkpoints in it, the same on every rank."""
@@ -219,7 +221,8 @@ class Session:
         tokens = float(values.get("throughput/tokens", 0.0))
         busy = sum(seconds.values())  # evaluation and saving are not in it: see set_aside_phases
         used = utilization_metrics(self.trainer.take_flops(), by_phase, self.rates)
-        everything = {**values, **used, **seconds, **memory_metrics()}
+        everything = {**values, **used, **self.noted, **seconds, **memory_metrics()}
+        self.noted = {}
         everything.pop("throughput/tokens", None)
         if busy > 0 and tokens:
             everything["throughput/tokens_per_second"] = tokens / busy
@@ -257,7 +260,8 @@ class Session:
         if self._saved_step == self.step:
             return
         cursor = None if self.cursor is None else self.cursor.state_dict()
-        with self.set_aside_phases(), self.phase("save"):
+        with self.set_aside_phases(), self.phase("save"), self.around_save():
+            self.trainer.memory.require("weights", "optimizer")
             state = {"entry": self.entry, "step": self.step, "cursor": cursor, "ledger": self.ledger_position()}
             self.store.save(self.step, state)
         self._saved_step = self.step

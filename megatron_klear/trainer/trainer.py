@@ -22,6 +22,7 @@ from megatron_klear.packing import pack, plan_packs, sequence_multiple, unpack
 from megatron_klear.parallel import cuda_means_cpu
 from megatron_klear.records import FloatArray, PackedBatch, ParallelContext, TrainSequence
 from megatron_klear.trainer.microbatches import run_microbatches
+from megatron_klear.trainer.offload import PARTS, TrainerMemory
 from megatron_klear.trainer.optimizer import TrainableModel
 
 
@@ -62,6 +63,9 @@ class Trainer:
         arch: sizes of the model.
         settings: the run's settings (packing, rollout temperature).
         context: the layout.
+
+    Attributes:
+        memory: moves what is trained off the device and back.
     """
 
     def __init__(
@@ -71,6 +75,7 @@ class Trainer:
         self.arch = arch
         self.settings = settings
         self.context = context
+        self.memory = TrainerMemory(trainable)
         self._flops = FlopCount()
 
     def take_flops(self) -> FlopCount:
@@ -88,6 +93,7 @@ class Trainer:
         Returns:
             One float32 [L] per sequence, in order, on every rank; entry 0 is 0.
         """
+        self.memory.require("weights")
         plan, packs = self._packs(sequences)
         self._flops += forward_flops(self.arch, [len(s.token_ids) for s in sequences])
         results = run_microbatches(self.trainable, packs, None, self.context, temperature=temperature)
@@ -116,6 +122,7 @@ class Trainer:
         Raises:
             TrainingError: the loss or the gradient is not finite; the weights are as before.
         """
+        self.memory.require(*PARTS)
         _, packs = self._packs(sequences)
         self.trainable.ddp.zero_grad_buffer()
         self.trainable.optimizer.zero_grad()

@@ -101,9 +101,11 @@ class EngineGroup:
         ]
         return PendingCalls(self, path, futures, self._waiting)
 
-    def call(self, path: str, bodies: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> list[Any]:
+    def call(
+        self, path: str, bodies: Mapping[str, Any] | Sequence[Mapping[str, Any]], *, what: str = "publishing weights"
+    ) -> list[Any]:
         """Send a request to every engine and wait for all answers; see `PendingCalls.answers`."""
-        return self.start(path, bodies).answers()
+        return self.start(path, bodies).answers(what=what)
 
     def try_call(self, path: str, body: Mapping[str, Any]) -> list[Any] | None:
         """As `call`; None when no engine knows the path (status 404)."""
@@ -136,8 +138,12 @@ class PendingCalls:
                     problems.append(f"{caller.name}: {self._path} answered status {status}: {text}")
         return problems
 
-    def answers(self, *, absent_is_none: bool = False) -> Any:
+    def answers(self, *, absent_is_none: bool = False, what: str = "publishing weights") -> Any:
         """The answers as JSON (text where it is none), in the order of the engines that are left.
+
+        Args:
+            absent_is_none: return None when no engine knows the path (status 404).
+            what: names what they are for, in messages.
 
         Raises:
             WeightSyncError: an engine refused, or failed and cannot be done without; names all that did, and what they
@@ -165,7 +171,7 @@ class PendingCalls:
         if absent and absent < len(answers):
             problems.append(f"only some engines know {self._path}; they must all have the same SGLang")
         if problems:
-            raise WeightSyncError("publishing weights failed: " + "; ".join(problems))
+            raise WeightSyncError(f"{what} failed: " + "; ".join(problems))
         return None if absent else answers
 
 

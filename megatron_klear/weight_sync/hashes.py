@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 
+import numpy as np
 import torch
 
 _MASK32 = 0xFFFFFFFF
@@ -37,7 +38,8 @@ def engine_hash(tensor: torch.Tensor, device: str) -> str:
 def cpu_hash(tensor: torch.Tensor) -> int:
     """First 8 bytes of the SHA-256 of the tensor's bytes, big-endian."""
     data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-    return int.from_bytes(hashlib.sha256(data.numpy().data).digest()[:8], "big")
+    # Not data.numpy(): torch keeps memory that was seen that way, and the trainer's weights may have to leave theirs.
+    return int.from_bytes(hashlib.sha256(np.from_dlpack(data).data).digest()[:8], "big")
 
 
 def gpu_hash(tensor: torch.Tensor) -> int:

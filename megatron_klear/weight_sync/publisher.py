@@ -15,6 +15,7 @@ from megatron_klear.records import ParallelContext
 from megatron_klear.weight_sync.buckets import bucketed, converted
 from megatron_klear.weight_sync.checksums import ExpectedChecksums, verify
 from megatron_klear.weight_sync.engines import EngineGroup, EngineLayout
+from megatron_klear.weight_sync.sharing import BucketSharing
 from megatron_klear.weight_sync.transport import Transport
 
 PauseMode = Literal["abort", "in_place", "retract"]
@@ -54,6 +55,9 @@ class Publisher:
         pause_mode: what happens to unfinished responses.
         verify_mode: the proof that is asked for.
         check_logprobs: compares log-probabilities; needed where `verify_mode` may ask for it.
+        sharing: has every rank offer its copy of a bucket before the transport sends it; None where the first rank's
+            is enough.
+        before_generation: called on all ranks when the engines have the new weights, before they go on.
     """
 
     def __init__(
@@ -69,11 +73,14 @@ class Publisher:
         pause_mode: PauseMode,
         verify_mode: VerifyMode,
         check_logprobs: LogprobCheck | None = None,
+        sharing: BucketSharing | None = None,
+        before_generation: Callable[[], None] = lambda: None,
     ) -> None:
         self._engines, self._transport, self._layout = engines, transport, layout
         self._head_dim, self._context, self._first_rank = head_dim, context, first_rank
         self._bucket_bytes, self._pause_mode, self._verify_mode = bucket_bytes, pause_mode, verify_mode
         self._check_logprobs = check_logprobs
+        self._sharing, self._before_generation = sharing, before_generation
         self._version = -1
         self._expected: list[dict[str, str]] | None = None
 
@@ -115,12 +122,15 @@ class Publisher:
         num_bytes, failure = self._send(stream)
         expected = checksums.gather() if wants_checksums else None
         self._first_rank.run("load weights into the engines", lambda: self._finish(failure))
+        if self._sharing is not None:
+            self._sharing.release()
         proven = expected is not None and self._first_rank.run(
             "verify the engines' weights", lambda: self._verify(expected)
         )
         self._first_rank.run("set the engines' version", lambda: self._set_version(version))
         if not proven:
             self._require_logprobs()
+        self._before_generation()
         self._first_rank.run("let the engines go on", self._continue)
         self._version, self._expected = version, expected if proven else None
         if not proven:
@@ -148,6 +158,8 @@ class Publisher:
         failure: KlearError | None = None
         for bucket in bucketed(stream, self._bucket_bytes):
             num_bytes += bucket.num_bytes
+            if self._sharing is not None:
+                self._sharing.offer(bucket)
             if self._transport is not None and failure is None:
                 try:
                     self._transport.send(bucket)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import base64
 import io
+import os
 import pickle
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing.reduction import ForkingPickler
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 import torch.multiprocessing
@@ -17,12 +19,14 @@ from megatron_klear.weight_sync.buckets import Bucket
 from megatron_klear.weight_sync.engines import EngineGroup
 from megatron_klear.weight_sync.transport import UpdateSession
 
+UPDATE_PATH = "/update_weights_from_tensor"
+_SHARED_MEMORY = "/dev/shm"
+
 
 class TensorTransport:
     """One flat tensor per bucket, given to `update_weights_from_tensor`; implements `Transport`.
 
-    Weights on a GPU go through the machine's memory. Handles of GPU memory (CUDA IPC) for engines on the trainer's own
-    GPUs are owed: they were not tried yet.
+    Weights on a GPU go through the machine's memory; `SharedTransport` avoids that on GPUs that both sides use.
 
     Args:
         engines: who loads them.
@@ -43,15 +47,8 @@ class TensorTransport:
     def send(self, bucket: Bucket) -> None:
         """Send a bucket and let it load; waits for the one before."""
         flat = bucket.flat().cpu()
-        # SGLang reads attributes, and its unpickler refuses every class of our own.
-        metadata = _metadata(bucket)
-        text = serialized({"flattened_tensor": flat, "metadata": metadata}, by_value=self._by_value)
-        body = {
-            "serialized_named_tensors": [text] * self._tp,
-            "load_format": "flattened_bucket",
-            "flush_cache": False,
-        }
-        self._session.follow(self._engines.start("/update_weights_from_tensor", body))
+        text = serialized(contents(bucket, flat), by_value=self._by_value)
+        self._session.follow(self._engines.start(UPDATE_PATH, update_body([text] * self._tp)))
         # Shared memory lives as long as a tensor of ours: until the bucket after this one has been sent.
         self._shared = [*self._shared[-1:], flat]
 
@@ -64,7 +61,23 @@ class TensorTransport:
         """Nothing is held."""
 
 
-def _metadata(bucket: Bucket) -> list[SimpleNamespace]:
+def shared_memory_bytes() -> int:
+    """Free shared memory of this machine, in bytes."""
+    try:
+        free = os.statvfs(_SHARED_MEMORY)
+    except OSError:
+        return 0
+    return free.f_bavail * free.f_frsize
+
+
+def update_body(texts: Sequence[str]) -> dict[str, Any]:
+    """Request that loads a bucket: one serialised tensor for each of an engine's ranks."""
+    return {"serialized_named_tensors": list(texts), "load_format": "flattened_bucket", "flush_cache": False}
+
+
+def contents(bucket: Bucket, flat: torch.Tensor) -> dict[str, Any]:
+    """A bucket as SGLang takes it: its bytes [num_bytes] uint8 in one tensor, and which are whose."""
+    # SGLang reads attributes, and its unpickler refuses every class of our own.
     entries, start = [], 0
     for name, tensor in zip(bucket.names, bucket.tensors, strict=True):
         size = tensor.numel() * tensor.element_size()
@@ -79,7 +92,7 @@ def _metadata(bucket: Bucket) -> list[SimpleNamespace]:
             )
         )
         start += size
-    return entries
+    return {"flattened_tensor": flat, "metadata": entries}
 
 
 def serialized(value: object, *, by_value: bool) -> str:

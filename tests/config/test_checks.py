@@ -7,6 +7,7 @@ import json
 import pytest
 
 SGLANG = ["rollout.engine=sglang"]
+COLOCATED = [*SGLANG, "sglang.placement=colocated"]
 
 
 @pytest.mark.parametrize("entry", ["sft", "rl"])
@@ -69,6 +70,19 @@ def test_the_base_settings_have_no_problem(problems, entry):
         ([*SGLANG, "sglang.port=65535", "sglang.servers=2"], 1, "sglang.port", "2 servers need ports up to 65536"),
         ([*SGLANG, "sglang.quantization=fp8"], 1, "weight_sync.verify", "set logprobs or checksum_or_logprobs"),
         ([*SGLANG, "sglang.quantization=fp8", "run.device=cpu"], 1, "sglang.quantization", "needs a GPU"),
+        ([*SGLANG, "sglang.offload_weights=true"], 1, "sglang.offload_weights", "sglang.placement is separate"),
+        ([*COLOCATED, "scheduling.mode=async"], 1, "scheduling.mode", "no memory while the trainer trains"),
+        ([*COLOCATED, "scheduling.mode=one_step_off"], 1, "scheduling.mode", "got one_step_off, and sglang.placement"),
+        ([*COLOCATED, "sglang.urls=[http://a:1]"], 1, "sglang.urls", "starts its own"),
+        ([*COLOCATED, "sglang.first_gpu=1"], 2, "sglang.first_gpu", "leave it 0"),
+        ([*COLOCATED, "weight_sync.transport=distributed"], 1, "weight_sync.transport", "set auto, tensor or disk"),
+        ([*COLOCATED, "sglang.servers=2", "sglang.server_tp=2"], 3, "sglang.servers", "need 4 GPUs"),
+        (
+            [*COLOCATED, "sglang.offload_weights=true", "weight_sync.verify=checksum_or_logprobs"],
+            1,
+            "weight_sync.verify",
+            "set checksum, or offload_weights=false",
+        ),
     ],
 )
 def test_a_combination_that_cannot_work_is_refused(problems, overrides, world_size, path, words):
@@ -172,3 +186,16 @@ def test_sglangs_settings_are_judged_only_when_it_is_the_engine(problems):
     assert problems(*bad) == []
     assert len(problems(*SGLANG, *bad)) == 2
     assert problems(*SGLANG, "sglang.urls=[http://a:1,https://b]") == []
+
+
+def test_servers_that_take_turns_are_on_the_trainers_machine(problems, tmp_path, monkeypatch):
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "python").touch(mode=0o755)
+    good = [*COLOCATED, f"sglang.venv={tmp_path}", "sglang.offload_weights=true"]
+    assert problems(*good, "sglang.servers=2", "sglang.server_tp=2", world_size=4) == []
+    assert problems(*good, "sglang.servers=1", world_size=4) == [], "GPUs may be left alone"
+    assert problems(*good, "scheduling.mode=async", entry="sft") == [], "that is no matter of evaluations"
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert problems(*good, world_size=2) == []
+    (text,) = problems(*good, world_size=4)
+    assert text.startswith("sglang.placement: got colocated, and only 2 of the 4 ranks are on this machine")

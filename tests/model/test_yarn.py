@@ -165,5 +165,5 @@ def test_the_engine_computes_with_yarn_for_a_while_and_then_as_before() -> None:
     after = generate(short)
     np.testing.assert_array_equal(before[0], after[0])
     np.testing.assert_array_equal(before[1], after[1])
-    with pytest.raises(Exception, match="exceeds model.max_position_embeddings of 32"):
+    with pytest.raises(Exception, match=r"exceeds model\.max_position_embeddings of 32"):
         generate(sampling)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import psutil
 import pytest
 import torch
 
-from megatron_klear.observe.memory import device_peak_bytes, host_peak_bytes, memory_metrics
+from megatron_klear.observe import memory
+from megatron_klear.observe.memory import device_peak_bytes, host_peak_bytes, memory_metrics, read_memory
 from megatron_klear.observe.ranges import nvtx_range
 
 
@@ -35,6 +37,20 @@ def test_without_cuda_the_host_peak_is_the_peak() -> None:
     found = memory_metrics()
     assert set(found) == {"memory/peak_bytes", "memory/host_peak_bytes"}
     assert found["memory/peak_bytes"] == found["memory/host_peak_bytes"] > 0
+
+
+def test_what_is_free_and_used_now_agrees_with_psutil(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(memory, "_GROUP", tmp_path)
+    found, seen = read_memory(), psutil.virtual_memory()
+    assert found.host_used_bytes == pytest.approx(psutil.Process().memory_info().rss, rel=0.1)
+    assert found.host_free_bytes == pytest.approx(seen.available, abs=0.1 * seen.total)
+    if not torch.cuda.is_available():
+        assert (found.device_free_bytes, found.device_used_bytes) == (found.host_free_bytes, found.host_used_bytes)
+    for name, text in {"max": "5000000", "current": "3000000", "stat": "anon 7\ninactive_file 1000\n"}.items():
+        (tmp_path / f"memory.{name}").write_text(text)
+    assert memory.host_free_bytes() == 2_001_000, "a container's limit"
+    (tmp_path / "memory.max").write_text("max\n")
+    assert memory.host_free_bytes() > 2_001_000
 
 
 def test_ranges_let_values_and_exceptions_through() -> None:

@@ -29,5 +29,8 @@ def test_names_that_are_made() -> None:
     assert names.phase_seconds("generate") == "phase_seconds/generate"
     assert names.describe("phase_seconds/generate").unit == "s"
     assert names.describe("my/own").meaning == "my/own"
+    assert names.at_turn("engines", "trainer_bytes") in names.METRICS
+    with pytest.raises(ValueError, match="device_free_bytes, device_used_bytes"):
+        names.at_turn("engines", "bytes")
     with pytest.raises(ValueError, match="correct, wrong, partial, malformed, ungraded"):
         names.grades("right")

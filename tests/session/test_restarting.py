@@ -13,6 +13,7 @@ import pytest
 
 from megatron_klear.errors import RolloutError, WeightSyncError
 from megatron_klear.session.restarting import EngineRestarts
+from megatron_klear.session.turn import Turn
 from megatron_klear.weight_sync import EngineGroup
 
 
@@ -65,9 +66,11 @@ def stand_in() -> StandIn:
     return StandIn()
 
 
-def restarts_of(stand_in: StandIn, bring_up: Callable[..., None]) -> tuple[EngineRestarts, EngineGroup]:
+def restarts_of(
+    stand_in: StandIn, bring_up: Callable[..., None], turn: Turn | None = None
+) -> tuple[EngineRestarts, EngineGroup]:
     group = EngineGroup([engine.caller for engine in stand_in.engines], 5.0)
-    return EngineRestarts(stand_in, stand_in, group, bring_up), group  # type: ignore[arg-type]
+    return EngineRestarts(stand_in, stand_in, group, bring_up, turn), group  # type: ignore[arg-type]
 
 
 def test_it_joins_those_published_to_when_it_has_the_current_weights(stand_in: StandIn) -> None:
@@ -112,6 +115,28 @@ def test_it_waits_for_a_publish_and_a_publish_for_it(stand_in: StandIn) -> None:
         assert len(group.callers) == 2
     assert waits
     assert waits[0] == 1
+    restarting.join(10.0)
+    restarts.close()
+
+
+def test_on_gpus_that_are_shared_it_starts_in_the_engines_turn_which_lasts_until_it_has_joined(
+    stand_in: StandIn,
+) -> None:
+    """Killed while its memory is the trainer's: it is gone at once, and back when there is memory for it."""
+    turn = Turn()
+    stand_in.ready.clear()
+    restarts, group = restarts_of(stand_in, lambda engine, waiting: None, turn)
+    endpoint = restarts.endpoints()[0]
+    restarting = threading.Thread(target=lambda: asyncio.run(restarts.restart(endpoint, "died")))
+    restarting.start()
+    time.sleep(0.5)
+    assert stand_in.done == ["stop 0"]
+    assert [caller.name for caller in group.callers] == ["old 1"]
+    turn.give()
+    while "start 0" not in stand_in.done:
+        time.sleep(0.01)
+    turn.take(stand_in.ready.set)
+    assert [caller.name for caller in group.callers] == ["old 1", "new 0"]
     restarting.join(10.0)
     restarts.close()
 

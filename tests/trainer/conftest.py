@@ -58,10 +58,16 @@ def make_trainer(context: ParallelContext, arch: Architecture) -> Callable[..., 
     """A trainer of `reference_model`'s weights; keywords are the optimizer's, but for the few named here."""
 
     def make(
-        *, total_updates: int = 10, token_budget: int = 64, distributed: bool = False, **optimizer: Any
+        *,
+        total_updates: int = 10,
+        token_budget: int = 64,
+        distributed: bool = False,
+        dtype: str = "float32",
+        arch: Architecture = arch,
+        **optimizer: Any,
     ) -> Trainer:
         sizes = ParallelSettings(distributed_optimizer=distributed)
-        model_settings = ModelSettings(**asdict(arch), dtype="float32", layer_spec="local", vocab_multiple=16)
+        model_settings = ModelSettings(**asdict(arch), dtype=dtype, layer_spec="local", vocab_multiple=16)
         settings = Settings(
             run=RunSettings(dir="unused"),
             tokenizer=TokenizerSettings(dir="unused"),

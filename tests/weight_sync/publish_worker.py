@@ -31,11 +31,13 @@ from megatron_klear.rollout import ProgressCallback, SamplingParams
 from megatron_klear.rollout.sglang import Expected, SglangEngine
 from megatron_klear.trainer import Trainer
 from megatron_klear.weight_sync import (
+    BucketSharing,
     DiskTransport,
     DistributedTransport,
     EngineGroup,
     EngineLayout,
     Publisher,
+    SharedTransport,
     TensorTransport,
     Transport,
     WeightFiles,
@@ -63,6 +65,18 @@ class Corrupting:
         self._inner.send(Bucket(names=bucket.names, tensors=tuple(tensors)))
 
 
+class CorruptingSharing(BucketSharing):
+    """Has one rank offer something else than the others in the place of one tensor."""
+
+    def __init__(self, context: ParallelContext, name: str, rank: int) -> None:
+        super().__init__(context)
+        self._name = name if context.world.rank == rank else None
+
+    def offer(self, bucket: Bucket) -> None:
+        tensors = [t + 0.5 if n == self._name else t for n, t in zip(bucket.names, bucket.tensors, strict=True)]
+        super().offer(Bucket(names=bucket.names, tensors=tuple(tensors)))
+
+
 class Rank:
     """One rank of the trainer, and on the first one the engine."""
 
@@ -81,10 +95,14 @@ class Rank:
             self.engine = SglangEngine([job["url"]], SglangSettings(stream_interval=4), expected, in_flight=16)
 
     def publisher(self, action: dict[str, Any]) -> Publisher:
-        group, transport = None, None
+        group, transport, sharing = None, None, None
+        if action["transport"] == "shared":
+            sharing = BucketSharing(self.context)
+            if "corrupt_rank" in action:
+                sharing = CorruptingSharing(self.context, action["corrupt_name"], action["corrupt_rank"])
         if self.engine is not None:
             group = EngineGroup([e.caller for e in self.engine.engines], 240.0, waiting=self.first_rank.alive)
-            transport = self.transport(action, group)
+            transport = self.transport(action, group, sharing)
         return Publisher(
             group,
             transport,
@@ -95,12 +113,15 @@ class Rank:
             bucket_bytes=action.get("bucket_bytes", 16_000),
             pause_mode=action.get("pause", "abort"),
             verify_mode="checksum",
+            sharing=sharing,
         )
 
-    def transport(self, action: dict[str, Any], group: EngineGroup) -> Transport:
+    def transport(self, action: dict[str, Any], group: EngineGroup, sharing: BucketSharing | None) -> Transport:
         kind = action["transport"]
         made: Transport
-        if kind == "disk":
+        if sharing is not None:
+            made = SharedTransport(group, sharing, lambda caller: [action["rank"]])
+        elif kind == "disk":
             made = DiskTransport(
                 group, WeightFiles(Path(self.job["directory"]), hf_config(self.arch, dtype=self.job["dtype"]), keep=2)
             )

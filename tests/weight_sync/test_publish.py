@@ -63,14 +63,22 @@ INTERRUPTING: list[dict[str, Any]] = [
 ]
 
 
+SHARED: list[dict[str, Any]] = [
+    {"transport": "shared", "version": 11, "rank": 1},
+    {"transport": "shared", "version": 12, "rank": 1, "corrupt_rank": 1, "corrupt_name": "model.norm.weight"},
+    {"transport": "shared", "version": 13, "rank": 0, "corrupt_rank": 1, "corrupt_name": "model.norm.weight"},
+]
+"""The engine lies on this rank's GPU, and one rank offers something else than the others."""
+
+
 @pytest.fixture(scope="module")
 def two_tensor_ranks(publish: Any) -> list[dict[str, Any]]:
-    return publish(TRANSPORTS + INTERRUPTING, tp=2)
+    return publish(TRANSPORTS + INTERRUPTING + SHARED, tp=2)
 
 
 @pytest.fixture(scope="module")
 def two_stages(publish: Any) -> list[dict[str, Any]]:
-    return publish(TRANSPORTS, pp=2)
+    return publish(TRANSPORTS + SHARED, pp=2)
 
 
 @pytest.mark.parametrize("layout", ["two_tensor_ranks", "two_stages"])
@@ -90,6 +98,15 @@ def test_a_damaged_tensor_is_named(layout: str, request: pytest.FixtureRequest) 
     # SGLang holds gate and up as one tensor.
     assert results[4]["text"].endswith("1 differ: model.layers.2.mlp.gate_up_proj.weight")
     assert results[5]["text"].endswith("1 differ: model.embed_tokens.weight")
+
+
+@pytest.mark.parametrize("layout", ["two_tensor_ranks", "two_stages"])
+def test_an_engine_takes_what_the_rank_on_its_gpu_offers(layout: str, request: pytest.FixtureRequest) -> None:
+    from_second, damaged, from_first = request.getfixturevalue(layout)[-len(SHARED) :]
+    check_equal(from_second, 11)
+    assert damaged["error"] == "WeightSyncError"
+    assert damaged["text"].endswith("1 differ: model.norm.weight")
+    check_equal(from_first, 13)  # what the other rank offers does not matter to it
 
 
 @pytest.mark.parametrize("number", range(len(INTERRUPTING)), ids=[a["pause"] for a in INTERRUPTING])

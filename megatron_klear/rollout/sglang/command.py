@@ -71,6 +71,8 @@ def server_command(
         "--sleep-on-idle",
     ]
     max_total_tokens = settings.max_total_tokens
+    if settings.placement == "colocated" and not on_cpu:
+        arguments.append("--enable-memory-saver")
     if on_cpu:
         arguments += CPU_ARGUMENTS
         if max_total_tokens is None:
@@ -94,6 +96,9 @@ def server_environment(settings: SglangSettings, index: int, *, on_cpu: bool) ->
     if on_cpu:
         # Without a number of its own SGLang binds threads to all cores, where they wait for the trainer's.
         return environment | {"SGLANG_USE_CPU_ENGINE": "1", "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+    if settings.placement == "colocated":
+        # What is meant for the trainer's allocator (expandable segments) and what gives memory up do not go together.
+        environment = {name: value for name, value in environment.items() if not name.endswith("_ALLOC_CONF")}
     first = settings.first_gpu + index * settings.server_tp
     return environment | {"CUDA_VISIBLE_DEVICES": _gpus(os.environ, first, settings.server_tp)}
 

@@ -68,6 +68,19 @@ def test_the_trainers_process_group_is_not_the_servers(monkeypatch: pytest.Monke
     assert found["SGLANG_USE_CPU_ENGINE"] == "1"
 
 
+def test_a_server_on_the_trainers_gpus_can_give_up_its_memory(venv: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "--enable-memory-saver" in arguments(venv, placement="colocated")
+    assert "--enable-memory-saver" not in arguments(venv, placement="colocated", on_cpu=True)
+    assert "--enable-memory-saver" not in arguments(venv)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    settings = SglangSettings(server_tp=2, servers=2, placement="colocated")
+    found = server_environment(settings, 1, on_cpu=False)
+    assert found["CUDA_VISIBLE_DEVICES"] == "6,7", "those of ranks 2 and 3"
+    assert "PYTORCH_CUDA_ALLOC_CONF" not in found
+    assert "PYTORCH_CUDA_ALLOC_CONF" in server_environment(SglangSettings(), 0, on_cpu=False)
+
+
 def test_each_server_has_gpus_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     settings = SglangSettings(server_tp=2, first_gpu=1, servers=2)
