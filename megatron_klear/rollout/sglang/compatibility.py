@@ -89,7 +89,7 @@ async def examine(connection: Connection, expected: Expected) -> EngineFacts:
         )
     if expected.deterministic and not server.get("enable_deterministic_inference"):
         problems.append(
-            "it draws by chance, and sglang.deterministic asks for seeds; start it with --enable-deterministic-inference"
+            "it draws by chance, and sglang.deterministic is set; start it with --enable-deterministic-inference"
         )
     if not server.get("skip_tokenizer_init"):
         problems += await _tokenizer_problems(connection, expected)

@@ -61,7 +61,7 @@ def test_another_tokenizer_is_refused(stand_in: StandIn) -> None:
 
 def test_a_server_that_draws_by_chance_is_refused_where_seeds_are_asked_for(stand_in: StandIn) -> None:
     (problem,) = problems(stand_in.url, deterministic=True)
-    assert "it draws by chance, and sglang.deterministic asks for seeds; start it with --enable-determ" in problem
+    assert "it draws by chance, and sglang.deterministic is set; start it with --enable-deterministic" in problem
     stand_in.answers["/server_info"] |= {"enable_deterministic_inference": True}
     assert connect(stand_in.url, deterministic=True).version == "0.5.23"
 
