@@ -72,7 +72,7 @@ setup(
     cmdclass=cmdclass,
     package_data={
         "klear_kernels": ["csrc/*", "csrc/device/*"],
-        "megatron_klear": ["**/*.html", "**/*.jinja", "**/*.css", "**/*.js"],
+        "megatron_klear": ["**/*.html", "**/*.jinja", "**/*.css", "**/*.js", "rollout/sglang/cpu_plugin/**/*"],
     },
     install_requires=[
         "torch",

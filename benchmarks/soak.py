@@ -1,6 +1,7 @@
 """An asynchronous run with real SGLang servers on two cores, while engines, trainer and disk fail at random.
 
     python benchmarks/soak.py --minutes 30 [--kills 20] [--seed 0] [--servers 1] [--work DIR] [--venv .venv-sglang]
+    python benchmarks/soak.py --fixed-order --minutes 10 [...]
 
 Two trainer ranks train a tiny model from what the rollout manager draws, with partial rollouts. Meanwhile, at random
 moments decided by the seed: processes of a server are killed with SIGKILL; one or both trainer ranks are; a server is
@@ -10,7 +11,11 @@ or a life of the trainer may not write files beyond a small size (RLIMIT_FSIZE),
 ended is started again. In the end the run is finished undisturbed, and the ledger is asked how often each prompt was
 trained.
 
-Writes benchmarks/results/soak.json; exit status 1 when a prompt was not trained exactly once or a process is left.
+With --fixed-order the run is synchronous, prompts are trained in the order of the data, and tokens follow from seeds
+(`sglang.deterministic`). A second run of as many steps is then left in peace, and both are compared bit by bit.
+
+Writes benchmarks/results/soak.json, or soak_fixed_order.json; exit status 1 when a prompt was not trained exactly once,
+a process is left, or the two runs differ.
 """
 
 from __future__ import annotations
@@ -29,12 +34,17 @@ import sys
 import time
 from collections import Counter
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 
 import psutil
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULT = Path(__file__).with_name("results") / "soak.json"
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.run_comparison import compare, is_equal  # noqa: E402
+
+RESULTS = Path(__file__).with_name("results")
 FAULTS = {
     "server killed": 0.45, "trainer killed": 0.25, "server stopped": 0.1, "network silent": 0.1, "disk full": 0.1,
 }  # fmt: skip
@@ -58,10 +68,11 @@ class Trainer:
     Args:
         work: directory for data, run and logs.
         overrides: settings beside examples/quickstart_rl.yaml.
+        name: of the run's directory.
     """
 
-    def __init__(self, work: Path, overrides: list[str]) -> None:
-        self.work, self.run, self._overrides = work, work / "run", overrides
+    def __init__(self, work: Path, overrides: list[str], name: str = "run") -> None:
+        self.work, self.run, self._overrides = work, work / name, [*overrides, f"run.dir={work / name}"]
         self.ranks: list[subprocess.Popen[bytes]] = []
         self.lives = 0
 
@@ -88,7 +99,7 @@ class Trainer:
             self.ranks.append(started)
 
     def _log(self, rank: int) -> Path:
-        return self.work / f"life{self.lives:03d}_rank{rank}.log"
+        return self.work / f"{self.run.name}_life{self.lives:03d}_rank{rank}.log"
 
     def output(self) -> str:
         """What rank 0 has printed in this life."""
@@ -284,22 +295,24 @@ def _iptables(action: str, rule: list[str]) -> bool:
         return False
 
 
-def settings(work: Path, venv: Path, servers: int) -> list[str]:
-    """Overrides that shrink the quickstart, and make it asynchronous."""
+def settings(work: Path, venv: Path, servers: int, *, fixed_order: bool) -> list[str]:
+    """Overrides that shrink the quickstart, and make it asynchronous, or repeatable."""
     data = work / "data"
+    scheduling = ["scheduling.mode=async", "scheduling.max_staleness=3", "scheduling.order=completion"]
+    if fixed_order:
+        scheduling = ["scheduling.mode=sync", "scheduling.order=fixed", "sglang.deterministic=true"]
     return [
         "model.num_layers=2", "model.hidden_size=32", "model.ffn_hidden_size=64", "model.head_dim=8",
         "reward.workers=2", "reward.malformed=-2.0", "reward.require_think=false", "observe.tensorboard=false",
-        "observe.report=false", f"run.dir={work / 'run'}", f"tokenizer.dir={data / 'tokenizer'}",
+        "observe.report=false", f"tokenizer.dir={data / 'tokenizer'}",
         f"data.prompts=[{data / 'prompts.jsonl'}]", "data.heldout=[]", "evaluation.at_end=false",
         "checkpoint.start_from=null", "checkpoint.every_steps=3", "checkpoint.keep=2",
         f"rl.prompts_per_step={PER_STEP}",
         "rl.minibatch_prompts=4", "rollout.responses_per_prompt=4", "rollout.max_response_tokens=72",
         "optimizer.schedule=constant", "optimizer.warmup_steps=0", "rollout.engine=sglang", f"sglang.venv={venv}",
         f"sglang.servers={servers}", "sglang.stream_interval=4", "sglang.start_seconds=240", "sglang.idle_seconds=120",
-        "scheduling.mode=async", "scheduling.max_staleness=3", "scheduling.order=completion",
-        f"scheduling.stall_seconds={STALL_SECONDS}", "scheduling.start_seconds=240", "scheduling.outage_seconds=400",
-        "weight_sync.timeout_seconds=60", "parallel.timeout_seconds=300",
+        *scheduling, f"scheduling.stall_seconds={STALL_SECONDS}", "scheduling.start_seconds=240",
+        "scheduling.outage_seconds=400", "weight_sync.timeout_seconds=60", "parallel.timeout_seconds=300",
     ]  # fmt: skip
 
 
@@ -333,8 +346,38 @@ def report(soak: Soak, minutes: float, seed: int, servers: int, statuses: list[i
     }
 
 
+def left_in_peace(work: Path, overrides: list[str], steps: int) -> Trainer:
+    """A run of the same settings and as many steps that nothing disturbs."""
+    trainer = Trainer(work, overrides, "undisturbed")
+    trainer.start(steps)
+    try:
+        statuses = trainer.wait(60.0 + 30.0 * steps)
+    finally:
+        trainer.kill([0, 1])
+    if statuses != [0, 0]:
+        raise SystemExit(f"the undisturbed run ended with {statuses}:\n{trainer.output()[-3000:]}")
+    return trainer
+
+
+def origin(venv: Path) -> dict[str, str]:
+    """When and with what the result was made."""
+    asked = "import importlib.metadata as m; print(m.version('sglang'), m.version('torch'))"
+    sglang, torch = subprocess.run(
+        [str(venv / "bin" / "python"), "-c", asked], check=True, capture_output=True, text=True
+    ).stdout.split()
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    return {
+        "date": time.strftime("%Y-%m-%d"),
+        "commit": commit.stdout.strip(),
+        "sglang": sglang,
+        "torch_of_sglang": torch,
+        "torch": version("torch"),
+        "megatron_core": version("megatron-core"),
+    }
+
+
 def main() -> int:
-    """Disturb, finish, report."""
+    """Disturb, finish, compare, report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=30.0)
     parser.add_argument("--kills", type=int, default=20, help="least number of SIGKILLs, as far as time allows")
@@ -342,8 +385,10 @@ def main() -> int:
     parser.add_argument("--servers", type=int, default=1)
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "soak")
     parser.add_argument("--venv", type=Path, default=Path(os.environ.get("KLEAR_SGLANG_VENV", ROOT / ".venv-sglang")))
-    parser.add_argument("--out", type=Path, default=RESULT)
+    parser.add_argument("--fixed-order", action="store_true", help="repeatable, compared with an undisturbed run")
+    parser.add_argument("--out", type=Path)
     given = parser.parse_args()
+    out = given.out or RESULTS / ("soak_fixed_order.json" if given.fixed_order else "soak.json")
     work = given.work.resolve()
     if (work / "run").exists():
         parser.error(f"--work {work}: it holds a run already; name another directory")
@@ -353,7 +398,9 @@ def main() -> int:
          "--prompts", "200", "--heldout", "8"],
         check=True, cwd=ROOT, stdout=subprocess.DEVNULL,
     )  # fmt: skip
-    soak = Soak(Trainer(work, settings(work, given.venv.resolve(), given.servers)), random.Random(given.seed))
+    venv = given.venv.resolve()
+    overrides = settings(work, venv, given.servers, fixed_order=given.fixed_order)
+    soak = Soak(Trainer(work, overrides), random.Random(given.seed))
     trainer = soak.trainer
     try:
         soak.disturb(given.minutes, given.kills)
@@ -367,13 +414,18 @@ def main() -> int:
     finally:
         trainer.kill([0, 1])
     time.sleep(2.0)
-    told = report(soak, given.minutes, given.seed, given.servers, statuses)
-    given.out.parent.mkdir(parents=True, exist_ok=True)
-    given.out.write_text(json.dumps(told, indent=1) + "\n")
+    told = origin(venv) | report(soak, given.minutes, given.seed, given.servers, statuses)
+    same = True
+    if given.fixed_order:
+        peaceful = left_in_peace(work, overrides, trainer.step())
+        compared = compare(trainer.run, peaceful.run)
+        told, same = told | {"against_an_undisturbed_run": compared}, is_equal(compared)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(told, indent=1) + "\n")
     print(json.dumps(told, indent=1))
     sound = told["every_step_has_its_prompts"] and set(told["times_trained"]) == {"1"}  # type: ignore[call-overload]
     clean = not told["not_trained_exactly_once"] and not told["server_processes_left"] and statuses == [0, 0]
-    return 0 if sound and clean else 1
+    return 0 if sound and clean and same else 1
 
 
 if __name__ == "__main__":

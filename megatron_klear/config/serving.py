@@ -68,6 +68,9 @@ class SglangSettings:
     quantization: Literal["none", "fp8"] = "none"
     """fp8 has started servers quantise the weights they are sent; their checksums are then no longer the trainer's."""
 
+    deterministic: bool = False
+    """Draw each token by `run.seed`, epoch, prompt, response and position: SGLang's deterministic inference, slower."""
+
     memory_fraction: Annotated[float | None, Field(gt=0, lt=1)] = None
     """Share of a GPU's memory for weights and KV cache; null leaves it to SGLang."""
 

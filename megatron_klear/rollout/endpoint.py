@@ -24,7 +24,8 @@ class GenerationRequest:
         token_ids: int64 [L], the prompt, followed by what an interrupted response had already.
         max_new_tokens: tokens still allowed; a continuation's budget is what the first part left over.
         sampling: how tokens are drawn; its `max_response_tokens` is the budget of the whole response.
-        seed: seed of this request's sampling, where the engine takes one.
+        seed: of the whole response, the same when it is continued or asked for again. An engine that takes one draws
+            each token by the seed and the token's place in the sequence.
     """
 
     request_id: str

@@ -263,7 +263,12 @@ class ServedEngine:
                 wait_until_answering(urls, settings.sglang.connect_seconds, self._first_rank.alive)
             encode = self.session.chat.hf
             samples = [(text, encode(text, add_special_tokens=False)["input_ids"]) for text in _SAMPLE_TEXTS]
-            expected = Expected(vocab_size=arch.vocab_size, longest_sequence=longest, tokenizer_samples=samples)
+            expected = Expected(
+                vocab_size=arch.vocab_size,
+                longest_sequence=longest,
+                deterministic=settings.sglang.deterministic,
+                tokenizer_samples=samples,
+            )
             engine = SglangEngine(urls, settings.sglang, expected, in_flight=settings.rollout.batch_responses)
             on_failure.callback(engine.close)
             layouts = [

@@ -20,7 +20,7 @@ SECONDS_PER_TOKEN = float(os.environ.get("SIMULATED_SECONDS_PER_TOKEN", "0.02"))
 
 
 def remaining(request: GenerationRequest) -> int:
-    digest = hashlib.blake2b(str(request.seed).encode(), digest_size=4).digest()
+    digest = hashlib.blake2b(f"{request.seed}+{len(request.token_ids)}".encode(), digest_size=4).digest()
     return 1 + int.from_bytes(digest, "little") % 14
 
 

@@ -22,7 +22,7 @@ from megatron_klear.rollout.engine import SamplingParams
 from megatron_klear.rollout.manager.answers import extended, problem_with
 from megatron_klear.rollout.manager.engines import Engine, EnginePool
 from megatron_klear.rollout.manager.health import EngineCare, Restart
-from megatron_klear.rollout.manager.work import GroupWork, Request, ResponseWork, request_seed
+from megatron_klear.rollout.manager.work import GroupWork, Request, ResponseWork, response_seed
 
 _SPREAD = 4
 """How many more requests than the least loaded engine a group's own engine may have, to share its prefix cache."""
@@ -148,9 +148,7 @@ class Dispatcher:
             token_ids=token_ids,
             max_new_tokens=params.max_response_tokens - response.num_tokens,
             sampling=params,
-            seed=request_seed(
-                self._sampling.seed, group.epoch, group.prompt.prompt_id, response.index, response.num_tokens
-            ),
+            seed=response_seed(self._sampling.seed, group.epoch, group.prompt.prompt_id, response.index),
         )
 
     async def _serve(self, request: Request) -> None:

@@ -93,17 +93,15 @@ class Request:
     task: asyncio.Task[None] | None = None
 
 
-def request_seed(run_seed: int, epoch: int, prompt_id: str, index: int, offset: int) -> int:
-    """Seed of a request: the same for a retry, on whatever engine, and another for a continuation.
+def response_seed(run_seed: int, epoch: int, prompt_id: str, index: int) -> int:
+    """Seed of a response: the same for all of its requests, a retry and a continuation included, on whatever engine.
 
     Args:
         run_seed: run.seed.
         epoch, prompt_id, index: which response.
-        offset: tokens that it has already; an engine that counts tokens from the request's start must not draw a
-            continuation with the numbers that drew the head.
 
     Returns:
-        31 bits, which every engine takes.
+        63 bits, the positive half of what SGLang takes.
     """
-    key = f"{run_seed}\n{epoch}\n{index}\n{offset}\n{prompt_id}".encode()
-    return int.from_bytes(hashlib.blake2b(key, digest_size=4).digest(), "little") >> 1
+    key = f"{run_seed}\n{epoch}\n{index}\n{prompt_id}".encode()
+    return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little") >> 1

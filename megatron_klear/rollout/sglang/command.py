@@ -13,6 +13,8 @@ CONTEXT_MARGIN = 8
 """Tokens of its context that SGLang does not fill: it refuses or cuts short what comes closer (6 in 0.5.23)."""
 
 CPU_ARGUMENTS = ("--device", "cpu", "--attention-backend", "torch_native")
+CPU_PLUGIN = Path(__file__).with_name("cpu_plugin")
+"""SGLang's plugin that gives it deterministic inference on a CPU."""
 
 
 def server_python(settings: SglangSettings) -> Path:
@@ -82,6 +84,8 @@ def server_command(
         arguments += ["--max-total-tokens", str(max_total_tokens)]
     if settings.memory_fraction is not None:
         arguments += ["--mem-fraction-static", str(settings.memory_fraction)]
+    if settings.deterministic:
+        arguments.append("--enable-deterministic-inference")
     if settings.quantization != "none":
         arguments += ["--quantization", settings.quantization]
     return [str(server_python(settings)), "-m", "sglang.launch_server", *arguments, *settings.extra_args]
@@ -95,7 +99,11 @@ def server_environment(settings: SglangSettings, index: int, *, on_cpu: bool) ->
     environment["SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN"] = "1"
     if on_cpu:
         # Without a number of its own SGLang binds threads to all cores, where they wait for the trainer's.
-        return environment | {"SGLANG_USE_CPU_ENGINE": "1", "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+        environment |= {"SGLANG_USE_CPU_ENGINE": "1", "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+        if settings.deterministic:
+            # A sum that threads share is cut by their number; what is compiled differs by the shapes it was made for.
+            environment |= {"PYTHONPATH": str(CPU_PLUGIN), "OMP_NUM_THREADS": "1", "TORCH_COMPILE_DISABLE": "1"}
+        return environment
     if settings.placement == "colocated":
         # What is meant for the trainer's allocator (expandable segments) and what gives memory up do not go together.
         environment = {name: value for name, value in environment.items() if not name.endswith("_ALLOC_CONF")}

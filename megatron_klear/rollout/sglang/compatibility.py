@@ -28,12 +28,14 @@ class Expected:
     Attributes:
         vocab_size: of the model.
         longest_sequence: prompt and response together, in tokens.
+        deterministic: whether tokens must follow from seeds (sglang.deterministic).
         tokenizer_samples: texts and the token ids that our tokenizer makes of them, no special tokens added.
         architecture: class of the model; None takes any (a teacher of another family is only sampled from).
     """
 
     vocab_size: int
     longest_sequence: int
+    deterministic: bool = False
     tokenizer_samples: Sequence[tuple[str, Sequence[int]]] = field(default=())
     architecture: str | None = ARCHITECTURE
 
@@ -91,6 +93,10 @@ async def examine(connection: Connection, expected: Expected) -> EngineFacts:
         problems.append(
             f"its context is {context_length} tokens, and prompt and response together take up to {needed} with a "
             f"margin of {CONTEXT_MARGIN} (data.max_prompt_tokens, rollout.max_response_tokens)"
+        )
+    if expected.deterministic and not server.get("enable_deterministic_inference"):
+        problems.append(
+            "it draws by chance, and sglang.deterministic is set; start it with --enable-deterministic-inference"
         )
     if not server.get("skip_tokenizer_init"):
         problems += await _tokenizer_problems(connection, expected)

@@ -56,8 +56,7 @@ class EndpointPool:
     ) -> list[RolloutGroup]:
         """Draw `num_responses` responses to each prompt; groups come back in the order of `prompts`.
 
-        A request's seed depends on (seed, prompt_id, index of the response) alone; whether tokens do is the engine's
-        matter.
+        A response's seed depends on (seed, prompt_id, its index) alone; so do its tokens with `sglang.deterministic`.
 
         Raises:
             RolloutError: a request that cannot be served, or one that failed more often than it is retried.
@@ -145,7 +144,7 @@ class EndpointPool:
             token_ids=np.concatenate([prompt.token_ids, *(part.token_ids for part in parts)]),
             max_new_tokens=sampling.max_response_tokens - done,
             sampling=sampling,
-            seed=request_seed(seed, prompt.prompt_id, index, done),
+            seed=response_seed(seed, prompt.prompt_id, index),
         )
 
     def _least_busy(self) -> int:
@@ -196,9 +195,9 @@ class _Progress:
         )
 
 
-def request_seed(seed: int, prompt_id: str, index: int, position: int) -> int:
-    """A seed in [0, 2^63) for one request: of its own for every response, and for every part of one."""
-    digest = hashlib.blake2b(f"{seed}\n{index}\n{position}\n{prompt_id}".encode(), digest_size=8).digest()
+def response_seed(seed: int, prompt_id: str, index: int) -> int:
+    """A seed in [0, 2^63) for one response, the same for all parts of it."""
+    digest = hashlib.blake2b(f"{seed}\n{index}\n{prompt_id}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
 

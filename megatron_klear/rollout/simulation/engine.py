@@ -217,7 +217,7 @@ class SimulatedEngine:
             self._reporter = asyncio.get_running_loop().call_later(self._report_seconds, self._report)
 
     def _part(self, run: _Run, count: int, finish: FinishReason) -> GeneratedPart:
-        rng = np.random.default_rng([run.request.seed, self.version])
+        rng = np.random.default_rng([run.request.seed, len(run.request.token_ids), self.version])
         tokens = rng.integers(1, self._vocab_size, run.total)[:count]
         stops = run.request.sampling.stop_token_ids
         logprobs = -rng.random(run.total, np.float32)[:count]

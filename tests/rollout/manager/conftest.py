@@ -27,8 +27,8 @@ STOP = 7
 
 
 def remaining(request: GenerationRequest) -> int:
-    """Tokens left of a response: most are short, some run into the budget; a function of the seed alone."""
-    digest = hashlib.blake2b(str(request.seed).encode(), digest_size=4).digest()
+    """Tokens left of a response: most are short, some run into the budget; a function of the seed and what it has."""
+    digest = hashlib.blake2b(f"{request.seed}+{len(request.token_ids)}".encode(), digest_size=4).digest()
     return 1 + int.from_bytes(digest, "little") % 150
 
 

@@ -33,7 +33,7 @@ PROMPTS = {
 
 
 def remaining(request: GenerationRequest) -> int:
-    digest = hashlib.blake2b(str(request.seed).encode(), digest_size=4).digest()
+    digest = hashlib.blake2b(f"{request.seed}+{len(request.token_ids)}".encode(), digest_size=4).digest()
     return 1 + int.from_bytes(digest, "little") % 40
 
 

@@ -53,6 +53,17 @@ def test_settings_become_arguments(venv: str) -> None:
     assert "--device" not in found
 
 
+def test_a_deterministic_cpu_server_gets_the_plugin_and_one_thread(venv: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "4")
+    assert "--enable-deterministic-inference" in arguments(venv, deterministic=True)
+    assert "--enable-deterministic-inference" not in arguments(venv)
+    found = server_environment(SglangSettings(deterministic=True), 0, on_cpu=True)
+    assert (found["OMP_NUM_THREADS"], found["TORCH_COMPILE_DISABLE"]) == ("1", "1")
+    names = [p.name for p in Path(found["PYTHONPATH"]).iterdir()]
+    assert {"klear_sglang_repeatable.py", "klear_sglang_repeatable-1.dist-info"} <= set(names)
+    assert "PYTHONPATH" not in server_environment(SglangSettings(), 0, on_cpu=True)
+
+
 def test_a_cpu_server_takes_no_more_memory_than_the_batch_needs(venv: str) -> None:
     found = arguments(venv, on_cpu=True, dtype="float32")
     assert found["--device"] == "cpu"

@@ -12,8 +12,12 @@ from megatron_klear.rollout.sglang import Expected, SglangEngine
 from tests.rollout.sglang.conftest import VOCAB, StandIn
 
 
-def connect(*urls: str, vocab_size: int = VOCAB, longest: int = 100, samples: Any = ()) -> Any:
-    expected = Expected(vocab_size=vocab_size, longest_sequence=longest, tokenizer_samples=samples)
+def connect(
+    *urls: str, vocab_size: int = VOCAB, longest: int = 100, deterministic: bool = False, samples: Any = ()
+) -> Any:
+    expected = Expected(
+        vocab_size=vocab_size, longest_sequence=longest, deterministic=deterministic, tokenizer_samples=samples
+    )
     engine = SglangEngine(urls, SglangSettings(), expected, in_flight=4)
     engine.close()
     return engine.engines[0].facts
@@ -53,6 +57,13 @@ def test_another_tokenizer_is_refused(stand_in: StandIn) -> None:
     assert connect(stand_in.url, samples=[("a b", [1, 2])]).version == "0.5.23"
     (problem,) = problems(stand_in.url, samples=[("a b", [1, 2]), ("c", [3])])
     assert "its tokenizer makes [1, 2] of 'c', ours makes [3] (tokenizer.dir)" in problem
+
+
+def test_a_server_that_draws_by_chance_is_refused_where_seeds_are_asked_for(stand_in: StandIn) -> None:
+    (problem,) = problems(stand_in.url, deterministic=True)
+    assert "it draws by chance, and sglang.deterministic is set; start it with --enable-deterministic" in problem
+    stand_in.answers["/server_info"] |= {"enable_deterministic_inference": True}
+    assert connect(stand_in.url, deterministic=True).version == "0.5.23"
 
 
 def test_what_is_no_server_of_sglang_is_refused(stand_in: StandIn) -> None:

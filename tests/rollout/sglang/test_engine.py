@@ -14,7 +14,7 @@ from megatron_klear.records import Prompt, RolloutGroup
 from megatron_klear.rollout import RolloutProgress, SamplingParams
 from megatron_klear.rollout.endpoint import EndpointError, GeneratedPart, GenerationRequest, TokensCallback
 from megatron_klear.rollout.sglang import EndpointPool, engine
-from megatron_klear.rollout.sglang.engine import request_seed
+from megatron_klear.rollout.sglang.engine import response_seed
 
 LIMIT = 6
 
@@ -153,7 +153,7 @@ def test_an_interrupted_response_is_continued_with_what_is_left_of_its_budget() 
     assert rollout.finish_reason == "length"
     assert [r.token_ids.tolist() for r in endpoint.seen] == [[0, 9], [0, 9, 5, 6], [0, 9, 5, 6, 7]]
     assert [r.max_new_tokens for r in endpoint.seen] == [6, 4, 3]
-    assert len({r.seed for r in endpoint.seen}) == 3
+    assert len({r.seed for r in endpoint.seen}) == 1
 
 
 def test_a_response_interrupted_at_its_last_token_has_reached_its_length() -> None:
@@ -182,8 +182,8 @@ def test_requests_that_cannot_be_served_are_refused() -> None:
         run([Fake("a")], responses=0)
 
 
-def test_seeds_differ_by_everything_that_names_a_request() -> None:
-    seeds = {request_seed(s, p, i, t) for s in (1, 2) for p in ("p1", "p11") for i in (0, 1, 11) for t in (0, 1)}
-    assert len(seeds) == 24
+def test_seeds_differ_by_everything_that_names_a_response() -> None:
+    seeds = {response_seed(s, p, i) for s in (1, 2) for p in ("p1", "p11") for i in (0, 1, 11)}
+    assert len(seeds) == 12
     assert all(0 <= seed < 2**63 for seed in seeds)
-    assert request_seed(1, "p1", 0, 0) == request_seed(1, "p1", 0, 0)
+    assert response_seed(1, "p1", 0) == response_seed(1, "p1", 0)
