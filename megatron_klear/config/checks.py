@@ -17,6 +17,7 @@ from megatron_klear.config.architecture import (
     padded_vocab_size,
     read_hf_architecture,
     resolve_architecture,
+    without_absent_weights,
 )
 from megatron_klear.errors import ConfigError
 
@@ -47,7 +48,9 @@ class Problems:
             self.add(path, f"got {value}, must be a multiple of {named} = {divisor}", *involved)
 
 
-def find_problems(settings: Settings, *, entry: Entry, world_size: int, broken: frozenset[str]) -> list[str]:
+def find_problems(
+    settings: Settings, *, entry: Entry, world_size: int, broken: frozenset[str], inputs: bool = True
+) -> list[str]:
     """Return all problems that show only when settings are seen together, as `path: text`.
 
     Args:
@@ -55,9 +58,10 @@ def find_problems(settings: Settings, *, entry: Entry, world_size: int, broken: 
         entry: which entry is to run; sections that it does not use are not checked against others.
         world_size: number of ranks.
         broken: dotted paths already reported.
+        inputs: whether the files and directories that settings name must be there, and fit; a plan needs none.
     """
     problems = Problems(broken=broken)
-    architecture = _architecture(settings, problems)
+    architecture = _architecture(settings, problems, inputs)
     _check_layout(settings, world_size, problems)
     if architecture is not None:
         _check_split(settings, architecture, problems)
@@ -69,16 +73,20 @@ def find_problems(settings: Settings, *, entry: Entry, world_size: int, broken: 
         _check_scheduling(settings, problems)
     if settings.rollout.engine == "sglang":
         _check_serving(settings, architecture, problems)
-    _check_files(settings, entry, architecture, problems)
+    if inputs:
+        _check_environment(settings, entry, problems)
+        _check_files(settings, entry, architecture, problems)
     return problems.texts
 
 
-def _architecture(settings: Settings, problems: Problems) -> Architecture | None:
+def _architecture(settings: Settings, problems: Problems, inputs: bool) -> Architecture | None:
     """Resolve the architecture; None when it is unknown, its problems noted."""
     model = settings.model
     if any(path.startswith("model.") for path in problems.broken):
         return None
     try:
+        if not inputs:
+            return resolve_architecture(without_absent_weights(model))
         if model.hf_dir is not None:
             found = contradictions(model, read_hf_architecture(model.hf_dir))
             if found:
@@ -237,9 +245,6 @@ def _check_scheduling(settings: Settings, problems: Problems) -> None:
         problems.add("scheduling.rollout_only", text + ": set sync", "scheduling.mode")
     if scheduling.rollout_only and scheduling.replay_from is not None:
         problems.add("scheduling.rollout_only", "got true beside scheduling.replay_from, which generates nothing")
-    source = scheduling.replay_from
-    if source is not None and not (Path(source) / "ledger.sqlite").is_file():
-        problems.add("scheduling.replay_from", f"{source} holds no ledger.sqlite; name a run directory of train_rl")
 
 
 def _check_serving(settings: Settings, architecture: Architecture | None, problems: Problems) -> None:
@@ -252,10 +257,6 @@ def _check_serving(settings: Settings, architecture: Architecture | None, proble
     for url in sorted({url for url in sglang.urls if sglang.urls.count(url) > 1}):
         problems.add("sglang.urls", f"{url} is named more than once")
     if not sglang.urls:
-        python = Path(sglang.venv) / "bin" / "python"
-        if not os.access(python, os.X_OK):
-            text = f"no {python}; run tools/setup_sglang.sh (KLEAR_SGLANG_VENV says where), or set sglang.urls"
-            problems.add("sglang.venv", text)
         if architecture is not None:
             problems.divides(
                 "model.num_attention_heads", architecture.num_attention_heads, sglang.server_tp, "sglang.server_tp"
@@ -272,6 +273,18 @@ def _check_serving(settings: Settings, architecture: Architecture | None, proble
         )
     if sglang.quantization == "fp8" and settings.run.device == "cpu":
         problems.add("sglang.quantization", "got fp8, which needs a GPU, and run.device is cpu")
+
+
+def _check_environment(settings: Settings, entry: Entry, problems: Problems) -> None:
+    """Check that what a run needs besides its data is there: recorded responses, and what servers are started from."""
+    source = settings.scheduling.replay_from
+    if entry == "rl" and source is not None and not (Path(source) / "ledger.sqlite").is_file():
+        problems.add("scheduling.replay_from", f"{source} holds no ledger.sqlite; name a run directory of train_rl")
+    if settings.rollout.engine == "sglang" and not settings.sglang.urls:
+        python = Path(settings.sglang.venv) / "bin" / "python"
+        if not os.access(python, os.X_OK):
+            text = f"no {python}; run tools/setup_sglang.sh (KLEAR_SGLANG_VENV says where), or set sglang.urls"
+            problems.add("sglang.venv", text)
 
 
 def _check_files(settings: Settings, entry: Entry, architecture: Architecture | None, problems: Problems) -> None:

@@ -15,6 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import TypeAdapter, ValidationError
 from yaml import YAMLError
 
+from megatron_klear.config.architecture import resolve_architecture, without_absent_weights
 from megatron_klear.config.checks import find_problems
 from megatron_klear.config.described import FIELDS, SECTIONS, describe_value
 from megatron_klear.config.schema import Entry, Settings
@@ -31,7 +32,7 @@ def load_settings(path: str | Path, overrides: Sequence[str] = (), *, entry: Ent
 
     Args:
         path: YAML file.
-        overrides: `section.field=value` texts; values are YAML.
+        overrides: laid over it in this order: `section.field=value` texts, values in YAML, and paths of YAML files.
         entry: which entry is to run; what it does not use is only checked by itself.
         world_size: number of ranks.
 
@@ -41,15 +42,57 @@ def load_settings(path: str | Path, overrides: Sequence[str] = (), *, entry: Ent
     Raises:
         ConfigError: with every problem found, each starting with the dotted path of the setting.
     """
+    settings, problems = _judged(path, overrides, entry, world_size, inputs=True)
+    if problems or settings is None:
+        raise ConfigError(problems)
+    return with_sizes(settings)
+
+
+def judge_plan(
+    path: str | Path, overrides: Sequence[str] = (), *, entry: Entry, world_size: int
+) -> tuple[Settings, list[str]]:
+    """Settings for planning a run elsewhere: the files that they name need not be on this machine.
+
+    Args:
+        path, overrides, entry, world_size: as in `load_settings`.
+
+    Returns:
+        Settings with all sizes of the model filled in, and why they cannot work together, if they cannot.
+
+    Raises:
+        ConfigError: there is nothing to plan with: unreadable files, unknown settings, bad values, no architecture.
+    """
+    settings, problems = _judged(path, overrides, entry, world_size, inputs=False)
+    if settings is None:
+        raise ConfigError(problems)
+    try:
+        return with_sizes(settings), problems
+    except ConfigError as error:
+        raise ConfigError(list(dict.fromkeys([*problems, *error.problems]))) from None
+
+
+def with_sizes(settings: Settings) -> Settings:
+    """The same settings with all sizes of the model filled in, so that no file is read for them again.
+
+    Raises:
+        ConfigError: the model section does not determine an architecture.
+    """
+    sizes = dataclasses.asdict(resolve_architecture(without_absent_weights(settings.model)))
+    return dataclasses.replace(settings, model=dataclasses.replace(settings.model, **sizes))
+
+
+def _judged(
+    path: str | Path, overrides: Sequence[str], entry: Entry, world_size: int, *, inputs: bool
+) -> tuple[Settings | None, list[str]]:
+    """Settings, None where a value is bad by itself and no files are asked for, and every problem once."""
     problems: list[str] = []
     tree = _known_keys(_read(Path(path), overrides), problems)
     settings, broken = _validated(tree, problems)
+    unplannable = bool(problems) and not inputs
     if settings is not None:
-        problems.extend(find_problems(settings, entry=entry, world_size=world_size, broken=broken))
-    if problems or settings is None:
-        raise ConfigError(list(dict.fromkeys(problems)))
-    sizes = dataclasses.asdict(settings.architecture)
-    return dataclasses.replace(settings, model=dataclasses.replace(settings.model, **sizes))
+        found = find_problems(settings, entry=entry, world_size=world_size, broken=broken, inputs=inputs)
+        problems.extend(found)
+    return None if unplannable else settings, list(dict.fromkeys(problems))
 
 
 def dump_settings(settings: Settings) -> str:
@@ -72,22 +115,16 @@ def _read(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
     Raises:
         ConfigError: unreadable file or malformed override (checks cannot go on without them).
     """
-    try:
-        merged: Any = OmegaConf.load(path)
-    except OSError as error:
-        raise ConfigError([f"{path}: cannot read the settings file: {error.strerror or error}"]) from error
-    except (YAMLError, UnicodeDecodeError, OmegaConfBaseException) as error:
-        raise ConfigError([f"{path}: not valid YAML: {' '.join(str(error).split())}"]) from error
-    if not isinstance(merged, DictConfig):
-        raise ConfigError([f"{path}: holds a list, expected sections such as `run:`"])
+    merged: Any = _read_file(path)
     problems = []
     for text in overrides:
         key, equals, _ = text.partition("=")
-        if not equals or not key.strip():
-            problems.append(f"{text}: expected an override of the form section.field=value")
+        over_it = _read_file(Path(text)) if is_settings_file(text) else None
+        if over_it is None and (not equals or not key.strip()):
+            problems.append(f"{text}: expected an override of the form section.field=value, or a .yaml file")
             continue
         try:
-            merged = OmegaConf.merge(merged, OmegaConf.from_dotlist([text]))
+            merged = OmegaConf.merge(merged, OmegaConf.from_dotlist([text]) if over_it is None else over_it)
         except (YAMLError, OmegaConfBaseException, ValueError, TypeError) as error:
             problems.append(f"{key}: cannot use the override {text!r}: {' '.join(str(error).split())}")
     if problems:
@@ -98,6 +135,23 @@ def _read(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
         raise ConfigError([f"{path}: {' '.join(str(error).split())}"]) from error
     assert isinstance(content, dict)
     return {str(key): value for key, value in content.items()}
+
+
+def is_settings_file(argument: str) -> bool:
+    """Whether an argument among overrides names a file of settings to lay over those before it."""
+    return "=" not in argument and Path(argument).suffix in (".yaml", ".yml")
+
+
+def _read_file(path: Path) -> DictConfig:
+    try:
+        content: Any = OmegaConf.load(path)
+    except OSError as error:
+        raise ConfigError([f"{path}: cannot read the settings file: {error.strerror or error}"]) from error
+    except (YAMLError, UnicodeDecodeError, OmegaConfBaseException) as error:
+        raise ConfigError([f"{path}: not valid YAML: {' '.join(str(error).split())}"]) from error
+    if not isinstance(content, DictConfig):
+        raise ConfigError([f"{path}: holds a list, expected sections such as `run:`"])
+    return content
 
 
 def _known_keys(content: Mapping[str, Any], problems: list[str]) -> _Tree:
