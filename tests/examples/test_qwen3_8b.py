@@ -101,8 +101,8 @@ def test_every_stage_starts_from_the_one_before(loaded: dict[tuple[str, int], Se
 
 QUOTED = {
     "sft": "token_budget lr min_lr schedule epochs normalizer",
-    "rl": "token_budget lr schedule prompts_per_step minibatch_prompts responses_per_prompt kind epsilon_low epsilon_high "
-    "normalizer lm_loss_weight filter_zero_advantage",
+    "rl": "token_budget lr schedule prompts_per_step minibatch_prompts responses_per_prompt kind epsilon_low "
+    "epsilon_high normalizer lm_loss_weight filter_zero_advantage",
 }
 
 
