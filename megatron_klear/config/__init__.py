@@ -13,7 +13,7 @@ from megatron_klear.config.architecture import (
 from megatron_klear.config.command_line import parse_command_line
 from megatron_klear.config.data import BIN_MULTIPLE, DataSettings, dali_installed, row_files
 from megatron_klear.config.described import settings_help
-from megatron_klear.config.loading import dump_settings, load_data_settings, load_settings
+from megatron_klear.config.loading import dump_settings, judge_plan, load_data_settings, load_settings
 from megatron_klear.config.schema import (
     AlgorithmSettings,
     CheckpointSettings,
@@ -59,6 +59,7 @@ __all__ = [
     "TokenizerSettings",
     "dali_installed",
     "dump_settings",
+    "judge_plan",
     "load_data_settings",
     "load_settings",
     "padded_vocab_size",

@@ -297,6 +297,12 @@ def resolve_architecture(model: ModelSettings) -> Architecture:
     return _checked(Architecture(**values))
 
 
+def without_absent_weights(model: ModelSettings) -> ModelSettings:
+    """The same settings, without a `model.hf_dir` that is not on this machine; the preset then gives the sizes."""
+    absent = model.hf_dir is not None and not (Path(model.hf_dir) / "config.json").is_file()
+    return dataclasses.replace(model, hf_dir=None) if absent else model
+
+
 def contradictions(model: ModelSettings, weights: Architecture) -> list[str]:
     """List where preset or overrides ask for other shapes than the weights in `model.hf_dir` have."""
     problems = []

@@ -17,6 +17,7 @@ from megatron_klear.config.architecture import (
     read_hf_architecture,
     read_hf_yarn,
     resolve_architecture,
+    without_absent_weights,
 )
 from megatron_klear.config.data import BIN_MULTIPLE, dali_installed, entry_problems, file_problems
 from megatron_klear.config.placement import check_placement
@@ -51,7 +52,9 @@ class Problems:
             self.add(path, f"got {value}, must be a multiple of {named} = {divisor}", *involved)
 
 
-def find_problems(settings: Settings, *, entry: Entry, world_size: int, broken: frozenset[str]) -> list[str]:
+def find_problems(
+    settings: Settings, *, entry: Entry, world_size: int, broken: frozenset[str], inputs: bool = True
+) -> list[str]:
     """Return all problems that show only when settings are seen together, as `path: text`.
 
     Args:
@@ -59,14 +62,16 @@ def find_problems(settings: Settings, *, entry: Entry, world_size: int, broken: 
         entry: which entry is to run; sections that it does not use are not checked against others.
         world_size: number of ranks.
         broken: dotted paths already reported.
+        inputs: whether the files and directories that settings name must be there, and fit; a plan needs none.
     """
     problems = Problems(broken=broken)
-    architecture = _architecture(settings, problems)
+    architecture = _architecture(settings, problems, inputs)
     _check_layout(settings, world_size, problems)
     if architecture is not None:
         _check_split(settings, architecture, problems)
         _check_lengths(settings, architecture, entry, problems)
-        in_weights = None if settings.model.hf_dir is None else read_hf_yarn(settings.model.hf_dir)
+        model = settings.model if inputs else without_absent_weights(settings.model)
+        in_weights = None if model.hf_dir is None else read_hf_yarn(model.hf_dir)
         check_yarn(settings, architecture, entry, in_weights, problems)
     _check_backends(settings, problems)
     _check_training(settings, entry, problems)
@@ -77,7 +82,9 @@ def find_problems(settings: Settings, *, entry: Entry, world_size: int, broken: 
     if settings.rollout.engine == "sglang":
         _check_serving(settings, architecture, problems)
         check_placement(settings, entry, world_size, problems)
-    _check_files(settings, entry, architecture, problems)
+    if inputs:
+        _check_environment(settings, entry, problems)
+        _check_files(settings, entry, architecture, problems)
     return problems.texts
 
 
@@ -89,12 +96,14 @@ def find_data_problems(settings: Settings, *, broken: frozenset[str]) -> list[st
     return problems.texts
 
 
-def _architecture(settings: Settings, problems: Problems) -> Architecture | None:
+def _architecture(settings: Settings, problems: Problems, inputs: bool) -> Architecture | None:
     """Resolve the architecture; None when it is unknown, its problems noted."""
     model = settings.model
     if any(path.startswith("model.") for path in problems.broken):
         return None
     try:
+        if not inputs:
+            return resolve_architecture(without_absent_weights(model))
         if model.hf_dir is not None:
             found = contradictions(model, read_hf_architecture(model.hf_dir))
             if found:
@@ -278,9 +287,6 @@ def _check_scheduling(settings: Settings, problems: Problems) -> None:
         problems.add("scheduling.rollout_only", text + ": set sync", "scheduling.mode")
     if scheduling.rollout_only and scheduling.replay_from is not None:
         problems.add("scheduling.rollout_only", "got true beside scheduling.replay_from, which generates nothing")
-    source = scheduling.replay_from
-    if source is not None and not (Path(source) / "ledger.sqlite").is_file():
-        problems.add("scheduling.replay_from", f"{source} holds no ledger.sqlite; name a run directory of train_rl")
 
 
 def _check_serving(settings: Settings, architecture: Architecture | None, problems: Problems) -> None:
@@ -304,10 +310,6 @@ def _check_serving(settings: Settings, architecture: Architecture | None, proble
         text = f"got {sglang.connect_seconds:g} without sglang.urls; servers of ours have sglang.start_seconds"
         problems.add("sglang.connect_seconds", text, "sglang.urls")
     if not sglang.urls:
-        python = Path(sglang.venv) / "bin" / "python"
-        if not os.access(python, os.X_OK):
-            text = f"no {python}; run tools/setup_sglang.sh (KLEAR_SGLANG_VENV says where), or set sglang.urls"
-            problems.add("sglang.venv", text)
         if architecture is not None:
             problems.divides(
                 "model.num_attention_heads", architecture.num_attention_heads, sglang.server_tp, "sglang.server_tp"
@@ -329,6 +331,18 @@ def _check_serving(settings: Settings, architecture: Architecture | None, proble
 def _is_server(url: str) -> bool:
     parts = urlsplit(url)
     return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.path in ("", "/")
+
+
+def _check_environment(settings: Settings, entry: Entry, problems: Problems) -> None:
+    """Check that what a run needs besides its data is there: recorded responses, and what servers are started from."""
+    source = settings.scheduling.replay_from
+    if entry == "rl" and source is not None and not (Path(source) / "ledger.sqlite").is_file():
+        problems.add("scheduling.replay_from", f"{source} holds no ledger.sqlite; name a run directory of train_rl")
+    if settings.rollout.engine == "sglang" and not settings.sglang.urls:
+        python = Path(settings.sglang.venv) / "bin" / "python"
+        if not os.access(python, os.X_OK):
+            text = f"no {python}; run tools/setup_sglang.sh (KLEAR_SGLANG_VENV says where), or set sglang.urls"
+            problems.add("sglang.venv", text)
 
 
 def _check_files(settings: Settings, entry: Entry, architecture: Architecture | None, problems: Problems) -> None:

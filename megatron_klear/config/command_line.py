@@ -1,4 +1,4 @@
-"""The command line of every entry: `[--check] CONFIG.yaml [section.field=value ...]`."""
+"""The command line of every entry: `[--check] CONFIG.yaml [MORE.yaml ...] [section.field=value ...]`."""
 
 from __future__ import annotations
 
@@ -34,12 +34,14 @@ def parse_command_line(argv: Sequence[str], entry: Entry, world_size: int | None
             rank, problems by the first rank of every machine: a file may be missing on one of them only.
     """
     rank = os.environ.get("RANK", "0")
-    usage = f"usage: python -m megatron_klear.train_{entry} [--check] CONFIG.yaml [section.field=value ...]"
+    arguments = "CONFIG.yaml [MORE.yaml ...] [section.field=value ...]"
+    usage = f"usage: python -m megatron_klear.train_{entry} [--check] {arguments}"
     if any(argument in ("-h", "--help") for argument in argv):
         if rank == "0":
             print(f"{usage}\n       torchrun --nproc-per-node N -m megatron_klear.train_{entry} ...\n")
             print("--check judges the settings, says what would be done, and leaves: 0 good, 2 not.")
             print("It sees as many ranks as the environment variable WORLD_SIZE says (1 without it).\n")
+            print("Further files are laid over the first in the order given, and so are settings.\n")
             print(f"{_PURPOSE[entry]}\nValues are YAML: data.prompts=[a.jsonl,b.jsonl] model.hf_dir=null\n")
             print(settings_help(entry))
         raise SystemExit(EXIT_DONE)

@@ -15,6 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import TypeAdapter, ValidationError
 from yaml import YAMLError
 
+from megatron_klear.config.architecture import resolve_architecture, without_absent_weights
 from megatron_klear.config.checks import find_data_problems, find_problems
 from megatron_klear.config.described import TRAINING, Schema, SettingsT, describe_value
 from megatron_klear.config.schema import Entry, Settings
@@ -30,7 +31,7 @@ def load_settings(path: str | Path, overrides: Sequence[str] = (), *, entry: Ent
 
     Args:
         path: YAML file.
-        overrides: `section.field=value` texts; values are YAML.
+        overrides: laid over it in this order: `section.field=value` texts, values in YAML, and paths of YAML files.
         entry: which entry is to run; what it does not use is only checked by itself.
         world_size: number of ranks.
 
@@ -44,8 +45,43 @@ def load_settings(path: str | Path, overrides: Sequence[str] = (), *, entry: Ent
     def together(settings: Settings, broken: frozenset[str]) -> list[str]:
         return find_problems(settings, entry=entry, world_size=world_size, broken=broken)
 
-    settings = load_schema(TRAINING, path, overrides, together)
-    sizes = dataclasses.asdict(settings.architecture)
+    return with_sizes(load_schema(TRAINING, path, overrides, together))
+
+
+def judge_plan(
+    path: str | Path, overrides: Sequence[str] = (), *, entry: Entry, world_size: int
+) -> tuple[Settings, list[str]]:
+    """Settings for planning a run elsewhere: the files that they name need not be on this machine.
+
+    Args:
+        path, overrides, entry, world_size: as in `load_settings`.
+
+    Returns:
+        Settings with all sizes of the model filled in, and why they cannot work together, if they cannot.
+
+    Raises:
+        ConfigError: there is nothing to plan with: unreadable files, unknown settings, bad values, no architecture.
+    """
+    bad_values: list[str] = []
+    tree = _known_keys(TRAINING, _read(Path(path), overrides), bad_values)
+    settings, broken = _validated(TRAINING, tree, bad_values)
+    problems = find_problems(settings, entry=entry, world_size=world_size, broken=broken, inputs=False)
+    problems = list(dict.fromkeys([*bad_values, *problems]))
+    if bad_values:
+        raise ConfigError(problems)
+    try:
+        return with_sizes(settings), problems
+    except ConfigError as error:
+        raise ConfigError(list(dict.fromkeys([*problems, *error.problems]))) from None
+
+
+def with_sizes(settings: Settings) -> Settings:
+    """The same settings with all sizes of the model filled in, so that no file is read for them again.
+
+    Raises:
+        ConfigError: the model section does not determine an architecture.
+    """
+    sizes = dataclasses.asdict(resolve_architecture(without_absent_weights(settings.model)))
     return dataclasses.replace(settings, model=dataclasses.replace(settings.model, **sizes))
 
 
@@ -111,22 +147,16 @@ def _read(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
     Raises:
         ConfigError: unreadable file or malformed override (checks cannot go on without them).
     """
-    try:
-        merged: Any = OmegaConf.load(path)
-    except OSError as error:
-        raise ConfigError([f"{path}: cannot read the settings file: {error.strerror or error}"]) from error
-    except (YAMLError, UnicodeDecodeError, OmegaConfBaseException) as error:
-        raise ConfigError([f"{path}: not valid YAML: {' '.join(str(error).split())}"]) from error
-    if not isinstance(merged, DictConfig):
-        raise ConfigError([f"{path}: holds a list, expected sections such as `run:`"])
+    merged: Any = _read_file(path)
     problems = []
     for text in overrides:
         key, equals, _ = text.partition("=")
-        if not equals or not key.strip():
-            problems.append(f"{text}: expected an override of the form section.field=value")
+        over_it = _read_file(Path(text)) if is_settings_file(text) else None
+        if over_it is None and (not equals or not key.strip()):
+            problems.append(f"{text}: expected an override of the form section.field=value, or a .yaml file")
             continue
         try:
-            merged = OmegaConf.merge(merged, OmegaConf.from_dotlist([text]))
+            merged = OmegaConf.merge(merged, OmegaConf.from_dotlist([text]) if over_it is None else over_it)
         except (YAMLError, OmegaConfBaseException, ValueError, TypeError) as error:
             problems.append(f"{key}: cannot use the override {text!r}: {' '.join(str(error).split())}")
     if problems:
@@ -137,6 +167,23 @@ def _read(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
         raise ConfigError([f"{path}: {' '.join(str(error).split())}"]) from error
     assert isinstance(content, dict)
     return {str(key): value for key, value in content.items()}
+
+
+def is_settings_file(argument: str) -> bool:
+    """Whether an argument among overrides names a file of settings to lay over those before it."""
+    return "=" not in argument and Path(argument).suffix in (".yaml", ".yml")
+
+
+def _read_file(path: Path) -> DictConfig:
+    try:
+        content: Any = OmegaConf.load(path)
+    except OSError as error:
+        raise ConfigError([f"{path}: cannot read the settings file: {error.strerror or error}"]) from error
+    except (YAMLError, UnicodeDecodeError, OmegaConfBaseException) as error:
+        raise ConfigError([f"{path}: not valid YAML: {' '.join(str(error).split())}"]) from error
+    if not isinstance(content, DictConfig):
+        raise ConfigError([f"{path}: holds a list, expected sections such as `run:`"])
+    return content
 
 
 def _known_keys(schema: Schema[Any], content: Mapping[str, Any], problems: list[str]) -> _Tree:

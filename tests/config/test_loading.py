@@ -6,14 +6,16 @@ import dataclasses
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from megatron_klear.config import RunSettings, Settings, TokenizerSettings, dump_settings, load_settings
-from megatron_klear.config.described import TRAINING
+from megatron_klear.config import RunSettings, Settings, TokenizerSettings, dump_settings, judge_plan, load_settings
+from megatron_klear.config.described import TRAINING, Schema
+from megatron_klear.config.evaluating import EVALUATION
 from megatron_klear.config.loading import _known_keys, _read, _validated
 from megatron_klear.errors import ConfigError
 
@@ -195,7 +197,11 @@ def test_every_shipped_settings_file_is_well_formed():
     """Paths in them may not exist yet, and their world size is the reader's; all else must hold."""
     for path in EXAMPLES:
         problems: list[str] = []
-        settings, _ = _validated(TRAINING, _known_keys(TRAINING, _read(path, ()), problems), problems)
+        # A layout is laid over a stage of the recipe beside it.
+        stage = path.parent.parent / ("sft.yaml" if path.name.startswith("sft") else "math.yaml")
+        files = (stage, str(path)) if path.parent.name == "layouts" else (path,)
+        schema: Schema[Any] = EVALUATION if path.parent.name == "evaluation" else TRAINING
+        settings, _ = _validated(schema, _known_keys(schema, _read(files[0], files[1:]), problems), problems)
         assert problems == [], path
         assert settings is not None
 
@@ -213,3 +219,41 @@ def test_torch_is_not_imported():
     )
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
+
+
+def test_files_are_laid_over_in_the_order_given(load, tmp_path):
+    over = tmp_path / "over.yaml"
+    over.write_text("optimizer: {lr: 3.0e-5}\nrun: {seed: 7}\ndata: {heldout: []}\n")
+    settings = load(str(over), "optimizer.lr=4.0e-5")
+    assert (settings.optimizer.lr, settings.run.seed, settings.data.heldout) == (4e-5, 7, ())
+    assert settings.data.prompts == (str(tmp_path / "prompts.jsonl"),)
+    assert load("optimizer.lr=4.0e-5", str(over)).optimizer.lr == 3e-5
+
+
+def test_a_file_laid_over_that_cannot_be_used_is_named(problems, tmp_path):
+    (tmp_path / "list.yaml").write_text("- 1\n")
+    assert problems(f"{tmp_path}/list.yaml") == [
+        f"{tmp_path}/list.yaml: holds a list, expected sections such as `run:`"
+    ]
+    assert "cannot read the settings file" in problems(f"{tmp_path}/absent.yml")[0]
+    (tmp_path / "typo.yaml").write_text("optimiser: {lr: 1.0}\n")
+    assert "optimiser: unknown section; did you mean optimizer?" in problems(f"{tmp_path}/typo.yaml")
+
+
+def test_a_plan_needs_no_files_but_every_other_problem_is_told(config_file):
+    elsewhere = ["model.hf_dir=/nowhere/8b", "data.sft=[/nowhere/a.jsonl]", "tokenizer.dir=/nowhere/8b"]
+    settings, problems = judge_plan(config_file, elsewhere, entry="sft", world_size=4)
+    assert problems == []
+    assert settings.model.num_layers == 4
+    with pytest.raises(ConfigError, match=r"model\.hf_dir"):
+        load_settings(config_file, elsewhere, entry="sft", world_size=4)
+    settings, problems = judge_plan(
+        config_file, [*elsewhere, "parallel.tp=8", "parallel.pp=3"], entry="sft", world_size=4
+    )
+    assert sorted(problem.split(":")[0] for problem in problems) == [
+        "model.num_attention_heads", "model.num_layers", "model.num_query_groups", "parallel",
+    ]  # fmt: skip
+    with pytest.raises(ConfigError, match=r"parallel\.tp: got 0"):
+        judge_plan(config_file, ["parallel.tp=0"], entry="sft", world_size=4)
+    with pytest.raises(ConfigError, match=r"model\.preset: no architecture"):
+        judge_plan(config_file, ["model.preset=null", "model.hf_dir=/nowhere/8b"], entry="sft", world_size=4)

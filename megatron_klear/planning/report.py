@@ -1,0 +1,181 @@
+"""Plans for people, as tables, and for programs, as JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from megatron_klear.planning.estimate import Plan, assumptions_in_words
+from megatron_klear.planning.memory import StageMemory
+from megatron_klear.planning.search import Candidate
+
+_GB = 1e9
+
+
+def print_plan(console: Console, plan: Plan) -> None:
+    """Memory, traffic, time and what they rest on."""
+    p, m = plan.settings.parallel, plan.settings.model
+    _say(
+        console,
+        f"{plan.gpus} x {plan.device.title}: tp {p.tp}, pp {p.pp}, cp {p.cp}, dp {plan.dp}"
+        f"{', sequence parallel' if p.sequence_parallel else ''}"
+        f"{', distributed optimizer' if p.distributed_optimizer else ''}; recompute {m.recompute}; {m.dtype}",
+    )
+    console.print(memory_table(plan))
+    limit = plan.device.memory_bytes
+    if limit is not None:
+        verdict = "fits" if plan.fits else "DOES NOT FIT"
+        _say(console, f"{verdict}: {plan.peak / _GB:.1f} of {limit / _GB:.0f} GB on the fullest device")
+    host = max(stage.host_at_save for stage in plan.stages)
+    _say(console, f"host memory while a checkpoint is gathered: {host / _GB:.1f} GB for each rank that gathers")
+    if moved := max(stage.host_while_generating for stage in plan.stages):
+        _say(console, f"host memory while engines generate: {moved / _GB:.1f} GB per rank for what makes room for them")
+    console.print(traffic_table(plan))
+    console.print(time_table(plan))
+    work = plan.work
+    _say(
+        console,
+        f"a step: {work.sequences:,} sequences, {work.tokens / 1e6:,.1f}M tokens, {work.updates} "
+        f"{'update' if work.updates == 1 else 'updates'} of {plan.microbatches} microbatches per data-parallel rank; "
+        f"pipeline bubble {plan.bubble_share:.0%}",
+    )
+    _say(
+        console,
+        f"expected: {plan.time.total:,.1f} s per step, {plan.tokens_per_second / plan.gpus:,.0f} tokens/s per device, "
+        f"MFU {plan.mfu:.0%}",
+    )
+    for line in assumptions_in_words(plan):
+        _say(console, f"  assumed: {line}")
+
+
+def memory_table(plan: Plan) -> Table:
+    """One line per pipeline stage, in GB (10^9 bytes) on its worst rank; columns without content left out."""
+    columns: dict[str, list[float]] = {
+        "weights": [stage.state.weights for stage in plan.stages],
+        "gradients": [stage.state.gradients for stage in plan.stages],
+        "optimizer": [stage.state.optimizer for stage in plan.stages],
+        "activations": [stage.activations for stage in plan.stages],
+        "layer workspace": [stage.workspace for stage in plan.stages],
+        "head chunk": [stage.head_chunk for stage in plan.stages],
+        "engine weights": [stage.engine_weights for stage in plan.stages],
+        "KV cache": [stage.kv_cache for stage in plan.stages],
+        "publish": [stage.publish for stage in plan.stages],
+        "reserved": [stage.reserved for stage in plan.stages],
+        "training": [stage.while_training for stage in plan.stages],
+        "generating": [stage.while_generating for stage in plan.stages] if plan.entry == "rl" else [],
+    }
+    shown = {name: values for name, values in columns.items() if any(values)}
+    table = Table(title="memory of the worst rank, GB (the larger of workspace and head chunk counts)")
+    table.add_column("stage")
+    table.add_column("in flight", justify="right")
+    for name in shown:
+        table.add_column(name, justify="right")
+    for index, stage in enumerate(plan.stages):
+        table.add_row(
+            str(stage.stage), str(stage.in_flight), *(f"{values[index] / _GB:.2f}" for values in shown.values())
+        )
+    return table
+
+
+def traffic_table(plan: Plan) -> Table:
+    """Bytes that the busiest rank sends in a step."""
+    traffic, table = plan.traffic, Table(title="sent by the busiest rank in a step, GB")
+    cells = {
+        "sequence parallel" if traffic.sequence else "tensor parallel": traffic.tensor,
+        "context parallel": traffic.context,
+        "pipeline": traffic.pipeline,
+        "data parallel": traffic.data,
+        **({"publish to engines": traffic.publish} if traffic.publish else {}),
+    }
+    for name in cells:
+        table.add_column(name, justify="right")
+    table.add_row(*(f"{value / _GB:,.1f}" for value in cells.values()))
+    return table
+
+
+def time_table(plan: Plan) -> Table:
+    """Seconds of a step by part."""
+    table = Table(title="expected seconds of a step, generation left out")
+    parts = {field.name: getattr(plan.time, field.name) for field in dataclasses.fields(plan.time)}
+    names = {"again": "computed again", "tensor": "tensor parallel", "context": "context parallel",
+             "data": "data parallel"}  # fmt: skip
+    for name in parts:
+        table.add_column(names.get(name, name), justify="right")
+    table.add_column("total", justify="right")
+    table.add_row(*(f"{value:,.2f}" for value in parts.values()), f"{plan.time.total:,.2f}")
+    return table
+
+
+def print_layouts(console: Console, candidates: Sequence[Candidate], top: int, current: Plan | None) -> None:
+    """The best layouts; the one that is set is marked, and shown where it stands when it is not among them."""
+    table = Table(title=f"layouts that fit, fastest first ({len(candidates)} in all)")
+    for name in ("", "tp", "pp", "cp", "dp", "recompute", "GB", "bubble", "s per step", "MFU"):
+        table.add_column(name, justify="left" if name in ("", "recompute") else "right")
+    for rank, candidate in enumerate(candidates, start=1):
+        plan, p = candidate.plan, candidate.parallel
+        is_current = current is not None and _same(plan, current)
+        if rank > top and not is_current:
+            continue
+        table.add_row(
+            f"{rank}{' <- set' if is_current else ''}", str(p.tp), str(p.pp), str(p.cp), str(plan.dp),
+            candidate.recompute, f"{plan.peak / _GB:.1f}", f"{plan.bubble_share:.0%}", f"{plan.time.total:,.1f}",
+            f"{plan.mfu:.0%}",
+        )  # fmt: skip
+    console.print(table)
+    if candidates:
+        _say(console, f"the first as settings: {candidates[0].overrides}")
+
+
+def _same(one: Plan, other: Plan) -> bool:
+    return one.settings.parallel == other.settings.parallel and one.settings.model == other.settings.model
+
+
+def plan_as_json(plan: Plan) -> dict[str, Any]:
+    """All figures of a plan, bytes and seconds, for programs."""
+    p = plan.settings.parallel
+    return {
+        "entry": plan.entry,
+        "device": plan.device_name,
+        "gpus": plan.gpus,
+        "layout": {
+            "tp": p.tp,
+            "pp": p.pp,
+            "cp": p.cp,
+            "dp": plan.dp,
+            "sequence_parallel": p.sequence_parallel,
+            "distributed_optimizer": p.distributed_optimizer,
+            "recompute": plan.settings.model.recompute,
+        },
+        "layers": plan.kind,
+        "fits": plan.fits,
+        "peak_bytes": plan.peak,
+        "stages": [_stage_as_json(stage) for stage in plan.stages],
+        "traffic_bytes": dataclasses.asdict(plan.traffic),
+        "step": {
+            "sequences": plan.work.sequences,
+            "tokens": plan.work.tokens,
+            "updates": plan.work.updates,
+            "microbatches": plan.microbatches,
+            "flops": plan.flops.total,
+            "bubble_share": plan.bubble_share,
+            "seconds": {**dataclasses.asdict(plan.time), "total": plan.time.total},
+            "tokens_per_second": plan.tokens_per_second,
+            "mfu": plan.mfu,
+        },
+        "assumptions": assumptions_in_words(plan),
+    }
+
+
+def _stage_as_json(stage: StageMemory) -> dict[str, Any]:
+    values = dataclasses.asdict(stage)
+    state = values.pop("state")
+    return {**values, **state, "peak": stage.peak}
+
+
+def _say(console: Console, text: str) -> None:
+    console.print(Text(text), soft_wrap=True)
