@@ -26,7 +26,7 @@ import torch.distributed as dist
 
 from megatron_klear.parallel import Machines
 from megatron_klear.records import Grade
-from megatron_klear.session.grading import MachineGraders
+from megatron_klear.session.machine_graders import MachineGraders
 
 RESULT = Path(__file__).with_name("results") / "grading_machines.json"
 

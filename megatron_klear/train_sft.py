@@ -59,7 +59,7 @@ def main(settings: Settings, stop: StopRequest) -> None:
     """Read the data, open the session, train, report."""
     from megatron_klear.data import DataCursor, load_chat_tokenizer, load_prompts, load_sft, require_disjoint
     from megatron_klear.packing import sequence_multiple
-    from megatron_klear.session.policy import require_gradable
+    from megatron_klear.session.grading import require_gradable
     from megatron_klear.session.session import Session
 
     chat = load_chat_tokenizer(
@@ -80,7 +80,7 @@ def main(settings: Settings, stop: StopRequest) -> None:
             settings.data.heldout, chat, max_prompt_tokens=settings.data.max_prompt_tokens,
             oversize=settings.data.oversize, setting="data.heldout",
         )  # fmt: skip
-        require_gradable(heldout, "data.heldout")
+        require_gradable(heldout, "data.heldout", settings)
         require_disjoint(heldout.keys(), {"data.sft": data.keys()})
     cursor = DataCursor(
         len(data),

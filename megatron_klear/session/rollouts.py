@@ -20,10 +20,11 @@ from megatron_klear.config import EvaluationSettings
 from megatron_klear.model import hf_config, hf_named_tensors
 from megatron_klear.parallel import Machines
 from megatron_klear.records import Grade, Prompt, RolloutGroup, ScoredGroup
-from megatron_klear.reward import AnswerFormat, GradeRequest, MathGraderPool, RewardRules
+from megatron_klear.reward import GradeRequest
 from megatron_klear.rollout import LocalEngine, SamplingParams, merge_groups, shard_prompts
 from megatron_klear.rollout.ledger import scored_group
-from megatron_klear.session.grading import Graders, MachineGraders
+from megatron_klear.session.grading import Graders
+from megatron_klear.session.machine_graders import GraderPool, MachineGraders
 from megatron_klear.session.serving import ServedEngine
 from megatron_klear.session.session import Session
 
@@ -62,13 +63,13 @@ class Rollouts:
         settings, context = session.settings, session.context
         dtype = torch.bfloat16 if settings.model.dtype == "bfloat16" else torch.float32
         self.engine: LocalEngine | ServedEngine
-        self.graders: Graders
+        self.graders: GraderPool
         self._machines: Machines | None = None
-        workers = settings.reward.workers
         if settings.rollout.engine == "sglang":
             self._machines = Machines(context)
             # First, so that machines grade as soon as there is something to grade.
-            pool = self._grader_pool(workers) if self._machines.is_leader else None
+            pool = Graders(settings) if self._machines.is_leader else None
+            workers = max(settings.reward.workers, settings.code_reward.workers)
             self.graders = MachineGraders(self._machines, pool, workers=workers)
             self.engine = ServedEngine(session, self._machines)
         else:
@@ -78,7 +79,7 @@ class Rollouts:
                 dtype=dtype,
                 batch_responses=settings.rollout.batch_responses,
             )
-            self.graders = self._grader_pool(max(1, workers // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+            self.graders = Graders(settings, ranks_per_machine=int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
         self.stop_token_ids = session.chat.stop_ids
 
     def __enter__(self) -> Self:
@@ -91,19 +92,6 @@ class Rollouts:
             self._machines.close()
         self.graders.close()
         self.engine.close()
-
-    def _grader_pool(self, workers: int) -> MathGraderPool:
-        reward, tokenizer = self.session.settings.reward, self.session.settings.tokenizer
-        return MathGraderPool(
-            workers=workers,
-            timeout_seconds=reward.timeout_seconds,
-            rules=RewardRules(correct=reward.correct, wrong=reward.wrong, malformed=reward.malformed),
-            answer_format=AnswerFormat(
-                think_start=tokenizer.think_start,
-                think_end=tokenizer.think_end,
-                require_think=reward.require_think,
-            ),
-        )
 
     @property
     def attested(self) -> bool:
@@ -236,7 +224,8 @@ class Rollouts:
             for i, group in enumerate(groups)
             for j, rollout in enumerate(group.rollouts)
         ]
-        grades = iter(self.graders.grade_many(requests))
+        domains = [group.prompt.domain for group in groups for _ in group.rollouts]
+        grades = iter(self.graders.grade_many(list(zip(domains, requests, strict=True))))
         return [tuple(next(grades) for _ in group.rollouts) for group in groups]
 
     def _graded_meanwhile(self, groups: Sequence[RolloutGroup]) -> list[tuple[Grade, ...]]:

@@ -11,7 +11,7 @@ import pytest
 
 from megatron_klear.errors import RewardError, RolloutError
 from megatron_klear.records import Grade
-from megatron_klear.session.grading import MachineGraders
+from megatron_klear.session.machine_graders import MachineGraders
 
 
 class Pool:

@@ -1,0 +1,94 @@
+"""Grading with the workers of all machines, for the first rank, which has all responses to grade."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Protocol
+
+from megatron_klear.errors import RewardError, RolloutError
+from megatron_klear.parallel import Machines
+from megatron_klear.records import Grade
+
+log = logging.getLogger(__name__)
+
+_CALLS_PER_MACHINE = 2
+"""While one waits for its slowest response, the workers have those of the other."""
+
+
+class GraderPool(Protocol):
+    """Grades responses in processes of its own; from any thread."""
+
+    def grade_many(self, requests: Sequence[Any]) -> list[Grade]:
+        """Grades in the order of the requests; what a request is, the pool knows."""
+        ...
+
+    def close(self) -> None:
+        """End the processes; a second call does nothing."""
+        ...
+
+
+class MachineGraders:
+    """The grading workers of every machine as one pool; made on every rank, and it grades on the first.
+
+    Args:
+        machines: of the launch.
+        pool: this machine's workers; None on all but its first process.
+        workers: in each pool.
+    """
+
+    def __init__(self, machines: Machines, pool: GraderPool | None, *, workers: int) -> None:
+        self._machines, self._pool, self._workers = machines, pool, workers
+        if pool is not None:
+            machines.offer("grade", lambda requests, _: pool.grade_many(requests))
+
+    def grade_many(self, requests: Sequence[Any]) -> list[Grade]:
+        """Grades in the order of the requests, on whichever machine has workers left; see `Graders`.
+
+        Raises:
+            RewardError: no machine could grade what is left.
+        """
+        count = self._machines.count
+        if count == 1:
+            assert self._pool is not None
+            return self._pool.grade_many(requests)
+        size = max(1, min(self._workers, -(-len(requests) // (_CALLS_PER_MACHINE * count))))
+        left = deque((at, requests[at : at + size]) for at in range(0, len(requests), size))
+        grades: list[Grade | None] = [None] * len(requests)
+        problems: list[str] = []
+        done = threading.Lock()
+
+        def work(machine: int) -> None:
+            while True:
+                with done:
+                    if not left:
+                        return
+                    at, some = left.popleft()
+                try:
+                    found = self._machines.call(machine, "grade", some)
+                except (RewardError, RolloutError) as error:
+                    log.warning("machine %d grades no more of these responses: %s", machine, error)
+                    with done:
+                        left.appendleft((at, some))
+                        problems.append(f"machine {machine}: {error}")
+                    return
+                grades[at : at + len(some)] = found
+
+        with ThreadPoolExecutor(_CALLS_PER_MACHINE * count, thread_name_prefix="grade") as threads:
+            list(threads.map(work, [*range(count)] * _CALLS_PER_MACHINE))
+        # What a machine gave back after the others had finished.
+        for at, some in left:
+            if len(problems) == _CALLS_PER_MACHINE * count:
+                raise RewardError("no machine can grade: " + "; ".join(sorted(set(problems))))
+            assert self._pool is not None
+            grades[at : at + len(some)] = self._pool.grade_many(some)
+        assert all(grade is not None for grade in grades)
+        return [grade for grade in grades if grade is not None]
+
+    def close(self) -> None:
+        """End this machine's workers; a second call does nothing."""
+        if self._pool is not None:
+            self._pool.close()
