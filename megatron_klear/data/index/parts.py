@@ -18,6 +18,7 @@ LINE_BYTES = 64 << 20
 """Longest line that is read at all; 2,000 times the longest chain of thought."""
 
 _COLUMNS = ("id", "messages", "source")
+_REQUIRED = ("id", "messages")
 _PARQUET_ROWS = 64
 
 
@@ -37,33 +38,53 @@ class Part:
     input_bytes: int
 
 
-def plan_parts(files: Sequence[str], part_bytes: int = PART_BYTES) -> list[Part]:
+def plan_parts(
+    files: Sequence[str],
+    part_bytes: int = PART_BYTES,
+    *,
+    setting: str = "data.sft",
+    required: Sequence[str] = _REQUIRED,
+) -> list[Part]:
     """Cut files into parts, in order.
+
+    Args:
+        files: JSON lines or Parquet, by their names.
+        part_bytes: input of a part, about.
+        setting: dotted path of the setting that lists the files, for messages.
+        required: columns that Parquet files must have.
 
     Raises:
         DataError: naming every file that is no Parquet file though it is called so, or lacks a column.
     """
-    problems = Problems("the files of data.sft")
+    problems = Problems(f"the files of {setting}")
     parts: list[Part] = []
     for number, name in enumerate(files):
         if name.endswith(".parquet"):
-            parts += _row_groups(number, name, part_bytes, problems)
+            parts += _row_groups(number, name, part_bytes, required, problems)
             continue
         size = Path(name).stat().st_size
         count = max(1, round(size / part_bytes))
         cuts = [size * i // count for i in range(count + 1)]
         parts += [Part(file=number, start=a, end=b, input_bytes=b - a) for a, b in itertools.pairwise(cuts)]
-    problems.raise_if_any("Mend these files or take them out of data.sft.")
+    problems.raise_if_any(f"Mend these files or take them out of {setting}.")
     return parts
 
 
-def read_part(part: Part, name: str, line_bytes: int = LINE_BYTES) -> Iterator[JsonObject | str | None]:
+def read_part(
+    part: Part, name: str, line_bytes: int = LINE_BYTES, *, columns: Sequence[str] = _COLUMNS
+) -> Iterator[JsonObject | str | None]:
     """Yield for each line (or Parquet row) of a part its object, or what is wrong with it, or None where it is empty.
+
+    Args:
+        part: which stretch.
+        name: the file.
+        line_bytes: longest line of JSON to read.
+        columns: columns of Parquet to read, where they are there.
 
     Raises:
         OSError: the file cannot be read.
     """
-    return _parquet_rows(part, name) if name.endswith(".parquet") else _json_lines(part, name, line_bytes)
+    return _parquet_rows(part, name, columns) if name.endswith(".parquet") else _json_lines(part, name, line_bytes)
 
 
 def _json_lines(part: Part, name: str, line_bytes: int) -> Iterator[JsonObject | str | None]:
@@ -85,7 +106,7 @@ def _json_lines(part: Part, name: str, line_bytes: int) -> Iterator[JsonObject |
             yield f"is longer than {line_bytes} bytes"
 
 
-def _row_groups(number: int, name: str, part_bytes: int, problems: Problems) -> list[Part]:
+def _row_groups(number: int, name: str, part_bytes: int, required: Sequence[str], problems: Problems) -> list[Part]:
     import pyarrow.parquet as pq
 
     try:
@@ -95,7 +116,7 @@ def _row_groups(number: int, name: str, part_bytes: int, problems: Problems) -> 
     except Exception as error:  # whatever a damaged file makes the library raise
         problems.add(name, f"is not a Parquet file: {' '.join(str(error).split())}")
         return []
-    for column in ("id", "messages"):
+    for column in required:
         if column not in columns:
             problems.add(name, f"has no column {column}; it has {', '.join(columns)}")
     parts, start, size = [], 0, 0
@@ -107,11 +128,11 @@ def _row_groups(number: int, name: str, part_bytes: int, problems: Problems) -> 
     return parts
 
 
-def _parquet_rows(part: Part, name: str) -> Iterator[JsonObject | str]:
+def _parquet_rows(part: Part, name: str, wanted: Sequence[str]) -> Iterator[JsonObject | str]:
     import pyarrow.parquet as pq
 
     with pq.ParquetFile(name) as file:
-        columns = [column for column in _COLUMNS if column in file.schema_arrow.names]
+        columns = [column for column in wanted if column in file.schema_arrow.names]
         for group in range(part.start, part.end):
             left = file.metadata.row_group(group).num_rows
             try:
