@@ -10,7 +10,7 @@ from megatron_klear.config.architecture import (
     read_hf_architecture,
     resolve_architecture,
 )
-from megatron_klear.config.command_line import parse_command_line
+from megatron_klear.config.command_line import parse_command_line, parse_tool_arguments
 from megatron_klear.config.data import BIN_MULTIPLE, DataSettings, dali_installed, row_files
 from megatron_klear.config.described import settings_help
 from megatron_klear.config.loading import dump_settings, judge_plan, load_data_settings, load_settings
@@ -65,6 +65,7 @@ __all__ = [
     "load_settings",
     "padded_vocab_size",
     "parse_command_line",
+    "parse_tool_arguments",
     "read_hf_architecture",
     "resolve_architecture",
     "row_files",

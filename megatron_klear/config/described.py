@@ -83,7 +83,8 @@ def _kind(annotation: Any) -> tuple[str, tuple[str, ...]]:
         options = tuple(str(arg) for arg in args)
         return f"one of {', '.join(options)}", options
     if origin is tuple:
-        return f"list of {_kind(args[0])[0]}s", ()
+        inner, options = _kind(args[0])
+        return f"list of {inner}" if options else f"list of {inner}s", ()
     return {int: "integer", float: "number", bool: "true or false", str: "text"}[annotation], ()
 
 

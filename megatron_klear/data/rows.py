@@ -56,15 +56,6 @@ class _Row(Protocol):
 RowT = TypeVar("RowT", bound=_Row)
 
 
-def read_sft_rows(paths: Sequence[str | Path], *, setting: str = "data.sft") -> list[SftRow]:
-    """Read all SFT rows of all files.
-
-    Raises:
-        DataError: naming file and line of everything that is wrong, duplicate ids and an empty data set included.
-    """
-    return _read(paths, _sft_row, setting)
-
-
 def read_prompt_rows(paths: Sequence[str | Path], *, setting: str = "data.prompts") -> list[PromptRow]:
     """Read all prompt rows of all files.
 
@@ -97,8 +88,9 @@ def _read(
     return rows
 
 
-def _sft_row(where: str, value: JsonObject) -> SftRow | list[str]:
-    row_id, messages, wrong = _id_and_messages(value, "assistant")
+def parse_sft_row(where: str, value: JsonObject) -> SftRow | list[str]:
+    """An object of a file as an SFT row, or everything that is wrong with it."""
+    row_id, messages, wrong = id_and_messages(value, "assistant")
     source = value.get("source", "")
     if not isinstance(source, str):
         wrong.append(f"source must be a string, got {json_type(source)}")
@@ -107,17 +99,18 @@ def _sft_row(where: str, value: JsonObject) -> SftRow | list[str]:
 
 def prompt_row(where: str, value: JsonObject) -> PromptRow | list[str]:
     """The prompt row that an object holds, or everything that is wrong with it."""
-    row_id, messages, wrong = _id_and_messages(value, "user")
+    row_id, messages, wrong = id_and_messages(value, "user")
     domain: Any = value.get("domain")
     if domain not in DOMAINS:
         wrong.append(f"domain must be one of {', '.join(DOMAINS)}, got {json.dumps(domain)}")
         return wrong
-    reference, problem = _reference(domain, value.get("reference"))
+    reference, problem = reference_text(domain, value.get("reference"))
     wrong += problem
     return wrong or PromptRow(row_id=row_id, domain=domain, messages=messages, reference=reference, where=where)
 
 
-def _id_and_messages(value: JsonObject, last_role: str) -> tuple[str, tuple[Message, ...], list[str]]:
+def id_and_messages(value: JsonObject, last_role: str) -> tuple[str, tuple[Message, ...], list[str]]:
+    """Id and messages of an object, the last message being of `last_role`; and everything that is wrong with them."""
     row_id, wrong = value.get("id"), []
     if isinstance(row_id, bool) or not isinstance(row_id, (str, int)) or row_id == "":
         got = "none" if "id" not in value else json_type(row_id)
@@ -150,18 +143,21 @@ def _message_faults(number: int, message: object) -> Iterator[str]:
         yield f"message {number}: content must be a string, got {json_type(content)}"
     elif not content.strip():
         yield f"message {number}: content is empty"
-    if any(isinstance(text, str) and _has_lone_surrogate(text) for text in (content, reasoning)):
+    texts = [text for text in (content, reasoning) if isinstance(text, str)]
+    if any(has_lone_surrogate(text) for text in texts):
         yield f"message {number}: holds half of a surrogate pair, which is no character"
+    if any("\0" in text for text in texts):
+        yield f"message {number}: holds a NUL character, which no text has"
     if reasoning is not None and (role != "assistant" or not isinstance(reasoning, str)):
         yield f"message {number}: reasoning_content must be a string in an assistant message"
 
 
-def _has_lone_surrogate(text: str) -> bool:
+def has_lone_surrogate(text: str) -> bool:
     """JSON can spell code points that no UTF-8 text, and so no tokenizer, can hold."""
     return any("\ud800" <= char <= "\udfff" for char in text) if not text.isascii() else False
 
 
-def _reference(domain: Domain, reference: object) -> tuple[str, list[str]]:
+def reference_text(domain: Domain, reference: object) -> tuple[str, list[str]]:
     """The gold answer as text, or the tests as JSON text; and what is wrong with it."""
     if domain == "code":
         if isinstance(reference, (list, dict)) and reference:

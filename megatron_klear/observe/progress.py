@@ -60,6 +60,7 @@ class Progress:
         title: what runs, for instance "SFT".
         total_steps: steps of the whole run.
         done_steps: steps that were done before (a resumed run).
+        noun: what a step is called, for entries whose steps are rows or problems.
         enabled: False shows nothing; every rank but the first.
         stream: where to; standard error by default, so that standard output keeps a run's results.
         interactive: live display or lines; None looks whether `stream` is a terminal.
@@ -72,6 +73,7 @@ class Progress:
         total_steps: int,
         *,
         done_steps: int = 0,
+        noun: str = "step",
         enabled: bool = True,
         stream: TextIO | None = None,
         interactive: bool | None = None,
@@ -79,6 +81,7 @@ class Progress:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.title, self.total_steps, self.done_steps = title, total_steps, done_steps
+        self._noun = noun
         self._stream = stream if stream is not None else sys.stderr
         self._enabled = enabled
         self._interactive = _is_terminal(self._stream) if interactive is None else interactive
@@ -111,7 +114,9 @@ class Progress:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if kind is not None and self._live is None:
-            self._print(f"[{self.title}] stopped by {kind.__name__} in step {self._current_step()}/{self.total_steps}")
+            self._print(
+                f"[{self.title}] stopped by {kind.__name__} in {self._noun} {self._current_step()}/{self.total_steps}"
+            )
         self.close()
 
     def close(self) -> None:
@@ -184,9 +189,11 @@ class Progress:
 
     def _line(self) -> str:
         if self._phases:
-            parts = [f"[{self.title}] step {self._current_step()}/{self.total_steps} {self._phases[-1].label()}"]
+            parts = [
+                f"[{self.title}] {self._noun} {self._current_step()}/{self.total_steps} {self._phases[-1].label()}"
+            ]
         else:
-            parts = [f"[{self.title}] step {self.done_steps}/{self.total_steps}"]
+            parts = [f"[{self.title}] {self._noun} {self.done_steps}/{self.total_steps}"]
         parts += [f"{label} {text}" for label, text in self._numbers()]
         parts += [f"{label} {text}" for label, text in self._times()]
         return "  ".join(parts)
@@ -221,7 +228,7 @@ class Progress:
         grid.add_row(
             Text(self.title, "bold"),
             _bar(self.done_steps, max(self.total_steps, 1), bar_width),
-            Text.assemble(f"step {self.done_steps}/{self.total_steps}", *times),
+            Text.assemble(f"{self._noun} {self.done_steps}/{self.total_steps}", *times),
         )
         for phase in list(self._phases):
             bar = _bar(phase.done, phase.total, bar_width) if phase.total else Text("")
