@@ -13,6 +13,7 @@ from megatron_klear.config.architecture import (
 from megatron_klear.config.command_line import parse_command_line
 from megatron_klear.config.described import settings_help
 from megatron_klear.config.loading import dump_settings, load_settings
+from megatron_klear.config.precision import Fp8Settings
 from megatron_klear.config.schema import (
     AlgorithmSettings,
     CheckpointSettings,
@@ -43,6 +44,7 @@ __all__ = [
     "DataSettings",
     "Entry",
     "EvaluationSettings",
+    "Fp8Settings",
     "ModelSettings",
     "ObserveSettings",
     "OptimizerSettings",
