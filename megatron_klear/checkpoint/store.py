@@ -142,9 +142,10 @@ class CheckpointStore:
         )
         weights_only = bool(state.get("model_only"))
         if weights_only:
-            load_model_weights(self.ddp.module, directory, self.context)
+            weights = load_model_weights(self.ddp.module, directory, self.context)
+            in_fp8 = self.ddp.module.config.fp8_param
             with cuda_means_cpu():
-                self.optimizer.reload_model_params()
+                self.optimizer.reload_model_params(state_dict=weights if in_fp8 else None)
         else:
             self._load(directory)
         self._take_hf_files(directory)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory
@@ -11,11 +12,12 @@ from megatron.core.dist_checkpointing.serialization import CkptShardedMetadata, 
 
 from megatron_klear.errors import CheckpointError
 from megatron_klear.model import Qwen3Model
+from megatron_klear.model.precision import note_loaded
 from megatron_klear.parallel import cuda_means_cpu
 from megatron_klear.records import ParallelContext
 
 
-def load_model_weights(model: Qwen3Model, directory: Path, context: ParallelContext) -> None:
+def load_model_weights(model: Qwen3Model, directory: Path, context: ParallelContext) -> dict[str, torch.Tensor]:
     """Fill this rank's part of a model from a checkpoint; optimizer and run state in it are left alone.
 
     A collective. Numbers are converted to the model's format. Extra state of layers (Transformer Engine's FP8
@@ -25,6 +27,9 @@ def load_model_weights(model: Qwen3Model, directory: Path, context: ParallelCont
         model: the model, not wrapped.
         directory: a checkpoint, `step_NNNNNNNN`.
         context: the layout.
+
+    Returns:
+        What was loaded, by the model's names; a model that stores weights in FP8 has fewer digits of them.
 
     Raises:
         CheckpointError: weights of this model are missing in the checkpoint or have other shapes.
@@ -45,10 +50,15 @@ def load_model_weights(model: Qwen3Model, directory: Path, context: ParallelCont
             raise CheckpointError("\n  - ".join([f"{directory} does not hold this model:", *sorted(problems)]))
         names = set(wanted)
         loaded = dist_checkpointing.load(wanted, str(directory))
-        absent = model.load_state_dict({n: v for n, v in loaded.items() if n in names}, strict=False).missing_keys
+        taken = {name: value for name, value in loaded.items() if name in names}
+        absent = model.load_state_dict(taken, strict=False).missing_keys
+        for name, parameter in model.named_parameters():
+            if isinstance(taken.get(name), torch.Tensor):
+                note_loaded(parameter, taken[name])
     absent = [name for name in absent if not name.endswith("_extra_state")]
     if absent:
         raise CheckpointError(f"{directory} does not hold all weights of this model; missing: {', '.join(absent)}")
+    return {name: value for name, value in taken.items() if isinstance(value, torch.Tensor)}
 
 
 def _mismatch(wanted: ShardedTensor, stored: CkptShardedMetadata) -> list[str]:

@@ -73,8 +73,10 @@ class ModelSettings:
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Number format of weights and activations; the optimizer keeps float32 weights either way."""
 
-    attention: Literal["auto", "te", "flash", "sdpa", "cpu"] = "auto"
-    """Core attention; auto picks the best of Transformer Engine, flash-attn, torch SDPA and the CPU path."""
+    attention: Literal["auto", "te", "flash", "cudnn", "sdpa", "cpu"] = "auto"
+    """Core attention. auto takes Transformer Engine's choice where its layers are used, else flash-attn where it is
+    installed, else torch SDPA. te and cudnn need its layers (cudnn: its fused attention only); flash is flash-attn,
+    in its layers with `model.layer_spec=te`; what is taken is printed at the start."""
 
     layer_spec: Literal["auto", "te", "local"] = "auto"
     """Megatron layer specification; auto is Transformer Engine where it is installed and a GPU is used."""

@@ -21,6 +21,7 @@ from megatron_klear.config.architecture import (
 )
 from megatron_klear.config.data import BIN_MULTIPLE, dali_installed, entry_problems, file_problems
 from megatron_klear.config.placement import check_placement
+from megatron_klear.config.precision import check_precision
 from megatron_klear.config.profiling import check_profile
 from megatron_klear.config.yarn import check_yarn
 from megatron_klear.errors import ConfigError
@@ -74,6 +75,7 @@ def find_problems(
         in_weights = None if model.hf_dir is None else read_hf_yarn(model.hf_dir)
         check_yarn(settings, architecture, entry, in_weights, problems)
     _check_backends(settings, problems)
+    check_precision(settings, architecture, problems)
     _check_training(settings, entry, problems)
     check_profile(settings, world_size, settings.rl.steps if entry == "rl" else settings.sft.steps, problems)
     _check_rewards(settings, problems)
@@ -138,8 +140,13 @@ def _check_layout(settings: Settings, world_size: int, problems: Problems) -> No
             "parallel.overlap_grad_reduce",
         )
     step, reason = 2 * parallel.cp, "2 * parallel.cp"
+    sharded, named = parallel.cp, "parallel.cp"
     if parallel.sequence_parallel:
-        step, reason = math.lcm(step, parallel.cp * parallel.tp), "lcm(2 * parallel.cp, parallel.cp * parallel.tp)"
+        sharded, named = parallel.cp * parallel.tp, "parallel.cp * parallel.tp"
+    if settings.fp8.on:
+        sharded, named = sharded * settings.fp8.multiple, f"{settings.fp8.multiple} (fp8.recipe) * {named}"
+    if step % sharded:
+        step, reason = math.lcm(step, sharded), f"lcm({reason}, {named})"
     problems.divides("packing.token_budget", settings.packing.token_budget, step, reason, "parallel.cp", "parallel.tp")
 
 
@@ -201,14 +208,18 @@ def _check_backends(settings: Settings, problems: Problems) -> None:
     model, device = settings.model, settings.run.device
     if model.attention == "flash" and model.dtype == "float32":
         problems.add("model.attention", "got flash, which computes in bfloat16 only; set model.dtype=bfloat16")
-    if model.attention == "te" and model.layer_spec == "local":
-        problems.add("model.attention", "got te, needs model.layer_spec=te or auto")
-    if device == "cpu" and model.attention in ("te", "flash"):
+    if model.attention in ("te", "cudnn") and model.layer_spec == "local":
+        problems.add("model.attention", f"got {model.attention}, needs model.layer_spec=te or auto")
+    if model.attention in ("sdpa", "cpu") and model.layer_spec == "te":
+        problems.add(
+            "model.attention", f"got {model.attention}, which the local layers have; set auto, te, flash or cudnn"
+        )
+    if device == "cpu" and model.attention in ("te", "flash", "cudnn"):
         problems.add("model.attention", f"got {model.attention}, which needs a GPU, and run.device is cpu")
     if device == "cpu" and model.layer_spec == "te":
         problems.add("model.layer_spec", "got te, which needs a GPU, and run.device is cpu")
     if device == "cuda" and model.attention == "cpu":
-        problems.add("model.attention", "got cpu, and run.device is cuda; set auto, te, flash or sdpa")
+        problems.add("model.attention", "got cpu, and run.device is cuda; set auto, te, flash, cudnn or sdpa")
 
 
 def _check_training(settings: Settings, entry: Entry, problems: Problems) -> None:

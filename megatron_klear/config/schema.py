@@ -30,6 +30,7 @@ from megatron_klear.config.fields import (
     Tokens,
     Unit,
 )
+from megatron_klear.config.precision import Fp8Settings
 from megatron_klear.config.profiling import ProfileSettings
 from megatron_klear.config.rewards import CodeRewardSettings, RewardSettings
 from megatron_klear.config.serving import SchedulingSettings, SglangSettings, WeightSyncSettings
@@ -337,6 +338,7 @@ class Settings:
     run: RunSettings
     tokenizer: TokenizerSettings
     model: ModelSettings = field(default_factory=ModelSettings)
+    fp8: Fp8Settings = field(default_factory=Fp8Settings)
     yarn: YarnSettings = field(default_factory=YarnSettings)
     parallel: ParallelSettings = field(default_factory=ParallelSettings)
     data: DataSettings = field(default_factory=DataSettings)

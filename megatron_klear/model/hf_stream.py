@@ -23,6 +23,7 @@ from megatron_klear.model.hf_names import (
     unshard,
     whole_from_hf,
 )
+from megatron_klear.model.precision import note_loaded, plain
 from megatron_klear.model.qwen3 import Qwen3Model
 from megatron_klear.records import ParallelContext
 
@@ -78,7 +79,7 @@ def _whole(
 ) -> torch.Tensor:
     held = parameters.get(rule.name)
     if held is not None:
-        local = held.contiguous()
+        local = plain(held).contiguous()
     else:
         local = torch.empty(shard_shape(rule, arch, context.tp.size, padded_vocab), dtype=dtype, device=context.device)
     if context.pp.size > 1:
@@ -126,8 +127,10 @@ def load_hf_weights(
             continue
         whole = whole_from_hf(rule, [tensor(name) for name in rule.hf_names], arch, padded_vocab)
         for target in targets:
+            part = shard(rule, whole, context.tp.rank, context.tp.size)
             with torch.no_grad():
-                target.copy_(shard(rule, whole, context.tp.rank, context.tp.size))
+                target.copy_(part)
+            note_loaded(target, part)
 
 
 def open_hf_directory(directory: Path, arch: Architecture) -> Callable[[str], torch.Tensor]:

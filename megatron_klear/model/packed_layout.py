@@ -86,8 +86,9 @@ def packed_layout(batch: PackedBatch, cp: ParallelAxis, *, transformer_engine: b
     )
     return PackedLayout(
         qkv_format="thd" if transformer_engine else "sbhd",
-        # Padding stands at the end of its sequence, where causal attention shows it to no real token; counting it as
-        # tokens lets Transformer Engine choose any of its kernels.
+        # Padding stands at the end of its sequence, where causal attention shows it to no real token. Counted as tokens
+        # it lets Transformer Engine choose any of its kernels: flash-attn has none for gaps between sequences. Under
+        # context parallelism its kernels want the padded offsets, divisible by 2 * cp, in any case.
         cu_seqlens_q=offsets,
         cu_seqlens_kv=offsets,
         cu_seqlens_q_padded=offsets,

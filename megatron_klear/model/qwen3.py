@@ -14,16 +14,18 @@ import torch
 import torch.nn.functional as F
 from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import YarnRotaryEmbedding
 from megatron.core.models.gpt.gpt_model import GPTModel
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, _grad_accum_fusion_available
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from klear_kernels import linear_logprob, linear_policy_loss
 from megatron_klear.algorithm import PolicyObjective
-from megatron_klear.config import Architecture, ModelSettings, ParallelSettings, padded_vocab_size
+from megatron_klear.config import Architecture, Fp8Settings, ModelSettings, ParallelSettings, padded_vocab_size
 from megatron_klear.config.yarn import Yarn
+from megatron_klear.errors import ConfigError
 from megatron_klear.model.layer_ranges import StageRanges
-from megatron_klear.model.layer_spec import block_spec, pick_layer_spec
+from megatron_klear.model.layer_spec import attention_backend, block_spec, pick_layer_spec
 from megatron_klear.model.packed_layout import PackedLayout, packed_layout
+from megatron_klear.model.precision import fp8_problems, megatron_fp8_fields
 from megatron_klear.parallel import cuda_means_cpu
 from megatron_klear.records import PackedBatch, ParallelContext
 
@@ -208,7 +210,12 @@ def rotary_frequencies(inv_freq: torch.Tensor, position_ids: torch.Tensor) -> to
 
 
 def transformer_config(
-    arch: Architecture, model: ModelSettings, parallel: ParallelSettings, *, yarn: Yarn | None = None
+    arch: Architecture,
+    model: ModelSettings,
+    parallel: ParallelSettings,
+    *,
+    yarn: Yarn | None = None,
+    fp8: Fp8Settings | None = None,
 ) -> TransformerConfig:
     """Megatron's configuration for a Qwen3 architecture under a layout.
 
@@ -218,6 +225,7 @@ def transformer_config(
     on_gpu = torch.cuda.is_available()
     bf16 = model.dtype == "bfloat16"
     dtype = torch.bfloat16 if bf16 else torch.float32
+    te = pick_layer_spec(model) == "te"
     config = TransformerConfig(
         num_layers=arch.num_layers,
         hidden_size=arch.hidden_size,
@@ -248,15 +256,18 @@ def transformer_config(
         params_dtype=dtype,
         pipeline_dtype=dtype,
         use_cpu_initialization=not on_gpu,
-        gradient_accumulation_fusion=False,
+        # Megatron asks for apex's kernel here even where only Transformer Engine's layers would accumulate.
+        gradient_accumulation_fusion=te and _grad_accum_fusion_available,
+        attention_backend=attention_backend(model),
         bias_activation_fusion=on_gpu,
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
         persist_layer_norm=False,
         # Megatron 0.16.1 drops YaRN's scale of cosine and sine in the fused kernel for packed sequences.
-        apply_rope_fusion=on_gpu and pick_layer_spec(model) == "te" and yarn is None,
+        apply_rope_fusion=on_gpu and te and yarn is None,
         attention_softmax_in_fp32=True,
         **_recompute(model.recompute, arch.num_layers, parallel.pp),
+        **({} if fp8 is None else megatron_fp8_fields(fp8)),
     )
     config.klear_attention = model.attention
     if yarn is not None:
@@ -292,6 +303,7 @@ def build_qwen3(
     context: ParallelContext,
     *,
     yarn: Yarn | None = None,
+    fp8: Fp8Settings | None = None,
 ) -> Qwen3Model:
     """Build this rank's part of the model with random weights.
 
@@ -301,8 +313,15 @@ def build_qwen3(
         parallel: layout.
         context: this rank's place in it.
         yarn: scaled rotary embedding; None for the plain one.
+        fp8: matrix products in FP8; None for none.
+
+    Raises:
+        ConfigError: Transformer Engine or FP8 was asked for and this machine does not have it.
     """
-    config = transformer_config(arch, model, parallel, yarn=yarn)
+    problems = [] if fp8 is None else fp8_problems(fp8, context.device)
+    if problems:
+        raise ConfigError(problems)
+    config = transformer_config(arch, model, parallel, yarn=yarn, fp8=fp8)
     kind = pick_layer_spec(model)
     with cuda_means_cpu():
         qwen3 = Qwen3Model(

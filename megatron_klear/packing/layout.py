@@ -21,14 +21,15 @@ def sequence_multiple(cp_size: int) -> int:
     return 1 if cp_size == 1 else 2 * cp_size
 
 
-def pack_multiple(cp_size: int, tp_size: int) -> int:
+def pack_multiple(cp_size: int, tp_size: int, token_multiple: int = 1) -> int:
     """Number of tokens that a whole pack must be a multiple of, over its context-parallel group.
 
     Args:
         cp_size: context parallel size.
         tp_size: tensor parallel size under sequence parallelism, which splits each rank's tokens; else 1.
+        token_multiple: what the tokens of a rank must be a multiple of after that split (setting fp8.recipe).
     """
-    return math.lcm(sequence_multiple(cp_size), cp_size * tp_size)
+    return math.lcm(sequence_multiple(cp_size), cp_size * tp_size * token_multiple)
 
 
 def round_up(tokens: NDArray[np.int64], multiple: int) -> NDArray[np.int64]:

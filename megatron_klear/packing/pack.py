@@ -24,6 +24,7 @@ def pack(
     cp_rank: int = 0,
     cp_size: int = 1,
     tp_size: int = 1,
+    token_multiple: int = 1,
     pad_to: int | None = None,
     pad_token_id: int = 0,
     device: torch.device | str = "cpu",
@@ -39,6 +40,7 @@ def pack(
         sequences: what to pack, in the token frame; may be empty.
         cp_rank, cp_size: which zig-zag share to return.
         tp_size: tensor parallel size under sequence parallelism; each rank's T becomes a multiple of it.
+        token_multiple: T, divided by that, becomes a multiple of this (products in FP8 need it).
         pad_to: number of tokens over the context-parallel group that the pack must have, for fixed shapes.
         pad_token_id: token of padding and fillers; any valid id does, nothing looks at it.
         device: where the tensors go.
@@ -52,7 +54,7 @@ def pack(
     """
     for sequence in sequences:
         _check(sequence)
-    whole = pack_multiple(cp_size, tp_size)
+    whole = pack_multiple(cp_size, tp_size, token_multiple)
     lengths, padded = _lengths([len(s.token_ids) for s in sequences], cp_size, whole, pad_to)
     unpadded_offsets, offsets = _offsets(lengths), _offsets(padded)
     total = int(offsets[-1])

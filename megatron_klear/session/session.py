@@ -22,6 +22,7 @@ from megatron_klear.data import ChatTokenizer
 from megatron_klear.errors import CheckpointError, ConfigError
 from megatron_klear.model import build_qwen3, load_hf_weights, open_hf_directory
 from megatron_klear.model.layer_ranges import StageRanges
+from megatron_klear.model.layer_spec import describe_attention
 from megatron_klear.observe import (
     Heartbeat,
     Metrics,
@@ -90,7 +91,12 @@ class Session:
         self.is_first = self.context.world.rank == 0
         torch.manual_seed(settings.run.seed)
         self.model = build_qwen3(
-            self.arch, settings.model, settings.parallel, self.context, yarn=settings.yarn.in_training(self.arch)
+            self.arch,
+            settings.model,
+            settings.parallel,
+            self.context,
+            yarn=settings.yarn.in_training(self.arch),
+            fp8=settings.fp8,
         )
         checkpoints = self.root / "checkpoints"
         hf_files = None if self._prepare_directory(checkpoints) else self._first_weights()
@@ -280,6 +286,9 @@ class Session:
             _TITLES[self.entry], self.root, data, arch.num_layers, arch.hidden_size, f"{count:,}",
             self.model.layer_kind, context.device,
         )  # fmt: skip
+        attention = describe_attention(self.settings.model, self.model.layer_kind, context.device)
+        precision = f", products in FP8 ({self.settings.fp8.recipe})" if self.settings.fp8.on else ""
+        log.info("attention: %s%s", attention, precision)
         log.info(
             "%d processes: tp %d, pp %d, cp %d, dp %d; %s",
             context.world.size, context.tp.size, context.pp.size, context.cp.size, context.dp.size, steps,

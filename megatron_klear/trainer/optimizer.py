@@ -55,6 +55,7 @@ def make_trainable(
         overlap_param_gather=parallel.overlap_param_gather,
         check_for_nan_in_grad=False,  # the trainer checks on all ranks together and names the sequences
         average_in_collective=False,
+        fp8_param_gather=model.config.fp8_param,
     )
     optimizer_config = OptimizerConfig(
         optimizer="adam",
@@ -69,6 +70,7 @@ def make_trainable(
         params_dtype=torch.bfloat16 if bf16 else torch.float32,
         use_distributed_optimizer=parallel.distributed_optimizer,
         overlap_param_gather=parallel.overlap_param_gather,
+        fp8_recipe=model.config.fp8_recipe if model.config.fp8 else None,
     )
     with cuda_means_cpu():
         ddp = DistributedDataParallel(config=model.config, ddp_config=ddp_config, module=model)

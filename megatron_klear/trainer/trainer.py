@@ -199,6 +199,7 @@ class Trainer:
                 cp_rank=context.cp.rank,
                 cp_size=context.cp.size,
                 tp_size=sharded,
+                token_multiple=self.settings.fp8.multiple,
                 device=context.device,
             )
             for indices in mine
