@@ -11,13 +11,13 @@ from megatron_klear.config.architecture import (
     resolve_architecture,
 )
 from megatron_klear.config.command_line import parse_command_line
+from megatron_klear.config.data import BIN_MULTIPLE, DataSettings, dali_installed, row_files
 from megatron_klear.config.described import settings_help
-from megatron_klear.config.loading import dump_settings, load_settings
+from megatron_klear.config.loading import dump_settings, load_data_settings, load_settings
 from megatron_klear.config.schema import (
     AlgorithmSettings,
     CheckpointSettings,
     CorrectionSettings,
-    DataSettings,
     Entry,
     EvaluationSettings,
     ObserveSettings,
@@ -35,6 +35,7 @@ from megatron_klear.config.schema import (
 from megatron_klear.config.serving import SchedulingSettings
 
 __all__ = [
+    "BIN_MULTIPLE",
     "PRESETS",
     "AlgorithmSettings",
     "Architecture",
@@ -56,11 +57,14 @@ __all__ = [
     "Settings",
     "SftSettings",
     "TokenizerSettings",
+    "dali_installed",
     "dump_settings",
+    "load_data_settings",
     "load_settings",
     "padded_vocab_size",
     "parse_command_line",
     "read_hf_architecture",
     "resolve_architecture",
+    "row_files",
     "settings_help",
 ]

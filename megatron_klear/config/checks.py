@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,6 +17,7 @@ from megatron_klear.config.architecture import (
     read_hf_architecture,
     resolve_architecture,
 )
+from megatron_klear.config.data import BIN_MULTIPLE, dali_installed, entry_problems, file_problems
 from megatron_klear.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -70,6 +70,14 @@ def find_problems(settings: Settings, *, entry: Entry, world_size: int, broken: 
     if settings.rollout.engine == "sglang":
         _check_serving(settings, architecture, problems)
     _check_files(settings, entry, architecture, problems)
+    return problems.texts
+
+
+def find_data_problems(settings: Settings, *, broken: frozenset[str]) -> list[str]:
+    """Return the problems that matter for tokenizing `data.sft`, which needs neither a model nor ranks."""
+    problems = Problems(broken=broken)
+    _check_sft_files(settings, problems)
+    _check_tokenizer(settings, None, problems)
     return problems.texts
 
 
@@ -183,6 +191,8 @@ def _check_training(settings: Settings, entry: Entry, problems: Problems) -> Non
         problems.add("optimizer.min_lr", text, "optimizer.lr")
     if sft.steps is not None and sft.epochs is not None:
         problems.add("sft.steps", f"got {sft.steps} beside sft.epochs = {sft.epochs}; give exactly one", "sft.epochs")
+    if entry == "sft":
+        _check_batches(settings, problems)
     if entry == "sft" and sft.steps is None and sft.epochs is None:
         problems.add("sft.steps", "give exactly one of sft.steps and sft.epochs", "sft.epochs")
     if entry == "rl":
@@ -203,6 +213,19 @@ def _check_training(settings: Settings, entry: Entry, problems: Problems) -> Non
     if settings.evaluation.every_steps and not settings.data.heldout:
         text = f"got {settings.evaluation.every_steps}, but data.heldout names no file; set one of them"
         problems.add("evaluation.every_steps", text, "data.heldout")
+
+
+def _check_batches(settings: Settings, problems: Problems) -> None:
+    """Check how SFT rows become batches, and that what is to read them is there."""
+    cp, data = settings.parallel.cp, settings.data
+    if settings.sft.batch_bins is not None and BIN_MULTIPLE % (2 * cp):
+        text = (
+            f"got {settings.sft.batch_bins}; sequences lie in bins at multiples of {BIN_MULTIPLE} tokens, which "
+            f"2 * parallel.cp = {2 * cp} does not divide: set sft.batch_bins=null, or another parallel.cp"
+        )
+        problems.add("sft.batch_bins", text, "parallel.cp")
+    if data.loader == "dali" and not dali_installed():
+        problems.add("data.loader", "got dali, and nvidia-dali-cuda130 is not installed; install it, or set auto")
 
 
 def _check_rewards(settings: Settings, problems: Problems) -> None:
@@ -277,12 +300,12 @@ def _check_serving(settings: Settings, architecture: Architecture | None, proble
 def _check_files(settings: Settings, entry: Entry, architecture: Architecture | None, problems: Problems) -> None:
     """Check that every input of the entry is there, and that the run directory may be written."""
     data = settings.data
-    needed = {"data.sft": data.sft} if entry == "sft" else {"data.prompts": data.prompts}
-    for path, files in needed.items():
-        if not files:
-            problems.add(path, f"names no file, and {entry} training needs one at least")
-    for path, files in {**needed, "data.heldout": data.heldout}.items():
-        for text in _file_problems(files):
+    if entry == "sft":
+        _check_sft_files(settings, problems)
+    elif not data.prompts:
+        problems.add("data.prompts", "names no file, and rl training needs one at least")
+    for path, files in {"data.prompts": data.prompts if entry == "rl" else (), "data.heldout": data.heldout}.items():
+        for text in file_problems(files):
             problems.add(path, text)
     run = Path(settings.run.dir)
     if run.exists() and not run.is_dir():
@@ -300,6 +323,13 @@ def _check_files(settings: Settings, entry: Entry, architecture: Architecture | 
     _check_tokenizer(settings, architecture, problems)
 
 
+def _check_sft_files(settings: Settings, problems: Problems) -> None:
+    if not settings.data.sft:
+        problems.add("data.sft", "names no file, and sft training needs one at least")
+    for text in entry_problems(settings.data.sft):
+        problems.add("data.sft", text)
+
+
 def _checkpoints_in(directory: Path) -> bool:
     """Whether a directory is a checkpoint, or has one in it or in its `checkpoints`; not whether that is whole."""
     if (directory / "manifest.json").is_file() or (directory / ".metadata").is_file():
@@ -311,19 +341,6 @@ def _writable(directory: Path) -> bool:
     """Whether a directory, which may have to be made first, can be written to."""
     existing = next((p for p in (directory, *directory.absolute().parents) if p.exists()), Path("/"))
     return os.access(existing, os.W_OK | os.X_OK)
-
-
-def _file_problems(files: tuple[str, ...]) -> Iterator[str]:
-    for name in files:
-        file = Path(name)
-        if not file.exists():
-            yield f"no file {name}"
-        elif not file.is_file():
-            yield f"{name} is not a file"
-        elif file.stat().st_size == 0:
-            yield f"{name} is empty"
-    for name in sorted({name for name in files if files.count(name) > 1}):
-        yield f"{name} is named more than once"
 
 
 def _check_tokenizer(settings: Settings, architecture: Architecture | None, problems: Problems) -> None:

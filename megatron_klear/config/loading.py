@@ -15,7 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import TypeAdapter, ValidationError
 from yaml import YAMLError
 
-from megatron_klear.config.checks import find_problems
+from megatron_klear.config.checks import find_data_problems, find_problems
 from megatron_klear.config.described import FIELDS, SECTIONS, describe_value
 from megatron_klear.config.schema import Entry, Settings
 from megatron_klear.errors import ConfigError
@@ -50,6 +50,22 @@ def load_settings(path: str | Path, overrides: Sequence[str] = (), *, entry: Ent
         raise ConfigError(list(dict.fromkeys(problems)))
     sizes = dataclasses.asdict(settings.architecture)
     return dataclasses.replace(settings, model=dataclasses.replace(settings.model, **sizes))
+
+
+def load_data_settings(path: str | Path, overrides: Sequence[str] = ()) -> Settings:
+    """Read settings for tokenizing `data.sft` alone: the model need not be there, and no layout is judged.
+
+    Raises:
+        ConfigError: with every problem found, each starting with the dotted path of the setting.
+    """
+    problems: list[str] = []
+    tree = _known_keys(_read(Path(path), overrides), problems)
+    settings, broken = _validated(tree, problems)
+    if settings is not None:
+        problems.extend(find_data_problems(settings, broken=broken))
+    if problems or settings is None:
+        raise ConfigError(list(dict.fromkeys(problems)))
+    return settings
 
 
 def dump_settings(settings: Settings) -> str:

@@ -48,7 +48,8 @@ def _training(settings: Settings, entry: Entry) -> str:
     if entry == "sft":
         sft = settings.sft
         length = f"{sft.steps} steps" if sft.steps is not None else f"{sft.epochs} epochs"
-        return f"{length} of {sft.batch_sequences} sequences from {', '.join(settings.data.sft)}"
+        batch = f"{sft.batch_sequences} sequences" if sft.batch_bins is None else f"{sft.batch_bins} bins"
+        return f"{length} of {batch} from {', '.join(settings.data.sft)}"
     rl, rollout = settings.rl, settings.rollout
     return (
         f"{rl.steps} steps of {rl.prompts_per_step} prompts x {rollout.responses_per_prompt} responses "
