@@ -7,73 +7,60 @@ Imports inside the functions keep torch out until the settings have been judged.
 
 from __future__ import annotations
 
+import copy
 from typing import TYPE_CHECKING
 
 from megatron_klear.config import Settings
 from megatron_klear.session.launch import StopRequest, leave, run_entry
 
 if TYPE_CHECKING:
-    from megatron_klear.data import DataCursor, PromptData, SftData
+    from megatron_klear.data import PromptData, SftData, Steps
     from megatron_klear.session.session import Session
 
 
-def train(session: Session, data: SftData, cursor: DataCursor, heldout: PromptData | None) -> None:
+def train(session: Session, data: SftData, steps: Steps, heldout: PromptData | None) -> None:
     """Rows -> weights 1/N -> packs -> forward, fused loss, backward -> update, until the last step."""
     from megatron_klear.algorithm import PolicyObjective
     from megatron_klear.session.evaluation import Evaluation
     from megatron_klear.session.metrics import update_metrics
-    from megatron_klear.trainer import sft_minibatch
+    from megatron_klear.session.sft_rows import SequenceLog
+    from megatron_klear.trainer import PackLayout, SftReader, open_loader
 
     settings = session.settings
     unused = PolicyObjective()  # SFT rows have no policy weight, so the policy loss is 0 whatever its kind
-    with Evaluation(session, heldout) as evaluation:
+    reader = SftReader(  # reads ahead; `steps` itself stays where training is, for checkpoints
+        data, copy.deepcopy(steps), PackLayout.of(settings, session.context),
+        num_steps=session.total_steps - session.step, normalizer=settings.sft.normalizer,
+    )  # fmt: skip
+    with (
+        Evaluation(session, heldout) as evaluation,
+        open_loader(reader, settings.data, session.context.device) as loader,
+        SequenceLog(session, data) as sequences,
+    ):
         for step in session.steps():
-            rows = [data.examples[i] for i in cursor.next_batch()]  # (a, s) ~ teacher data
-            batch = sft_minibatch(
-                [(row.sequence_id, row.token_ids, row.trained_mask) for row in rows], settings.sft.normalizer
-            )
+            plan = steps.next_step()  # (a, s) ~ teacher data
+            with session.phase("wait_for_data"):
+                batch = loader.next_step()
             with session.phase("train"):
-                report = session.trainer.update(batch, unused, step=step)  # Eq. 8
+                report = session.trainer.update_packed(batch.minibatch, unused, step=step)  # Eq. 8
+            sequences.note(step, plan)
             evaluation.when_due(step)
             session.finish_step(step, update_metrics([report]))
         evaluation.at_end()
 
 
-def require_positions(data: SftData, limit: int) -> None:
-    """Refuse conversations that are longer than the model has positions.
-
-    Raises:
-        DataError: names them and the setting.
-    """
-    from megatron_klear.errors import DataError
-
-    long = [f"{row.sequence_id} ({len(row.token_ids)})" for row in data.examples if len(row.token_ids) > limit]
-    if long:
-        raise DataError(
-            f"data.sft: {len(long)} conversations are longer than model.max_position_embeddings = {limit}: "
-            f"{', '.join(long[:8])}; to leave them out, set packing.token_budget={limit} packing.oversize=drop"
-        )
-
-
 def main(settings: Settings, stop: StopRequest) -> None:
     """Read the data, open the session, train, report."""
-    from megatron_klear.data import DataCursor, load_chat_tokenizer, load_prompts, load_sft, require_disjoint
-    from megatron_klear.packing import sequence_multiple
+    from megatron_klear.data import load_chat_tokenizer, load_prompts, require_disjoint
     from megatron_klear.session.policy import require_gradable
     from megatron_klear.session.session import Session
+    from megatron_klear.session.sft_rows import open_sft_data, sft_steps
 
     chat = load_chat_tokenizer(
         settings.tokenizer.dir, think_start=settings.tokenizer.think_start, think_end=settings.tokenizer.think_end,
         stop_tokens=settings.rollout.stop_tokens,
     )  # fmt: skip
-    data = load_sft(
-        settings.data.sft,
-        chat,
-        token_budget=settings.packing.token_budget,
-        multiple=sequence_multiple(settings.parallel.cp),
-        oversize=settings.packing.oversize,
-    )
-    require_positions(data, settings.architecture.max_position_embeddings)
+    data = open_sft_data(settings)
     heldout = None
     if settings.data.heldout:
         heldout = load_prompts(
@@ -82,18 +69,12 @@ def main(settings: Settings, stop: StopRequest) -> None:
         )  # fmt: skip
         require_gradable(heldout, "data.heldout")
         require_disjoint(heldout.keys(), {"data.sft": data.keys()})
-    cursor = DataCursor(
-        len(data),
-        settings.sft.batch_sequences,
-        seed=settings.run.seed,
-        shuffle=settings.data.shuffle,
-        fingerprint=data.fingerprint,
-    )
-    steps = settings.sft.steps or cursor.steps_for_epochs(settings.sft.epochs or 1)
-    with Session("sft", settings, stop, chat=chat, total_steps=steps) as session:
-        session.restore_cursor(cursor)
-        session.describe(f"{len(data)} conversations, {len(data.dropped_ids)} dropped for their length")
-        train(session, data, cursor, heldout)
+    steps = sft_steps(settings, data)
+    total = settings.sft.steps or steps.steps_for_epochs(settings.sft.epochs or 1)
+    with Session("sft", settings, stop, chat=chat, total_steps=total) as session:
+        session.restore_cursor(steps)
+        session.describe(data.described())
+        train(session, data, steps, heldout)
         session.export()
         session.write_report()
 

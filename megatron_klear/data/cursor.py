@@ -7,6 +7,7 @@ from typing import TypedDict
 import numpy as np
 
 from megatron_klear.errors import DataError
+from megatron_klear.packing import seeded_order
 from megatron_klear.records import IntArray
 
 
@@ -91,7 +92,12 @@ class DataCursor:
         Returns:
             int64 [batch_rows], row numbers, all different.
         """
+        return self.next_batch_and_epochs()[0]
+
+    def next_batch_and_epochs(self) -> tuple[IntArray, IntArray]:
+        """Take the next batch and move on; also say of which epoch each row is, int64 [batch_rows]."""
         batch = self._deferred[: self._batch_rows]
+        epochs = [self.epoch] * len(batch)
         self._deferred = self._deferred[self._batch_rows :]
         in_batch = set(batch)
         while len(batch) < self._batch_rows:
@@ -101,9 +107,13 @@ class DataCursor:
                 self._order = self._order_of(self.epoch)
             row = int(self._order[self.position])
             self.position += 1
-            (self._deferred if row in in_batch else batch).append(row)
+            if row in in_batch:
+                self._deferred.append(row)
+            else:
+                batch.append(row)
+                epochs.append(self.epoch)
             in_batch.add(row)
-        return np.array(batch, dtype=np.int64)
+        return np.array(batch, dtype=np.int64), np.array(epochs, dtype=np.int64)
 
     def steps_for_epochs(self, epochs: float) -> int:
         """Batches that visit every row at least `epochs` times."""
@@ -150,6 +160,4 @@ class DataCursor:
     def _order_of(self, epoch: int) -> IntArray:
         if not self._shuffle:
             return np.arange(self._num_rows, dtype=np.int64)
-        # Sorting raw draws, not Generator.permutation: numpy guarantees only the raw stream over its versions.
-        keys = np.random.Philox(np.random.SeedSequence([self._seed, epoch])).random_raw(self._num_rows)
-        return np.argsort(keys, kind="stable").astype(np.int64)
+        return seeded_order(self._num_rows, self._seed, epoch)

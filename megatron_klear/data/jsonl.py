@@ -39,26 +39,36 @@ def _objects_of(
 ) -> Iterator[tuple[str, JsonObject]]:
     for number, raw in numbered_lines:
         where = f"{path}:{number}"
-        if number == 1:
-            raw = raw.removeprefix(b"\xef\xbb\xbf")  # byte order mark, as some editors leave it
-        if not raw.strip():
-            continue
-        try:
-            value = json.loads(raw.decode("utf-8"))
-        except UnicodeDecodeError as error:
-            problems.add(where, f"is not UTF-8 (byte {error.start + 1} of the line)")
-        except json.JSONDecodeError as error:
-            problems.add(where, f"is not JSON: {error.msg} at column {error.colno}")
-        except ValueError:
-            # Python's limit against numbers that take minutes to read.
-            problems.add(where, "is not usable JSON: a number has too many digits")
-        except RecursionError:
-            problems.add(where, "is not usable JSON: nested too deeply")
-        else:
-            if isinstance(value, dict):
-                yield where, value
-            else:
-                problems.add(where, f"must be a JSON object, got {json_type(value)}")
+        value = parse_line(raw, is_first=number == 1)
+        if isinstance(value, str):
+            problems.add(where, value)
+        elif value is not None:
+            yield where, value
+
+
+def parse_line(raw: bytes, *, is_first: bool = False) -> JsonObject | str | None:
+    """The object of one line, or what is wrong with the line, or None where it is empty.
+
+    Args:
+        raw: the line, its end included or not.
+        is_first: whether it is the first of its file, which may start with a byte order mark.
+    """
+    if is_first:
+        raw = raw.removeprefix(b"\xef\xbb\xbf")  # as some editors leave it
+    if not raw.strip():
+        return None
+    try:
+        value = json.loads(raw.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        return f"is not UTF-8 (byte {error.start + 1} of the line)"
+    except json.JSONDecodeError as error:
+        return f"is not JSON: {error.msg} at column {error.colno}"
+    except ValueError:
+        # Python's limit against numbers that take minutes to read.
+        return "is not usable JSON: a number has too many digits"
+    except RecursionError:
+        return "is not usable JSON: nested too deeply"
+    return value if isinstance(value, dict) else f"must be a JSON object, got {json_type(value)}"
 
 
 def json_type(value: object) -> str:

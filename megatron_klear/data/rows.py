@@ -56,15 +56,6 @@ class _Row(Protocol):
 RowT = TypeVar("RowT", bound=_Row)
 
 
-def read_sft_rows(paths: Sequence[str | Path], *, setting: str = "data.sft") -> list[SftRow]:
-    """Read all SFT rows of all files.
-
-    Raises:
-        DataError: naming file and line of everything that is wrong, duplicate ids and an empty data set included.
-    """
-    return _read(paths, _sft_row, setting)
-
-
 def read_prompt_rows(paths: Sequence[str | Path], *, setting: str = "data.prompts") -> list[PromptRow]:
     """Read all prompt rows of all files.
 
@@ -97,7 +88,8 @@ def _read(
     return rows
 
 
-def _sft_row(where: str, value: JsonObject) -> SftRow | list[str]:
+def parse_sft_row(where: str, value: JsonObject) -> SftRow | list[str]:
+    """An object of a file as an SFT row, or everything that is wrong with it."""
     row_id, messages, wrong = _id_and_messages(value, "assistant")
     source = value.get("source", "")
     if not isinstance(source, str):
@@ -149,8 +141,11 @@ def _message_faults(number: int, message: object) -> Iterator[str]:
         yield f"message {number}: content must be a string, got {json_type(content)}"
     elif not content.strip():
         yield f"message {number}: content is empty"
-    if any(isinstance(text, str) and _has_lone_surrogate(text) for text in (content, reasoning)):
+    texts = [text for text in (content, reasoning) if isinstance(text, str)]
+    if any(_has_lone_surrogate(text) for text in texts):
         yield f"message {number}: holds half of a surrogate pair, which is no character"
+    if any("\0" in text for text in texts):
+        yield f"message {number}: holds a NUL character, which no text has"
     if reasoning is not None and (role != "assistant" or not isinstance(reasoning, str)):
         yield f"message {number}: reasoning_content must be a string in an assistant message"
 

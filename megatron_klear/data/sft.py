@@ -1,151 +1,135 @@
-"""Conversations to fine-tune on, as tokens with the assistant's part marked."""
+"""Conversations to fine-tune on, as the run sees them: what its index holds and its packs have room for."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterator
 
 import numpy as np
-from numpy.typing import NDArray
 
-from megatron_klear.data.chat import ChatTokenizer, ConversationError
-from megatron_klear.data.overlap import text_key
-from megatron_klear.data.problems import Problems
-from megatron_klear.data.rows import read_sft_rows
+from megatron_klear.data.index import SftIndex
+from megatron_klear.data.problems import SHOWN_PROBLEMS
 from megatron_klear.errors import DataError
 from megatron_klear.packing import OversizePolicy, fitting_sequences
-
-_ROWS_AT_A_TIME = 512
-"""Rows tokenized in one call: enough for the tokenizer's threads, little memory."""
+from megatron_klear.records import IntArray
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class SftExample:
-    """One conversation ready for a `TrainSequence`.
-
-    Attributes:
-        sequence_id: the row's id.
-        token_ids: int32 [L].
-        trained_spans: (start, end) of each run of tokens to train on.
-        source: where the row says it comes from.
-        problem_keys: what each of its user messages is recognised by, see `require_disjoint`.
-        where: "file:line".
-    """
-
-    sequence_id: str
-    token_ids: NDArray[np.int32]
-    trained_spans: tuple[tuple[int, int], ...]
-    source: str
-    problem_keys: tuple[str, ...]
-    where: str
-
-    @property
-    def trained_mask(self) -> NDArray[np.bool_]:
-        """Bool [L], True at tokens to train on; entry 0 is False."""
-        mask = np.zeros(len(self.token_ids), dtype=np.bool_)
-        for start, end in self.trained_spans:
-            mask[start:end] = True
-        return mask
-
-    @property
-    def trained_tokens(self) -> int:
-        """Number of tokens to train on."""
-        return sum(end - start for start, end in self.trained_spans)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class SftData:
-    """All usable conversations in file order.
-
-    Attributes:
-        examples: at least one.
-        dropped_ids: rows left out for their length.
-        fingerprint: of ids and tokens; equal data have equal fingerprints.
-    """
-
-    examples: tuple[SftExample, ...]
-    dropped_ids: tuple[str, ...]
-    fingerprint: str
-
-    def __len__(self) -> int:
-        return len(self.examples)
-
-    def keys(self) -> list[tuple[str, str]]:
-        """(sequence_id, text key) of each user message, for `require_disjoint`."""
-        return [(e.sequence_id, key) for e in self.examples for key in e.problem_keys]
-
-
-def load_sft(
-    paths: Sequence[str | Path],
-    chat: ChatTokenizer,
-    *,
-    token_budget: int,
-    multiple: int = 1,
-    oversize: OversizePolicy = "refuse",
-    setting: str = "data.sft",
-) -> SftData:
-    """Read, check and tokenize SFT files.
+    """Usable conversations of an index in its order; row numbers count these. It can be sent to another process.
 
     Args:
-        paths: JSON lines files (data.sft).
-        chat: the tokenizer.
+        index: all conversations.
         token_budget: longest conversation in tokens (packing.token_budget).
         multiple: conversations are padded to a multiple of this; the padding counts.
         oversize: what happens to longer ones (packing.oversize).
-        setting: dotted path of the setting that lists the files.
+        max_positions: positions that the model has; a longer conversation is refused.
+        max_reject_share: largest share of rows that may have been rejected (data.max_reject_share).
+
+    Attributes:
+        index: all conversations.
+        numbers: int64 [N], place in the index of each usable one.
+        dropped: int64, places in the index of those left out for their length.
+        lengths, trained: int64 [N], tokens and trained tokens of each usable one.
+        fingerprint: of ids, tokens and masks; equal data have equal fingerprints.
 
     Raises:
-        DataError: naming file and line of everything that is wrong, or all conversations that are too long.
+        DataError: too many rows were rejected, there are none, or all conversations that are too long, by name.
     """
-    rows = read_sft_rows(paths, setting=setting)
-    problems = Problems(f"the conversations of {setting}")
-    examples: list[SftExample] = []
-    for start in range(0, len(rows), _ROWS_AT_A_TIME):
-        some = rows[start : start + _ROWS_AT_A_TIME]
-        for row, encoded in zip(some, chat.encode_conversations([r.messages for r in some]), strict=True):
-            if isinstance(encoded, ConversationError):
-                problems.add(row.where, str(encoded))
-                continue
-            final = row.messages[-1]["content"]
-            if final.count(chat.think_start) > final.count(chat.think_end):
-                problems.add(row.where, f"the last answer opens {chat.think_start} and never closes it")
-                continue
-            examples.append(
-                SftExample(
-                    sequence_id=row.row_id,
-                    token_ids=encoded.token_ids,
-                    trained_spans=encoded.trained_spans,
-                    source=row.source,
-                    problem_keys=tuple(text_key(m["content"]) for m in row.messages if m["role"] == "user"),
-                    where=row.where,
-                )
-            )
-    problems.raise_if_any()
-    kept, dropped = fitting_sequences(
-        [len(e.token_ids) for e in examples],
-        token_budget=token_budget,
-        multiple=multiple,
-        oversize=oversize,
-        names=[f"{e.sequence_id} ({e.where})" for e in examples],
-    )
-    if not len(kept):
-        raise DataError(
-            f"{setting}: all {len(examples)} conversations are over packing.token_budget = {token_budget} tokens "
-            "and were dropped; raise it"
+
+    def __init__(
+        self,
+        index: SftIndex,
+        *,
+        token_budget: int,
+        multiple: int = 1,
+        oversize: OversizePolicy = "refuse",
+        max_positions: int | None = None,
+        max_reject_share: float = 0.01,
+    ) -> None:
+        self.index = index
+        _require_few_rejects(index, max_reject_share)
+        self.numbers, self.dropped = fitting_sequences(
+            index.lengths, token_budget=token_budget, multiple=multiple, oversize=oversize, names=_Names(index)
         )
-    usable = tuple(examples[i] for i in kept)
-    return SftData(
-        examples=usable,
-        dropped_ids=tuple(examples[i].sequence_id for i in dropped),
-        fingerprint=_fingerprint(usable),
-    )
+        if not len(self.numbers):
+            raise DataError(
+                f"data.sft: all {len(index)} conversations are over packing.token_budget = {token_budget} tokens "
+                "and were dropped; raise it"
+            )
+        self.lengths: IntArray = index.lengths[self.numbers]
+        self.trained: IntArray = index.trained[self.numbers]
+        self.fingerprint = index.fingerprint
+        if len(self.dropped):
+            self.fingerprint = hashlib.blake2b(
+                index.fingerprint.encode() + self.numbers.tobytes(), digest_size=16
+            ).hexdigest()
+        if max_positions is not None:
+            self._require_positions(max_positions)
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def row_id(self, row: int) -> str:
+        """The id that a row has in its file."""
+        return self.index.row_id(int(self.numbers[row]))
+
+    def tokens(self, row: int) -> IntArray:
+        """Token ids of a row, int64 [L]."""
+        return self.index.tokens(int(self.numbers[row])).astype(np.int64)
+
+    def trained_mask(self, row: int) -> np.ndarray:
+        """Bool [L], True at tokens to train on."""
+        return self.index.trained_mask(int(self.numbers[row]))
+
+    def keys(self) -> Iterator[tuple[str, str]]:
+        """(id, text key) of each user message of the index, for `require_disjoint`."""
+        return self.index.keys()
+
+    def described(self) -> str:
+        """What there is, in a few words."""
+        texts = [f"{len(self)} conversations", f"{int(self.lengths.sum())} tokens"]
+        texts.append(f"{len(self.dropped)} dropped for their length")
+        if self.index.rejected:
+            texts.append(f"{self.index.rejected} rows rejected, see {self.index.rejects_file}")
+        return ", ".join(texts)
+
+    def dropped_rows(self) -> Iterator[dict[str, object]]:
+        """File, line, id and reason of each conversation that was left out for its length."""
+        for number in self.dropped.tolist():
+            file, _, line = self.index.where(number).rpartition(":")
+            reason = f"{self.index.lengths[number]} tokens do not fit into packing.token_budget"
+            yield {"file": file, "line": int(line), "id": self.index.row_id(number), "reason": reason}
+
+    def _require_positions(self, limit: int) -> None:
+        long = np.flatnonzero(self.lengths > limit).tolist()
+        if long:
+            named = ", ".join(f"{self.row_id(row)} ({self.lengths[row]})" for row in long[:8])
+            raise DataError(
+                f"data.sft: {len(long)} conversations are longer than model.max_position_embeddings = {limit}: "
+                f"{named}; to leave them out, set packing.token_budget={limit} packing.oversize=drop"
+            )
 
 
-def _fingerprint(examples: Sequence[SftExample]) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    for example in examples:
-        digest.update(f"{example.sequence_id}\0{example.trained_spans}\0".encode())
-        digest.update(example.token_ids.tobytes())
-    return digest.hexdigest()
+class _Names:
+    """Names of conversations for messages, looked up only when they are needed."""
+
+    def __init__(self, index: SftIndex) -> None:
+        self._index = index
+
+    def __getitem__(self, number: int, /) -> str:
+        return f"{self._index.row_id(number)} ({self._index.where(number)})"
+
+
+def _require_few_rejects(index: SftIndex, allowed: float) -> None:
+    rows = len(index) + index.rejected
+    if not rows:
+        raise DataError(f"data.sft: no rows at all in {', '.join(index.file_names)}; list a file with rows")
+    share = index.rejected / rows
+    if share <= allowed and len(index):
+        return
+    lines = [f"data.sft: {index.rejected} of {rows} rows cannot be used ({share:.1%}):"]
+    lines += [f"  - {file}:{line}: {reason}" for file, line, reason in index.rejects(SHOWN_PROBLEMS)]
+    if index.rejected > SHOWN_PROBLEMS:
+        lines.append(f"  ... and {index.rejected - SHOWN_PROBLEMS} more, all in {index.rejects_file}")
+    lines.append(f"Mend them, or leave them out: data.max_reject_share is {allowed}.")
+    raise DataError("\n".join(lines))

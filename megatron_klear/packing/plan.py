@@ -126,7 +126,7 @@ def _fill(padded: IntArray, kept: IntArray, budget: int, dp_size: int) -> Bins:
     fewest = _whole_rows(-(-total // budget), dp_size)
     spread = _spread(sizes, fewest, budget)
     if spread is None:
-        fitted = _best_fit(sizes, budget)
+        fitted = best_fit(sizes, budget)
         count = _whole_rows(len(fitted), dp_size)
         if count > fewest:
             spread = _spread(sizes, count, budget)
@@ -153,7 +153,7 @@ def _spread(sizes: list[int], count: int, capacity: int) -> Bins | None:
     return bins
 
 
-def _best_fit(sizes: list[int], capacity: int) -> Bins:
+def best_fit(sizes: list[int], capacity: int) -> Bins:
     """Put each item (descending sizes) into the fullest bin that has room, opening bins as needed."""
     bins: Bins = []
     smallest = sizes[-1] if sizes else 0
@@ -186,7 +186,7 @@ def _tightened(sizes: list[int], fitted: Bins, count: int, capacity: int) -> Bin
         if high - low <= _SAME_TOKENS * capacity:
             break
         middle = (low + high) // 2
-        tried = _best_fit(sizes, middle)
+        tried = best_fit(sizes, middle)
         if len(tried) <= count:
             fitted, high = tried, middle
         else:

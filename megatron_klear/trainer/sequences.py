@@ -24,11 +24,21 @@ def sft_minibatch(
         rows: (id, token ids int64 [L], target mask bool [L]) of the whole batch; entry 0 is never a target.
         normalizer: `sequence` (1 / number of sequences, Eq. 8) or `token` (1 / number of target tokens).
     """
-    weights = sft_token_weights([int(mask.sum()) for _, _, mask in rows], normalizer)  # type: ignore[arg-type]
+    weights = sft_weights([int(mask.sum()) for _, _, mask in rows], normalizer)
     return [
-        _sequence(name, token_ids, lm_weight=masked_token_weights(float(weight), mask))
+        sft_sequence(name, token_ids, mask, float(weight))
         for (name, token_ids, mask), weight in zip(rows, weights, strict=True)
     ]
+
+
+def sft_weights(trained: Sequence[int] | IntArray, normalizer: str = "sequence") -> np.ndarray:
+    """Weight of each target token of each row of a whole batch, float [N], from its number of target tokens."""
+    return np.asarray(sft_token_weights([int(count) for count in trained], normalizer))  # type: ignore[arg-type]
+
+
+def sft_sequence(name: str, token_ids: IntArray, mask: np.ndarray, weight: float) -> TrainSequence:
+    """One row, its targets (bool [L]) weighted by what `sft_weights` says of it."""
+    return _sequence(name, token_ids, lm_weight=masked_token_weights(weight, mask))
 
 
 def to_score(groups: Sequence[ScoredGroup]) -> list[TrainSequence]:

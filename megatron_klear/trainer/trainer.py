@@ -53,6 +53,21 @@ class UpdateReport:
     slots_used: float
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Minibatch:
+    """A minibatch as this rank has it.
+
+    Attributes:
+        packs: this data-parallel rank's microbatches, on the device; every rank has equally many.
+        sequence_ids: names of the sequences of the whole minibatch.
+        tokens: tokens of the whole minibatch, padding left out.
+    """
+
+    packs: Sequence[PackedBatch]
+    sequence_ids: Sequence[str]
+    tokens: int
+
+
 class Trainer:
     """The training side of a run on this rank.
 
@@ -109,13 +124,25 @@ class Trainer:
             TrainingError: the loss or the gradient is not finite; the weights are as before.
         """
         _, packs = self._packs(sequences)
+        minibatch = Minibatch(
+            packs=packs,
+            sequence_ids=[s.sequence_id for s in sequences],
+            tokens=sum(len(s.token_ids) for s in sequences),
+        )
+        return self.update_packed(minibatch, objective, step=step, temperature=temperature)
+
+    def update_packed(
+        self, minibatch: Minibatch, objective: PolicyObjective, *, step: int, temperature: float = 1.0
+    ) -> UpdateReport:
+        """One optimizer update on a minibatch that is packed already; see `update`."""
+        packs = minibatch.packs
         self.trainable.ddp.zero_grad_buffer()
         self.trainable.optimizer.zero_grad()
         results = run_microbatches(self.trainable, packs, objective, self.context, temperature=temperature)
         sums, regions = self._sums(packs, results, objective)
         self._require_finite_losses(packs, results, step)
-        lr, grad_norm = self._step(step, sequences)
-        tokens = sum(len(s.token_ids) for s in sequences)
+        lr, grad_norm = self._step(step, minibatch.sequence_ids)
+        tokens = minibatch.tokens
         return UpdateReport(
             loss=sums["policy_loss"] + sums["lm_loss"],
             policy_loss=sums["policy_loss"],
@@ -221,7 +248,7 @@ class Trainer:
             "Look at these sequences, or lower optimizer.lr and restart from the last checkpoint."
         )
 
-    def _step(self, step: int, sequences: Sequence[TrainSequence]) -> tuple[float, float]:
+    def _step(self, step: int, sequence_ids: Sequence[str]) -> tuple[float, float]:
         """Check the gradient, advance the schedule, update the weights; returns learning rate and gradient norm."""
         optimizer = self.trainable.optimizer
         with cuda_means_cpu():
@@ -230,7 +257,7 @@ class Trainer:
             if not math.isfinite(grad_norm):
                 raise TrainingError(
                     f"step {step}: the gradient is not finite (norm {grad_norm}) in the minibatch of "
-                    f"{_shortened([s.sequence_id for s in sequences])}; no update was made. "
+                    f"{_shortened(sequence_ids)}; no update was made. "
                     "Look at these sequences, or lower optimizer.lr and restart from the last checkpoint."
                 )
             self.trainable.schedule.step(1)

@@ -1,0 +1,120 @@
+"""The rows of an SFT run: tokenized by the first rank, opened by all, walked over step by step, logged by id."""
+
+from __future__ import annotations
+
+import json
+from typing import Self
+
+from megatron_klear import parallel
+from megatron_klear.config import BIN_MULTIPLE, Settings, row_files
+from megatron_klear.data import (
+    BinSteps,
+    DataCursor,
+    SequenceSteps,
+    SftData,
+    SftIndex,
+    StepPlan,
+    Steps,
+    describe_source,
+    prepare_index,
+)
+from megatron_klear.observe.jsonl import JsonLinesFile, keep_through_step, set_aside
+from megatron_klear.observe.replace import replace_file
+from megatron_klear.packing import attention_share, sequence_multiple
+from megatron_klear.session.session import Session
+
+SEQUENCES_FILE = "sequences.jsonl"
+DROPPED_FILE = "dropped.jsonl"
+
+
+def open_sft_data(settings: Settings) -> SftData:
+    """Make the index of `data.sft` unless it is there, and open it (a collective).
+
+    The first rank makes it with all of its machine's CPUs, while the others wait outside of any collective.
+
+    Raises:
+        DataError: on every rank, when rows or files cannot be used.
+    """
+    context = parallel.start(settings.parallel, device=settings.run.device, seed=settings.run.seed)
+    first_rank = parallel.FirstRank(context, silence_seconds=settings.parallel.timeout_seconds)
+    tokenizer, data = settings.tokenizer, settings.data
+    source = describe_source(
+        row_files(data.sft), tokenizer.dir, tokenizer.think_start, tokenizer.think_end, index_dir=data.index_dir
+    )
+    first_rank.run(
+        "tokenize data.sft",
+        lambda: prepare_index(source, processes=data.tokenize_processes, alive=first_rank.alive),
+    )
+    bins = settings.sft.batch_bins is not None
+    return SftData(
+        SftIndex(source.directory),
+        token_budget=settings.packing.token_budget,
+        multiple=BIN_MULTIPLE if bins else sequence_multiple(settings.parallel.cp),
+        oversize=settings.packing.oversize,
+        max_positions=settings.architecture.max_position_embeddings,
+        max_reject_share=data.max_reject_share,
+    )
+
+
+def sft_steps(settings: Settings, data: SftData) -> Steps:
+    """The walk over the rows: steps of `sft.batch_bins` bins, or else of `sft.batch_sequences` sequences."""
+    seed, shuffle = settings.run.seed, settings.data.shuffle
+    if settings.sft.batch_bins is None:
+        cursor = DataCursor(
+            len(data), settings.sft.batch_sequences, seed=seed, shuffle=shuffle, fingerprint=data.fingerprint
+        )
+        return SequenceSteps(cursor)
+    return BinSteps(
+        data.lengths,
+        batch_bins=settings.sft.batch_bins,
+        token_budget=settings.packing.token_budget,
+        multiple=BIN_MULTIPLE,
+        share=attention_share(settings.architecture),
+        seed=seed,
+        shuffle=shuffle,
+        fingerprint=data.fingerprint,
+    )
+
+
+class SequenceLog:
+    """Notes on the first rank which sequences each step trained, in `sequences.jsonl` of the run directory.
+
+    A line is {"step": 3, "ids": {"0": ["a", "b"], "1": ["c"]}}, the ids by epoch. Lines of steps that are trained again
+    after a resume are dropped, so that over a whole run every id stands once per epoch.
+
+    Args:
+        session: the run.
+        data: its rows; those left out for their length are listed in `dropped.jsonl`.
+    """
+
+    def __init__(self, session: Session, data: SftData) -> None:
+        self._data = data
+        self._file: JsonLinesFile | None = None
+        if not session.is_first:
+            return
+        path = session.root / SEQUENCES_FILE
+        if session.resumed is None:
+            set_aside(path)
+        else:
+            keep_through_step(path, session.step)
+        self._file = JsonLinesFile(path)
+        if len(data.dropped):
+            rows = "".join(json.dumps(row) + "\n" for row in data.dropped_rows())
+            replace_file(session.root / DROPPED_FILE, rows)
+
+    def note(self, step: int, plan: StepPlan) -> None:
+        """Log a trained step; on the disk when this returns."""
+        if self._file is None:
+            return
+        ids: dict[str, list[str]] = {}
+        for row, epoch in zip(plan.rows.tolist(), plan.epochs.tolist(), strict=True):
+            ids.setdefault(str(epoch), []).append(self._data.row_id(row))
+        self._file.append({"step": step, "ids": ids})
+        self._file.sync()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._file is not None:
+            self._file.close()
