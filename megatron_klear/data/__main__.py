@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 
 from megatron_klear.config import load_data_settings, row_files
@@ -25,6 +26,7 @@ def main(argv: Sequence[str]) -> int:
         print("Settings: those of train_sft; data.* and tokenizer.* are used. train_sft --help lists them.")
         return EXIT_DONE if argv else EXIT_BAD_INPUT
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    warnings.filterwarnings("ignore", module=r"megatron\..*")  # of packages that are not there
     for noisy in ("megatron.core", "torch", "transformers"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
     try:

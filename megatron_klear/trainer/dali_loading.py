@@ -75,7 +75,7 @@ class DaliLoader:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._pipe.shutdown()
+        del self._pipe  # its processes end with it
 
     def _microbatch(self, step: PlannedStep, number: int) -> PackedBatch:
         *outputs, longest = self._pipe.run()

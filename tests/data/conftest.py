@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from megatron_klear.data import SftIndex, describe_source, prepare_index
+
 # Like Qwen3's: thinking is kept in the answers after the last question (an empty one where there is none) and
 # stripped from earlier answers.
 THINKING_TEMPLATE = """
@@ -103,3 +105,17 @@ def write_jsonl(tmp_path: Path) -> Callable[..., Path]:
         return path
 
     return write
+
+
+@pytest.fixture
+def make_index(thinking_tokenizer: Path, tmp_path: Path) -> Callable[..., SftIndex]:
+    """Tokenizes files in this process and opens their index; keywords are those of `prepare_index`."""
+
+    def make(*paths: Path, processes: int = 1, index_dir: Path = tmp_path / "index", **options: int) -> SftIndex:
+        source = describe_source(
+            [str(path) for path in paths], str(thinking_tokenizer), "<think>", "</think>", index_dir=str(index_dir)
+        )
+        prepare_index(source, processes=processes, **options)
+        return SftIndex(source.directory)
+
+    return make

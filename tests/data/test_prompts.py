@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_klear.data import ChatTokenizer, load_chat_tokenizer, load_prompts, load_sft, require_disjoint, text_key
+from megatron_klear.data import ChatTokenizer, SftIndex, load_chat_tokenizer, load_prompts, require_disjoint, text_key
 from megatron_klear.errors import DataError
 
 Writer = Callable[..., Path]
@@ -71,7 +71,7 @@ def test_the_fingerprint_covers_references(chat: ChatTokenizer, write_jsonl: Wri
 
 
 def test_heldout_problems_may_not_be_trained_on_however_they_are_spelled(
-    chat: ChatTokenizer, write_jsonl: Writer
+    chat: ChatTokenizer, write_jsonl: Writer, make_index: Callable[..., SftIndex]
 ) -> None:
     heldout = load_prompts(
         [write_jsonl(row("h1", "What is 1 + 1?"), row("h2", "x²?"), row("h3", "fine"))], chat, max_prompt_tokens=500
@@ -81,7 +81,7 @@ def test_heldout_problems_may_not_be_trained_on_however_they_are_spelled(
     )
     turns = ["x2?", "<think>\n\n</think>\n\na", "more", "<think>\n\n</think>\n\nb"]
     messages = [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(turns)]
-    sft = load_sft([write_jsonl({"id": "s1", "messages": messages})], chat, token_budget=500)
+    sft = make_index(write_jsonl({"id": "s1", "messages": messages}))
     with pytest.raises(DataError) as caught:
         require_disjoint(heldout.keys(), {"data.prompts": prompts.keys(), "data.sft": sft.keys()})
     text = str(caught.value)

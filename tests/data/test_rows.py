@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from megatron_klear.data import read_prompt_rows, read_sft_rows
+from megatron_klear.data import SftRow, parse_sft_row, read_prompt_rows
+from megatron_klear.data.jsonl import parse_line
 from megatron_klear.errors import DataError
 
 Writer = Callable[..., Path]
@@ -29,29 +30,44 @@ def said(*turns: tuple[str, Any]) -> list[dict[str, Any]]:
     return [{"role": role, "content": content} for role, content in turns]
 
 
-def test_good_rows_are_read_in_order_with_their_place(write_jsonl: Writer) -> None:
-    first = write_jsonl(sft("a", source="x", more=1), "", sft(7), name="1.jsonl")
-    second = write_jsonl(sft("b"), name="2.jsonl")
-    rows = read_sft_rows([first, str(second)])
-    assert [(r.row_id, r.source, r.where) for r in rows] == [
-        ("a", "x", f"{first}:1"),
-        ("7", "", f"{first}:3"),
-        ("b", "", f"{second}:1"),
-    ]
-    assert rows[0].messages == ({"role": "user", "content": "q"}, {"role": "assistant", "content": "r"})
+def parsed(line: object, *, is_first: bool = False) -> SftRow | list[str] | None:
+    """A line as an SFT row, or what is wrong with it."""
+    raw = line if isinstance(line, bytes) else (line if isinstance(line, str) else json.dumps(line)).encode()
+    value = parse_line(raw, is_first=is_first)
+    return parse_sft_row("f:1", value) if isinstance(value, dict) else [value] if value is not None else None
 
 
-def test_reasoning_may_stand_by_itself_and_unknown_keys_are_passed_over(write_jsonl: Writer) -> None:
+def test_a_good_row_is_read_and_unknown_keys_are_passed_over() -> None:
+    row = parsed(sft(7, source="x", more=1))
+    assert isinstance(row, SftRow)
+    assert (row.row_id, row.source, row.where) == ("7", "x", "f:1")
+    assert row.messages == ({"role": "user", "content": "q"}, {"role": "assistant", "content": "r"})
+    assert parsed("  \n") is None
+
+
+def test_prompt_files_are_read_in_order_with_their_place(write_jsonl: Writer) -> None:
+    first = write_jsonl(prompt("a"), "", prompt(7), name="1.jsonl")
+    second = write_jsonl(prompt("b"), name="2.jsonl")
+    rows = read_prompt_rows([first, str(second)])
+    assert [(r.row_id, r.where) for r in rows] == [("a", f"{first}:1"), ("7", f"{first}:3"), ("b", f"{second}:1")]
+
+
+def test_reasoning_may_stand_by_itself() -> None:
     answer = {"role": "assistant", "content": "r", "reasoning_content": "t", "name": "x", "tool_calls": None}
-    rows = read_sft_rows([write_jsonl(sft(messages=[*said(("user", "q")), answer]))])
-    assert rows[0].messages[1] == {"role": "assistant", "content": "r", "reasoning_content": "t"}
+    row = parsed(sft(messages=[*said(("user", "q")), answer]))
+    assert isinstance(row, SftRow)
+    assert row.messages[1] == {"role": "assistant", "content": "r", "reasoning_content": "t"}
 
 
 def test_a_byte_order_mark_line_separators_and_a_missing_last_newline_do_no_harm(tmp_path: Path) -> None:
     path = tmp_path / "bom.jsonl"
-    text = json.dumps(sft(messages=said(("user", "a\u2028b"), ("assistant", "r"))), ensure_ascii=False)
+    text = json.dumps(prompt(messages=said(("user", "a\u2028b"))), ensure_ascii=False)
     path.write_bytes(b"\xef\xbb\xbf" + text.encode())
-    assert read_sft_rows([path])[0].messages[0]["content"] == "a\u2028b"
+    assert read_prompt_rows([path])[0].messages[0]["content"] == "a\u2028b"
+    assert isinstance(parsed(b"\xef\xbb\xbf" + json.dumps(sft()).encode(), is_first=True), SftRow)
+    assert parsed(b"\xef\xbb\xbf" + json.dumps(sft()).encode()) == [
+        "is not JSON: Unexpected UTF-8 BOM (decode using utf-8-sig) at column 1"
+    ]
 
 
 def test_prompt_rows(write_jsonl: Writer) -> None:
@@ -102,16 +118,18 @@ def test_prompt_rows(write_jsonl: Writer) -> None:
             sft(messages=[{"role": "user", "content": "q", "reasoning_content": "t"}, *said(("assistant", "r"))]),
             "message 1: reasoning_content",
         ),
+        (sft(messages=said(("user", "q\0"), ("assistant", "r"))), "message 1: holds a NUL character"),
+        (b'{"id": "a\x00"}', "is not JSON: Invalid control character"),
         (sft(source=3), "source must be a string, got a number"),
     ],
 )
-def test_each_fault_of_an_sft_row_is_named_with_its_line(write_jsonl: Writer, line: object, expected: str) -> None:
-    path = write_jsonl(sft("good"), line)
-    with pytest.raises(DataError) as caught:
-        read_sft_rows([path])
-    assert f"{path}:2: " in str(caught.value)
-    assert expected in str(caught.value)
-    assert str(caught.value).startswith("1 problem with the files of data.sft:")
+def test_each_fault_of_an_sft_row_is_named(line: object, expected: str) -> None:
+    (text,) = parsed(line)  # type: ignore[misc]
+    assert expected in text
+
+
+def test_all_faults_of_a_row_are_named() -> None:
+    assert len(parsed(sft("", source=1, messages=said(("human", 3), ("assistant", ""))))) == 5  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -141,17 +159,17 @@ def test_each_fault_of_a_prompt_row_is_named(write_jsonl: Writer, row: object, e
 
 
 def test_all_problems_of_all_files_are_told_at_once(write_jsonl: Writer, tmp_path: Path) -> None:
-    first = write_jsonl("{", sft("a"), sft("", source=1), name="1.jsonl")
-    second = write_jsonl(sft("a"), name="2.jsonl")
+    first = write_jsonl("{", prompt("a"), prompt("", reference=""), name="1.jsonl")
+    second = write_jsonl(prompt("a"), name="2.jsonl")
     missing = tmp_path / "none.jsonl"
     with pytest.raises(DataError) as caught:
-        read_sft_rows([first, missing, second, tmp_path])
+        read_prompt_rows([first, missing, second, tmp_path])
     text = str(caught.value)
-    assert text.startswith("6 problems with the files of data.sft:")
+    assert text.startswith("6 problems with the files of data.prompts:")
     assert f"{first}:1: is not JSON" in text
     assert f"{first}:3: id must be" in text
-    assert f"{first}:3: source must be" in text
-    assert f"{missing}: cannot be read (No such file or directory); it is listed in data.sft" in text
+    assert f"{first}:3: reference of a math row must be" in text
+    assert f"{missing}: cannot be read (No such file or directory); it is listed in data.prompts" in text
     assert f"{second}:1: has the id 'a' of {first}:2; ids must be unique" in text
     assert f"{tmp_path}: cannot be read (Is a directory)" in text
 
@@ -159,7 +177,7 @@ def test_all_problems_of_all_files_are_told_at_once(write_jsonl: Writer, tmp_pat
 def test_of_very_many_problems_the_first_are_told_and_the_rest_counted(write_jsonl: Writer) -> None:
     path = write_jsonl(*["{"] * 1000)
     with pytest.raises(DataError) as caught:
-        read_sft_rows([path])
+        read_prompt_rows([path])
     text = str(caught.value)
     assert text.startswith("1000 problems")
     assert f"{path}:20: " in text
@@ -169,9 +187,9 @@ def test_of_very_many_problems_the_first_are_told_and_the_rest_counted(write_jso
 
 def test_bytes_that_are_not_utf8_are_named(tmp_path: Path) -> None:
     path = tmp_path / "latin.jsonl"
-    path.write_bytes(json.dumps(sft()).encode() + b'\n{"id": "caf\xe9"}\n')
+    path.write_bytes(json.dumps(prompt()).encode() + b'\n{"id": "caf\xe9"}\n')
     with pytest.raises(DataError, match=r"latin.jsonl:2: is not UTF-8 \(byte 12 of the line\)"):
-        read_sft_rows([path])
+        read_prompt_rows([path])
 
 
 @pytest.mark.parametrize("lines", [[], ["", "  "]])
@@ -183,5 +201,5 @@ def test_an_empty_data_set_is_refused(write_jsonl: Writer, lines: list[str]) -> 
 
 
 def test_no_files_at_all_are_refused() -> None:
-    with pytest.raises(DataError, match=r"data\.sft: lists no files"):
-        read_sft_rows([])
+    with pytest.raises(DataError, match=r"data\.prompts: lists no files"):
+        read_prompt_rows([])

@@ -1,7 +1,8 @@
-"""SFT files to examples."""
+"""The usable rows of an index: too long ones, too many rejected ones, and what tells data apart."""
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,15 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_klear.data import ChatTokenizer, load_chat_tokenizer, load_sft
+from megatron_klear.data import SftData, SftIndex
 from megatron_klear.errors import DataError
 
 Writer = Callable[..., Path]
-
-
-@pytest.fixture(scope="module")
-def chat(thinking_tokenizer: Path) -> ChatTokenizer:
-    return load_chat_tokenizer(thinking_tokenizer)
+Maker = Callable[..., SftIndex]
 
 
 def row(row_id: str, question: str = "1+1?", answer: str = "<think>\nhm\n</think>\n\n2", **more: Any) -> dict[str, Any]:
@@ -25,64 +22,98 @@ def row(row_id: str, question: str = "1+1?", answer: str = "<think>\nhm\n</think
     return {"id": row_id, "messages": messages, **more}
 
 
-def test_examples_hold_the_tokens_and_the_mask_of_the_answer(chat: ChatTokenizer, write_jsonl: Writer) -> None:
-    data = load_sft([write_jsonl(row("a", source="web"), row("b", "2+2?"))], chat, token_budget=1000)
-    assert [e.sequence_id for e in data.examples] == ["a", "b"]
-    example = data.examples[0]
-    assert example.source == "web"
-    assert example.token_ids.dtype == np.int32
-    mask = example.trained_mask
-    assert mask.dtype == np.bool_
-    assert chat.decode(example.token_ids[mask]) == "<think>\nhm\n</think>\n\n2<|im_end|>"
-    assert chat.decode(example.token_ids[~mask]) == "<|im_start|>user\n1+1?<|im_end|>\n<|im_start|>assistant\n"
-    assert not mask[0]
-    assert example.trained_tokens == mask.sum()
-    assert data.dropped_ids == ()
+def test_rows_count_the_usable_conversations_only(write_jsonl: Writer, make_index: Maker) -> None:
+    index = make_index(write_jsonl(row("a"), row("long", answer="x" * 500), row("b", "2+2?")))
+    data = SftData(index, token_budget=300, oversize="drop")
+    assert [data.row_id(i) for i in range(len(data))] == ["a", "b"]
+    for position, number in ((0, 0), (1, 2)):
+        np.testing.assert_array_equal(data.tokens(position), index.tokens(number))
+        np.testing.assert_array_equal(data.trained_mask(position), index.trained_mask(number))
+        assert data.lengths[position] == len(data.tokens(position))
+        assert data.trained[position] == data.trained_mask(position).sum() > 0
+    assert data.tokens(0).dtype == np.int64
+    (dropped,) = data.dropped_rows()
+    assert dropped["line"] == 2
+    assert dropped["id"] == "long"
+    assert "tokens do not fit into packing.token_budget" in str(dropped["reason"])
+    assert "1 dropped for their length" in data.described()
 
 
-def test_more_rows_than_are_tokenized_at_a_time(chat: ChatTokenizer, write_jsonl: Writer) -> None:
-    data = load_sft([write_jsonl(*[row(f"{n}", f"{n}?") for n in range(700)])], chat, token_budget=1000)
-    assert len(data) == 700
-    for n in (0, 511, 512, 699):
-        assert f"user\n{n}?<|im_end|>" in chat.decode(data.examples[n].token_ids)
-
-
-def test_all_bad_conversations_are_told_with_file_and_line(chat: ChatTokenizer, write_jsonl: Writer) -> None:
-    path = write_jsonl(row("a", answer="<|im_end|>"), row("b"), row("c", answer="<think>\nand then he"))
-    with pytest.raises(DataError) as caught:
-        load_sft([path], chat, token_budget=1000)
-    assert f"{path}:1: message 2 holds the chat marker <|im_end|>" in str(caught.value)
-    assert f"{path}:3: the last answer opens <think> and never closes it" in str(caught.value)
-    assert str(caught.value).startswith("2 problems")
-
-
-def test_long_conversations_are_refused_or_dropped_and_counted(chat: ChatTokenizer, write_jsonl: Writer) -> None:
+def test_long_conversations_are_refused_by_name(write_jsonl: Writer, make_index: Maker) -> None:
     path = write_jsonl(row("short"), row("long", answer="<think>\n" + "x" * 500 + "\n</think>\n\n2"))
+    index = make_index(path)
     with pytest.raises(DataError) as caught:
-        load_sft([path], chat, token_budget=300)
+        SftData(index, token_budget=300)
     assert f"sequence long ({path}:2): " in str(caught.value)
     assert "packing.oversize=drop" in str(caught.value)
-    data = load_sft([path], chat, token_budget=300, oversize="drop")
-    assert [e.sequence_id for e in data.examples] == ["short"]
-    assert data.dropped_ids == ("long",)
     with pytest.raises(DataError, match=r"all 2 conversations are over packing\.token_budget = 10 tokens"):
-        load_sft([path], chat, token_budget=10, oversize="drop")
+        SftData(index, token_budget=10, oversize="drop")
+    with pytest.raises(DataError, match=r"1 conversations are longer than model\.max_position_embeddings = 200: long"):
+        SftData(index, token_budget=1000, max_positions=200)
 
 
-def test_padding_counts_towards_the_budget(chat: ChatTokenizer, write_jsonl: Writer) -> None:
-    path = write_jsonl(row("a"))
-    length = len(load_sft([path], chat, token_budget=1000).examples[0].token_ids)
-    assert len(load_sft([path], chat, token_budget=length)) == 1
+def test_padding_counts_towards_the_budget(write_jsonl: Writer, make_index: Maker) -> None:
+    index = make_index(write_jsonl(row("a")))
+    length = int(index.lengths[0])
+    assert len(SftData(index, token_budget=length)) == 1
     with pytest.raises(DataError, match="padded to a multiple of 64"):
-        load_sft([path], chat, token_budget=length, multiple=64)
+        SftData(index, token_budget=length, multiple=64)
 
 
-def test_the_fingerprint_tells_data_apart(chat: ChatTokenizer, write_jsonl: Writer) -> None:
-    def fingerprint(*rows: dict[str, Any]) -> str:
-        return load_sft([write_jsonl(*rows)], chat, token_budget=1000).fingerprint
+def test_rejects_are_tolerated_up_to_a_share(write_jsonl: Writer, make_index: Maker) -> None:
+    path = write_jsonl(*(row(f"{n}") for n in range(9)), "{", row("end"))
+    index = make_index(path)
+    data = SftData(index, token_budget=300, max_reject_share=0.1)
+    assert len(data) == 10
+    assert "1 rows rejected, see " in data.described()
+    with pytest.raises(DataError) as caught:
+        SftData(index, token_budget=300, max_reject_share=0.09)
+    text = str(caught.value)
+    assert text.startswith("data.sft: 1 of 11 rows cannot be used (9.1%):")
+    assert f"{path}:10: is not JSON" in text
+    assert "data.max_reject_share is 0.09" in text
+
+
+def test_of_very_many_rejects_the_first_are_told(write_jsonl: Writer, make_index: Maker) -> None:
+    path = write_jsonl(*["{"] * 1000)
+    index = make_index(path)
+    with pytest.raises(DataError) as caught:
+        SftData(index, token_budget=300, max_reject_share=1.0)  # not a single usable one
+    assert f"{path}:20: " in str(caught.value)
+    assert f"{path}:21: " not in str(caught.value)
+    assert f"... and 980 more, all in {index.rejects_file}" in str(caught.value)
+
+
+@pytest.mark.parametrize("lines", [[], ["", "  "]])
+def test_an_empty_data_set_is_refused(write_jsonl: Writer, make_index: Maker, lines: list[str]) -> None:
+    path = write_jsonl(*lines)
+    with pytest.raises(DataError, match=rf"data\.sft: no rows at all in {path}"):
+        SftData(make_index(path), token_budget=300)
+
+
+def test_the_fingerprint_tells_data_apart(write_jsonl: Writer, make_index: Maker, tmp_path: Path) -> None:
+    def fingerprint(*rows: dict[str, Any], budget: int = 400) -> str:
+        name = f"{len(list(tmp_path.iterdir()))}.jsonl"
+        return SftData(
+            make_index(write_jsonl(*rows, name=name)), token_budget=budget, oversize="drop", max_reject_share=1.0
+        ).fingerprint
 
     same = fingerprint(row("a"), row("b"))
     assert fingerprint(row("a"), row("b", source="other")) == same
-    assert (
-        len({same, fingerprint(row("a")), fingerprint(row("b"), row("a")), fingerprint(row("a"), row("b", "?"))}) == 4
-    )
+    others = [
+        fingerprint(row("a")),
+        fingerprint(row("b"), row("a")),
+        fingerprint(row("a"), row("b", "?")),
+        fingerprint(row("a"), row("long", answer="x" * 500), row("b")),
+    ]
+    assert len({same, *others}) == 5
+    assert fingerprint(row("a"), row("long", answer="x" * 500), row("b"), budget=5000) not in {same, *others}
+
+
+def test_it_can_be_sent_to_another_process(write_jsonl: Writer, make_index: Maker) -> None:
+    data = SftData(make_index(write_jsonl(row("a"), row("b", "2+2?"))), token_budget=300)
+    sent = pickle.loads(pickle.dumps(data))
+    np.testing.assert_array_equal(sent.tokens(1), data.tokens(1))
+    np.testing.assert_array_equal(sent.lengths, data.lengths)
+    assert sent.fingerprint == data.fingerprint
+    assert len(pickle.dumps(data)) < 4000, "no tokens travel"

@@ -8,6 +8,7 @@ import logging
 import multiprocessing
 import os
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -24,6 +25,9 @@ from megatron_klear.data.jsonl import JsonObject
 from megatron_klear.errors import DataError
 
 log = logging.getLogger(__name__)
+
+_PROCESS_BYTES = 8 << 20
+"""Input that is worth a process of its own, which takes seconds to start."""
 
 _TOLD_SECONDS = 10.0
 _POLL_SECONDS = 0.5
@@ -44,7 +48,7 @@ def prepare_index(
 
     Args:
         source: the input and where its index belongs.
-        processes: tokenizer processes; None is as many as this process may use CPUs.
+        processes: tokenizer processes; None is as many as this process may use CPUs, fewer for little input.
         alive: called at least every second or so.
         part_bytes: input per part.
         line_bytes: longest line that is read.
@@ -61,7 +65,7 @@ def prepare_index(
             if not manifest.is_file():
                 parts = _planned(source, part_bytes)
                 jobs = [PartJob(number=i, part=p, source=source, line_bytes=line_bytes) for i, p in enumerate(parts)]
-                merge_parts(jobs, _do_all(jobs, processes or len(os.sched_getaffinity(0)), alive), alive)
+                merge_parts(jobs, _do_all(jobs, processes or _worthwhile_processes(parts), alive), alive)
     except OSError as error:
         raise DataError(
             f"data.index_dir: the tokens of data.sft cannot be written to {source.directory}: "
@@ -110,6 +114,11 @@ def _planned(source: IndexSource, part_bytes: int) -> list[Part]:
     return parts
 
 
+def _worthwhile_processes(parts: Sequence[Part]) -> int:
+    """As many as this process may use CPUs, unless there is less to do than they take to start."""
+    return max(1, min(len(os.sched_getaffinity(0)), sum(p.input_bytes for p in parts) // _PROCESS_BYTES))
+
+
 def _do_all(jobs: Sequence[PartJob], processes: int, alive: Callable[[], None]) -> list[PartCounts]:
     progress = _Progress(jobs)
     if min(processes, len(jobs)) == 1:
@@ -139,6 +148,7 @@ def _do_all(jobs: Sequence[PartJob], processes: int, alive: Callable[[], None]) 
 
 def _single_threaded() -> None:
     """The tokenizer's own threads would only wait for one another: every CPU has a process."""
+    warnings.filterwarnings("ignore", module=r"megatron\..*")  # of packages that are not there
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     logging.getLogger("transformers").setLevel(logging.ERROR)
 
