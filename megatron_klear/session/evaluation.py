@@ -92,8 +92,9 @@ class Evaluation:
             return None
         self._last_step = step
         with self.session.set_aside_phases():
-            if self.rollouts.engine.policy_version < step or self.session.entry == "sft":
-                self.rollouts.publish(version=max(step, self.rollouts.engine.policy_version + 1))
+            published = self.rollouts.engine.policy_version
+            if published < step or self.session.entry == "sft":
+                self.rollouts.publish(version=step if published < 0 else published + 1)
             accuracy = self.rollouts.evaluate(self.heldout.prompts, self.session.settings.evaluation, step=step)
             if self.session.entry == "sft":  # which trains next; RL first generates what it trains on
                 self.rollouts.hand_to_trainer()

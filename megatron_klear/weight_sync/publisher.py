@@ -44,6 +44,10 @@ class PublishReport:
 class Publisher:
     """Sends the trainer's weights to all engines.
 
+    A version is the number of steps that the weights have learned from, and goes up by one with every publish. A run
+    that resumes begins with its checkpoint's: these are that version's weights, bit by bit, and what was sampled from
+    them counts on. Versions above it, of weights that are gone, come again for other weights.
+
     Args:
         engines: on the first rank; None on the others.
         transport: on the first rank; None on the others.
@@ -102,15 +106,15 @@ class Publisher:
 
         Args:
             named_tensors: the whole model under Hugging Face names, in forward order, the same on every rank.
-            version: above the current one.
+            version: the one after the current one; any, for the first publish.
 
         Raises:
             WeightSyncError: on every rank: an engine failed, or its weights are not the trainer's (by name).
         """
-        if version <= self._version:
+        if self._version >= 0 and version != self._version + 1:
             raise WeightSyncError(
                 f"the engines have weights of version {self._version} and were sent version {version}; versions must "
-                "go up"
+                "go up by one"
             )
         start = time.monotonic()
         checksums = ExpectedChecksums(self._layout, head_dim=self._head_dim, context=self._context)

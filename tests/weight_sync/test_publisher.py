@@ -154,11 +154,16 @@ def test_what_fails_is_named_and_the_engines_stay_paused(
         assert read == list(WEIGHTS), "other ranks would wait for the rest of the stream"
 
 
-def test_versions_go_up(publisher: Callable[..., Publisher]) -> None:
-    made = publisher(Engine("a"))
-    made.publish(WEIGHTS.items(), version=3)
-    with pytest.raises(WeightSyncError, match="have weights of version 3 and were sent version 3; versions must go up"):
-        made.publish(WEIGHTS.items(), version=3)
+@pytest.mark.parametrize("wrong", [2, 3, 5])
+def test_versions_go_up_by_one(publisher: Callable[..., Publisher], wrong: int) -> None:
+    engine = Engine("a")
+    made = publisher(engine)
+    made.publish(WEIGHTS.items(), version=3)  # as a run that resumes from step 3 does
+    with pytest.raises(WeightSyncError, match=f"have weights of version 3 and were sent version {wrong}; .* up by one"):
+        made.publish(WEIGHTS.items(), version=wrong)
+    made.publish(WEIGHTS.items(), version=4)
+    told = [body["new_version"] for path, body in engine.seen if path == "/update_weight_version"]
+    assert told == ["3", "4"]
 
 
 @pytest.mark.parametrize("quantized", [False, True])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Awaitable, Callable
 from statistics import median
 from typing import Any
@@ -12,6 +13,8 @@ from megatron_klear.errors import RolloutError
 from megatron_klear.rollout.endpoint import Endpoint
 from megatron_klear.rollout.manager.engines import Engine, EnginePool
 from megatron_klear.rollout.manager.work import Request
+
+log = logging.getLogger(__name__)
 
 Restart = Callable[[Endpoint, str], Awaitable[Endpoint]]
 """Given a lost engine and why, starts it anew, loads the current weights, and returns how to reach it."""
@@ -122,6 +125,7 @@ class EngineCare:
             return
         self.lost += 1
         engine.status, engine.last_error = "down", why
+        log.warning("%s is lost: %s", engine.name, why)
         engine.down_since = asyncio.get_running_loop().time()
         self._on_lost(engine)
         if self._restart is not None:
@@ -174,6 +178,7 @@ class EngineCare:
         engine.unanswered = 0
         engine.slow_windows, engine.is_slow, engine.measured_rate = 0, False, None
         engine.last_progress = asyncio.get_running_loop().time()
+        log.info("%s serves again, with version %d", engine.name, self.version)
         self._pool.offer(engine)
         self._judge()
         self._on_ready()

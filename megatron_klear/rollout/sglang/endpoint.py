@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import uuid
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,6 +15,9 @@ from megatron_klear.rollout.endpoint import EndpointError, GeneratedPart, Genera
 from megatron_klear.rollout.sglang.answers import NO_VERSION, AnswerReader, parse_version
 from megatron_klear.rollout.sglang.command import CONTEXT_MARGIN
 from megatron_klear.rollout.sglang.connection import Connection, Refused
+
+_LIFE = uuid.uuid4().hex[:12]
+"""Names this life of the run: one that is resumed gives the versions after its checkpoint to other weights."""
 
 _ALIVE_SECONDS = 10.0
 _ABORT_SECONDS = 10.0
@@ -55,7 +59,7 @@ class SglangEndpoint:
         return self.connection.name
 
     def use_version(self, version: int) -> None:
-        """Have requests from now on share cached prefixes only with requests of this version of the weights.
+        """Have requests from now on share cached prefixes only with those of this life and version of the weights.
 
         A publish that leaves unfinished responses in place cannot empty the prefix cache, and what old weights computed
         of a prompt would be taken for the new ones': tens of percent off in probability, for a prompt of which no more
@@ -118,7 +122,7 @@ class SglangEndpoint:
             "sampling_params": {"max_new_tokens": 0, "temperature": 1.0},
             "return_logprob": True,
             "logprob_start_len": 0,
-            "extra_key": f"version {self._version}",
+            "extra_key": self._shared(),
         }
         try:
             answer = await self.connection.post("/generate", body, timeout_seconds=timeout_seconds)
@@ -165,6 +169,10 @@ class SglangEndpoint:
         except EndpointError:
             return
 
+    def _shared(self) -> str:
+        """Names the requests that may share cached prefixes."""
+        return f"version {self._version} of {_LIFE}"
+
     def _check(self, request: GenerationRequest) -> None:
         """Refuse what would fail on every engine, or end it.
 
@@ -208,7 +216,7 @@ class SglangEndpoint:
                 "stream_interval": self._stream_interval,
                 "skip_special_tokens": False,
             },
-            "extra_key": f"version {self._version}",
+            "extra_key": self._shared(),
             "return_logprob": True,
             "stream": True,
         }

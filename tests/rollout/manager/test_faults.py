@@ -182,7 +182,9 @@ def test_nonsense_is_never_trained_on(make_world, undisturbed, kind):
     world = make_world(engines=3, before_step=once(2, begin)).run(STEPS)
     trained_once(world)
     assert world.trace == undisturbed
-    assert world.scheduler.dispatcher.counts["failed requests"] > 0
+    counts = world.scheduler.dispatcher.counts
+    assert counts["failed requests"] > 0
+    assert counts["malformed answers"] == (0 if kind == "not an answer" else counts["failed requests"])
 
 
 def test_lost_requests_are_sent_again(make_world, undisturbed):

@@ -14,7 +14,7 @@ import pytest
 
 from megatron_klear.errors import RolloutError
 from megatron_klear.rollout.endpoint import EndpointError, GeneratedPart, GenerationRequest
-from megatron_klear.rollout.sglang import Connection, SglangEndpoint
+from megatron_klear.rollout.sglang import Connection, SglangEndpoint, endpoint
 from tests.rollout.sglang.conftest import StandIn, chunk
 
 STOP = {"type": "stop", "matched": 7}
@@ -67,6 +67,30 @@ def test_a_server_that_repeats_all_tokens_gives_the_same(stand_in: StandIn, make
     part = generate(stand_in.url, make_request(), incremental=False)
     assert part.token_ids.tolist() == [5, 6, 9, 7]
     assert part.policy_versions == ((3, 4),)
+
+
+def test_prefixes_are_shared_within_a_version_of_this_life_only(
+    stand_in: StandIn, make_request: Request, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server that outlives the trainer sees the versions after the checkpoint again, for other weights."""
+
+    def key(version: int) -> str:
+        async def run() -> None:
+            server = SglangEndpoint(
+                Connection("engine 0", stand_in.url), vocab_size=83, context_length=128, incremental=True
+            )
+            server.use_version(version)
+            await server.generate(make_request(stops=(7,)))
+            await server.close()
+
+        asyncio.run(run())
+        return str(stand_in.seen[-1][1]["extra_key"])
+
+    answer_with(stand_in, chunk([7], 1, finish=STOP))
+    first = [key(3), key(3), key(4)]
+    monkeypatch.setattr(endpoint, "_LIFE", "another")
+    assert first[0] == first[1]
+    assert len({*first, key(3)}) == 3
 
 
 def test_an_interrupted_request_returns_its_part(stand_in: StandIn, make_request: Request) -> None:

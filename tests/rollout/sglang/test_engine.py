@@ -78,6 +78,7 @@ def run(
     endpoints: list[Fake],
     count: int = 1,
     *,
+    failures: int | None = None,
     responses: int = 1,
     in_flight: int = 4,
     retries: int = 2,
@@ -91,6 +92,7 @@ def run(
             prompts(count), num_responses=responses, sampling=sampling, seed=4, on_progress=callback
         )
         assert pool._outstanding == [0] * len(endpoints)
+        assert failures is None or pool.failures == failures
         return groups
 
     return asyncio.run(generate())
@@ -121,7 +123,7 @@ def test_no_server_has_more_than_its_share_in_flight() -> None:
 
 def test_a_failed_request_goes_to_the_other_server_under_a_new_name() -> None:
     endpoints = [Fake("a", script=[fail()]), Fake("b")]
-    (group,) = run(endpoints)
+    (group,) = run(endpoints, failures=1)
     assert group.rollouts[0].response_ids.tolist() == [0] * LIMIT
     first, second = endpoints[0].seen[0], endpoints[1].seen[0]
     assert first.request_id != second.request_id
@@ -145,7 +147,7 @@ def test_what_would_fail_alike_is_not_asked_again() -> None:
 
 def test_an_interrupted_response_is_continued_with_what_is_left_of_its_budget() -> None:
     endpoint = Fake("a", script=[lambda r: part([5, 6], "abort", 1), lambda r: part([7], "abort", 2)])
-    (group,) = run([endpoint])
+    (group,) = run([endpoint], failures=0)
     rollout = group.rollouts[0]
     assert rollout.response_ids.tolist() == [5, 6, 7, 0, 0, 0]
     assert rollout.rollout_logprobs.tolist() == [-1, -1, -2, -1, -1, -1]
