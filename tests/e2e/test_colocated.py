@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import signal
+import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +22,7 @@ from megatron_klear.observe import names
 from megatron_klear.rollout.ledger import LedgerReader
 
 CONFIG = Path(__file__).parents[2] / "examples" / "quickstart_rl.yaml"
+WORKER = str(Path(__file__).with_name("stand_in_worker.py"))
 STEPS, LIMIT = 3, 400.0
 
 
@@ -34,6 +37,12 @@ def checkpoint_tensors(run: Path) -> dict[str, torch.Tensor]:
     }
     dcp.load(state, checkpoint_id=checkpoint, no_dist=True)
     return state
+
+
+def differing(first: Path, second: Path) -> list[str]:
+    ours, theirs = checkpoint_tensors(first), checkpoint_tensors(second)
+    assert ours.keys() == theirs.keys()
+    return [name for name in ours if not torch.equal(ours[name], theirs[name])]
 
 
 def turns(run: Path) -> list[dict[str, Any]]:
@@ -107,9 +116,53 @@ def test_the_same_bits_as_apart_also_when_killed_while_the_trainers_state_is_awa
     apart = [*rl_overrides("apart"), *shared, f"scheduling.replay_from={run}"]
     launch = start("train_rl", CONFIG, apart)
     assert launch.wait(LIMIT) == [0, 0], launch.output()
-    ours, theirs = checkpoint_tensors(run), checkpoint_tensors(tmp_path / "apart")
-    assert ours.keys() == theirs.keys()
-    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+    assert differing(run, tmp_path / "apart") == []
+
+
+@pytest.fixture
+def stand_ins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
+    """Overrides that start stand-ins for servers, with faults."""
+    program = Path(__file__).with_name("stand_in_server.py")
+    python = tmp_path / "venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(f'#!/bin/sh\nshift 2\nexec {sys.executable} -S {program} "$@"\n')
+    python.chmod(0o755)
+
+    def make(*faults: str) -> list[str]:
+        directory = Path(tempfile.mkdtemp(dir=tmp_path))
+        for fault in faults:
+            (directory / fault).touch()
+        monkeypatch.setenv("STAND_IN_FAULTS", str(directory))
+        return ["rollout.engine=sglang", f"sglang.venv={tmp_path / 'venv'}", "correction.stop_above_mean=null"]
+
+    return make
+
+
+def test_servers_that_die_and_hang_with_their_memory_given_up_change_nothing(
+    start: Callable[..., Any],
+    rl_overrides: Callable[[str], list[str]],
+    tmp_path: Path,
+    stand_ins: Callable[..., list[str]],
+) -> None:
+    """One ends in the trainer's turn of step 1, its successor never answers in that of step 2: the bits are the same.
+
+    The stand-ins generate the same tokens at any weights, and end when they are asked for what a real server would not
+    survive: to generate without memory, or to take back what was not given up.
+    """
+    shared = [f"rl.steps={STEPS}", "evaluation.at_end=false", "reward.require_think=false", "checkpoint.every_steps=2"]
+    launch = start(WORKER, CONFIG, [*rl_overrides("apart"), *shared, *stand_ins()])
+    assert launch.wait(LIMIT) == [0, 0], launch.output()
+    colocated = ["sglang.placement=colocated", "weight_sync.timeout_seconds=4"]
+    faulty = stand_ins("2.die", "3.hang")
+    launch = start(WORKER, CONFIG, [*rl_overrides("faulty"), *shared, *faulty, *colocated])
+    assert launch.wait(LIMIT) == [0, 0], launch.output()
+    output = launch.output()
+    assert output.count("is back with the current weights") == 2
+    assert "gave no answer to /resume_memory_occupation; it is ended, for its memory" in output
+    assert "gave no answer to /release_memory_occupation; it is ended, for its memory" in output
+    assert differing(tmp_path / "apart", tmp_path / "faulty") == []
+    with LedgerReader(tmp_path / "faulty" / "ledger.sqlite") as reader:
+        assert reader.trained_not_once() == []
 
 
 @pytest.mark.parametrize("override", ["scheduling.mode=async"])
