@@ -436,10 +436,12 @@ def test_an_engine_that_serves_others_first_is_not_given_up_for_its_silence(make
         def begin():
             if shared:
                 care.share()
-            world.engines[0].change_speed(1000.0)
+            world.engines[0].hang()
 
         def end():
+            world.engines[0]._is_hung = False
             world.engines[0].change_speed(0.05)
+            world.engines[0]._fill()
             if shared:
                 care.unshare()
 
