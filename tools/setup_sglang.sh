@@ -8,8 +8,8 @@
 #
 # Versions stand in constraints-sglang.txt. On a GPU SGLang brings its own torch and kernels (several GB). Without one it
 # runs on torch alone: its kernel packages are CUDA only and are left out, and two small modules of tools/sglang_cpu take
-# the place of what it cannot start without. Packages come from wherever your pip is configured to look; see
-# tools/setup_env.sh on torch's CPU build.
+# the place of what it cannot start without; a third, a plugin as SGLang defines them, makes its attention quicker there.
+# Packages come from wherever your pip is configured to look; see tools/setup_env.sh on torch's CPU build.
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -34,7 +34,7 @@ esac
 
 fingerprint() {
     {
-        cat "$root/constraints-sglang.txt" "$shims/klear_sglang_cpu.py" "$shims/sgl_kernel/__init__.py" \
+        cat "$root/constraints-sglang.txt" "$shims"/klear_sglang_*.py "$shims/sgl_kernel/__init__.py" \
             "${BASH_SOURCE[0]}" "$root/tools/environment.sh"
         echo "$device"
         "$venv/bin/python" -c 'import sys; print(sys.version)'
@@ -46,8 +46,13 @@ install_shims() {
     packages=$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
     mkdir -p "$packages/sgl_kernel"
     cp "$shims/sgl_kernel/__init__.py" "$packages/sgl_kernel/"
-    cp "$shims/klear_sglang_cpu.py" "$packages/"
+    cp "$shims/klear_sglang_cpu.py" "$shims/klear_sglang_plugin.py" "$packages/"
     echo "import klear_sglang_cpu" >"$packages/klear_sglang_cpu.pth"
+    # SGLang finds its plugins by the entry points of installed packages.
+    mkdir -p "$packages/klear_sglang_cpu-1.dist-info"
+    printf 'Metadata-Version: 2.1\nName: klear_sglang_cpu\nVersion: 1\n' >"$packages/klear_sglang_cpu-1.dist-info/METADATA"
+    printf '[sglang.srt.plugins]\nklear_cpu = klear_sglang_plugin:register\n' \
+        >"$packages/klear_sglang_cpu-1.dist-info/entry_points.txt"
 }
 
 hold_directory KLEAR_SGLANG_VENV

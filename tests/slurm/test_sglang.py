@@ -43,7 +43,7 @@ def test_a_job_trains_on_responses_of_a_real_server_on_its_engine_node(slurm, da
     arguments = [*TINY, f"run.dir={run}", f"tokenizer.dir={data / 'tokenizer'}", f"data.prompts=[{data}/prompts.jsonl]"]
     settings = load_settings(Path("examples/quickstart_rl.yaml"), arguments, entry="rl", world_size=1)
     model.mkdir()
-    (model / "config.json").write_text(json.dumps(hf_config(settings.architecture(), dtype="float32")))
+    (model / "config.json").write_text(json.dumps(hf_config(settings.architecture, dtype="float32")))
     job = slurm.submit(
         "gppo.slurm",
         ["examples/quickstart_rl.yaml", *arguments],

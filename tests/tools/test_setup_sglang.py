@@ -69,6 +69,9 @@ def test_a_cpu_gets_no_kernel_packages_and_the_shims(set_up):
     assert all(f"-c {set_up.venv}/constraints.txt" in line for line in installs)
     assert (set_up.venv / "lib" / "sgl_kernel" / "__init__.py").exists()
     assert (set_up.venv / "lib" / "klear_sglang_cpu.pth").read_text() == "import klear_sglang_cpu\n"
+    entry_points = (set_up.venv / "lib" / "klear_sglang_cpu-1.dist-info" / "entry_points.txt").read_text()
+    assert entry_points == "[sglang.srt.plugins]\nklear_cpu = klear_sglang_plugin:register\n"
+    assert (set_up.venv / "lib" / "klear_sglang_plugin.py").exists()
     assert "torch==2.13.0" in (set_up.venv / "constraints.txt").read_text()
 
 

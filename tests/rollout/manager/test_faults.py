@@ -426,3 +426,55 @@ def test_an_idle_engine_that_dies_is_started_anew_before_it_is_needed(make_world
     assert "does not answer, idle" in why
     assert when - died[0] <= 2 * world.scheduler.dispatcher.care.tick_seconds + 1.0
     trained_once(world)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_an_engine_that_serves_others_first_is_not_given_up_for_its_silence(make_world, undisturbed, shared):
+    """An evaluation takes all of its slots for longer than `scheduling.stall_seconds`."""
+
+    def evaluate(world):
+        care = world.scheduler.dispatcher.care
+
+        def begin():
+            if shared:
+                care.share()
+            world.engines[0].hang()
+
+        def end():
+            world.engines[0]._is_hung = False
+            world.engines[0].change_speed(0.05)
+            world.engines[0]._fill()
+            if shared:
+                care.unshare()
+
+        later(1.0, begin)
+        later(46.0, end)
+
+    world = make_world(engines=1, outage_seconds=600.0, before_step=once(2, evaluate)).run(STEPS)
+    trained_once(world)
+    assert world.trace == undisturbed
+    assert world.scheduler.dispatcher.care.lost == (0 if shared else 1)
+
+
+def test_silence_counts_anew_after_an_evaluation(make_world):
+    def hang_after(world):
+        care = world.scheduler.dispatcher.care
+        care.share()
+        later(1.0, world.engines[0].hang)
+        later(100.0, care.unshare)
+
+    lost_at = {}
+
+    def note(seconds):
+        lost_at[seconds] = world.scheduler.dispatcher.care.lost
+
+    def before(step, world):
+        if step == 2:
+            hang_after(world)
+            for seconds in (99.0, 115.0, 135.0):
+                later(seconds, note, seconds)
+
+    world = make_world(engines=1, outage_seconds=60.0, before_step=before)
+    with pytest.raises(RolloutError, match="brought no token for 2"):
+        world.run(STEPS)
+    assert lost_at == {99.0: 0, 115.0: 0, 135.0: 1}

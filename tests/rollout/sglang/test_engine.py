@@ -83,9 +83,11 @@ def run(
     in_flight: int = 4,
     retries: int = 2,
     progress: list[RolloutProgress] | None = None,
+    version: int | None = None,
 ) -> list[RolloutGroup]:
     async def generate() -> list[RolloutGroup]:
         pool = EndpointPool(endpoints, in_flight=in_flight, retries=retries)
+        pool.version = version
         sampling = SamplingParams(temperature=1.0, top_p=1.0, max_response_tokens=LIMIT, stop_token_ids=())
         callback = None if progress is None else progress.append
         groups = await pool.generate(
@@ -189,3 +191,13 @@ def test_seeds_differ_by_everything_that_names_a_response() -> None:
     assert len(seeds) == 12
     assert all(0 <= seed < 2**63 for seed in seeds)
     assert response_seed(1, "p1", 0) == response_seed(1, "p1", 0)
+
+
+def test_tokens_of_weights_that_are_not_the_published_ones_are_drawn_again() -> None:
+    old = [lambda request: part([7] * LIMIT, "length", 4)]
+    endpoints = [Fake("a", script=list(old)), Fake("b", script=[lambda request: part([5] * LIMIT, "length", 5)])]
+    (group,) = run(endpoints, version=5)
+    assert group.rollouts[0].response_ids.tolist() == [5] * LIMIT
+    assert group.rollouts[0].policy_versions == ((5, LIMIT),)
+    with pytest.raises(EndpointError, match="a: sampled with weights of version 4, and version 5 is in use"):
+        run([Fake("a", script=old * 3)], version=5)
