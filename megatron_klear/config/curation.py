@@ -16,8 +16,8 @@ from megatron_klear.config.data import entry_problems, row_files
 from megatron_klear.config.described import describe_schema
 from megatron_klear.config.fields import SECTION, Positive, Prompts, Responses, Tokens, Unit
 from megatron_klear.config.loading import load_schema
+from megatron_klear.config.rewards import RewardSettings
 from megatron_klear.config.sampler import SamplerSettings, sampler_problems
-from megatron_klear.config.schema import RewardSettings
 
 StageName = Literal[
     "dedup", "decontaminate", "sources", "select", "tests", "respond", "difficulty", "correctness", "solvable"

@@ -14,8 +14,8 @@ from pydantic.dataclasses import dataclass
 from megatron_klear.config.described import describe_schema
 from megatron_klear.config.fields import SECTION, Positive, Unit
 from megatron_klear.config.loading import load_schema
+from megatron_klear.config.rewards import RewardSettings
 from megatron_klear.config.sampler import SamplerSettings, sampler_problems
-from megatron_klear.config.schema import RewardSettings
 from megatron_klear.config.yarn import Yarn
 
 _POSITIONS = "max_position_embeddings"
