@@ -138,6 +138,7 @@ class Handover:
             self._first_rank.run("quieten the engines", lambda: self._running.quieten())
         for stage in leaving:
             before = self._read().device_free_bytes
+            self._gathered(None)  # so that every rank has looked before the first one goes ahead
             self._first_rank.run("have the engines give up memory", partial(self._give_up, stage))
             self._held.discard(stage)
             if self._is_gpu:

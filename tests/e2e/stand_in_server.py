@@ -3,7 +3,8 @@
 stand_in_server.py --port PORT --context-length LENGTH ...
 
 The directory named by STAND_IN_FAULTS counts over all servers how often memory for weights was given up; a file in it
-named `N.die` has the server end after the N-th answer, `N.hang` has it never give that answer.
+named `N.die` has the server end after the N-th answer, `N.hang` has it never give that answer. STAND_IN_SECONDS is how
+long a response takes.
 """
 
 from __future__ import annotations
@@ -92,6 +93,7 @@ def release(tags: list[str]) -> None:
 def generated(body: dict[str, Any]) -> dict[str, Any]:
     if State.gone:
         os._exit(4)  # there is no memory to generate with
+    time.sleep(float(os.environ.get("STAND_IN_SECONDS", "0")))
     sampling = body["sampling_params"]
     rng = random.Random(f"{body['input_ids']} {sampling['sampling_seed']}")
     count = min(sampling["max_new_tokens"], rng.randint(3, 30))

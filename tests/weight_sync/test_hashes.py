@@ -119,3 +119,11 @@ def test_gpu_hash_is_that_of_sglangs_kernel(tmp_path: Path, sglang_settings: Sgl
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     assert json.loads(done.stdout.splitlines()[-1]) == [gpu_hash(tensor) for tensor in tensors()]
+
+
+def test_hashed_memory_can_still_be_given_back() -> None:
+    """The weights of a trainer that shares its device leave it after a publish; torch pins what NumPy has seen."""
+    tensor = torch.ones(5)
+    cpu_hash(tensor)
+    tensor.untyped_storage().resize_(0)
+    assert tensor.untyped_storage().nbytes() == 0
