@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Sets up (once) the trainer's and SGLang's environments, and runs the tests that need a real SGLang server. They take
-# about four minutes on two cores. Arguments go to pytest. tests/run.sh runs these tests too where SGLang's environment
+# about seven minutes on two cores. Arguments go to pytest. tests/run.sh runs these tests too where SGLang's environment
 # is there, and skips them, saying so, where it is not.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
