@@ -18,7 +18,7 @@ CONFIG = Path(__file__).parents[2] / "examples" / "quickstart_rl.yaml"
 
 def wait_for(step: int, run: Path, launch: Any) -> None:
     """Wait until a step has been finished."""
-    metrics, deadline = run / "metrics.jsonl", time.monotonic() + 400
+    metrics, deadline = run / "metrics.jsonl", time.monotonic() + 600
     while not metrics.is_file() or f'"step": {step},' not in metrics.read_text():
         assert time.monotonic() < deadline, launch.output()
         assert all(process.poll() is None for process in launch.processes), launch.output()

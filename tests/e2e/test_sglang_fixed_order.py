@@ -36,7 +36,7 @@ def test_kills_leave_no_trace_in_losses_tokens_and_weights(
 
     peace, run = tmp_path / "peace", tmp_path / "disturbed"
     launch = start("train_rl", CONFIG, overrides("peace"))
-    assert launch.wait(400) == [0, 0], launch.output()
+    assert launch.wait(900) == [0, 0], launch.output()
     assert published(launch) == list(range(STEPS + 1))
     assert launch.output().count("proved by checksum") == STEPS + 1
     # Float32 on both sides; old weights or another temperature would be off by far more.
@@ -54,11 +54,11 @@ def test_kills_leave_no_trace_in_losses_tokens_and_weights(
     wait_for(5, run, launch)
     time.sleep(rng.uniform(0.0, 2.0))
     launch.signal(signal.SIGKILL)
-    launch.wait()
+    launch.wait(900)
     assert "is back with the current weights" in launch.output()
     before = published(launch)
     launch = start("train_rl", CONFIG, overrides("disturbed"))
-    assert launch.wait(400) == [0, 0], launch.output()
+    assert launch.wait(900) == [0, 0], launch.output()
 
     # By one within a life; a resumed one begins with the version of its checkpoint, whose weights are the same.
     after = published(launch)

@@ -8,12 +8,16 @@ import itertools
 import math
 import struct
 from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
 
+from megatron_klear.config import Architecture
 from megatron_klear.config.serving import SglangSettings
 from megatron_klear.conformance.compare import architecture
 from megatron_klear.conformance.reference import reference_model
@@ -23,7 +27,7 @@ from megatron_klear.rollout.endpoint import GeneratedPart, GenerationRequest
 from megatron_klear.rollout.sglang import Expected, ServerFleet, SglangEngine
 from megatron_klear.rollout.sglang.command import CPU_PLUGIN
 from megatron_klear.weight_sync import EngineGroup, TensorTransport
-from megatron_klear.weight_sync.buckets import bucketed
+from megatron_klear.weight_sync.buckets import bucketed, converted
 
 VOCAB, LONGEST = 83, 96
 
@@ -107,26 +111,34 @@ class Served:
         return self.engine._loop.run(all_of_them())
 
 
-@pytest.fixture(scope="module")
-def served(sglang_settings: SglangSettings, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    arch = architecture(tied=False)
-    settings = SglangSettings(venv=sglang_settings.venv, stream_interval=4, start_seconds=400.0, deterministic=True)
+@contextmanager
+def serving(venv: str, folder: Path, arch: Architecture, dtype: str, *, on_cpu: bool) -> Iterator[Served]:
+    """A deterministic server for as long as the context lasts."""
+    settings = SglangSettings(venv=venv, stream_interval=4, start_seconds=400.0, deterministic=True)
     with ServerFleet(
-        settings, hf_config(arch, dtype="float32"), tmp_path_factory.mktemp("repeatable"), dtype="float32", on_cpu=True,
-        batch_responses=16, longest_sequence=LONGEST,
+        settings, hf_config(arch, dtype=dtype), folder, dtype=dtype, on_cpu=on_cpu, batch_responses=16,
+        longest_sequence=LONGEST,
     ) as fleet:  # fmt: skip
         expected = Expected(vocab_size=VOCAB, longest_sequence=LONGEST, deterministic=True)
         engine = SglangEngine(fleet.start_all(), settings, expected, in_flight=16)
         group = EngineGroup([e.caller for e in engine.engines], 120.0)
         transport = TensorTransport(group, tp=1, by_value=True)
         transport.begin(1)
-        for bucket in bucketed(reference_model(arch, seed=60).named_parameters(), 2**20):
+        weights = reference_model(arch, seed=60).named_parameters()
+        for bucket in bucketed(converted(weights, getattr(torch, dtype)), 2**20):
             transport.send(bucket)
         transport.finish()
         group.call("/update_weight_version", {"new_version": "1", "abort_all_requests": False})
         engine.use_version(1)
         yield Served(engine)
         engine.close()
+
+
+@pytest.fixture(scope="module")
+def served(sglang_settings: SglangSettings, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    folder = tmp_path_factory.mktemp("repeatable")
+    with serving(sglang_settings.venv, folder, architecture(tied=False), "float32", on_cpu=True) as made:
+        yield made
 
 
 def prompts() -> list[np.ndarray]:
@@ -157,6 +169,16 @@ def test_tokens_and_logprobs_are_the_same_bits_in_any_company_and_when_continued
     assert not any(
         one.token_ids.tolist() == other.token_ids.tolist() for one, other in zip(alone, reseeded, strict=True)
     )
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_company_leaves_no_trace(sglang_settings: SglangSettings, tmp_path: Path) -> None:
+    arch = replace(architecture(tied=False), head_dim=64)
+    with serving(sglang_settings.venv, tmp_path, arch, "bfloat16", on_cpu=False) as served:
+        requests = [(ids, 44, 2**40 + i) for i, ids in enumerate(prompts())]
+        alone = [served.ask(request)[0] for request in requests]
+        crowd = served.ask(*((ids, 30, i) for i, ids in enumerate(prompts())), *requests)
+        assert all(same_bits(one, other) for one, other in zip(alone, crowd[4:], strict=True))
 
 
 def test_each_token_is_the_one_that_seed_and_position_choose(served: Served) -> None:

@@ -15,6 +15,7 @@ large models: weights are read once per token. It is there to show that a run re
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -48,8 +49,10 @@ def register() -> None:
 def multiply_row_by_row(*_: Any, **__: Any) -> None:
     """Have torch compute each row of a matrix product on a CPU by itself; in place of `enable_batch_invariant_mode`."""
     library = torch.library.Library("aten", "IMPL")
-    library.impl("mm", rows_times_matrix, "CPU")
-    library.impl("addmm", rows_times_matrix_and_bias, "CPU")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that kernels are replaced is the purpose
+        library.impl("mm", rows_times_matrix, "CPU")
+        library.impl("addmm", rows_times_matrix_and_bias, "CPU")
     _kept.append(library)
 
 
