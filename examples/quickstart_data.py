@@ -152,10 +152,9 @@ def build_tokenizer() -> Tokenizer:
     return tokenizer
 
 
-def write_tokenizer(directory: Path) -> Tokenizer:
+def write_tokenizer(directory: Path, tokenizer: Tokenizer) -> None:
     """Write a Hugging Face tokenizer directory with its chat template."""
     directory.mkdir(parents=True, exist_ok=True)
-    tokenizer = build_tokenizer()
     tokenizer.save(str(directory / "tokenizer.json"))
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -167,7 +166,6 @@ def write_tokenizer(directory: Path) -> Tokenizer:
         "chat_template": CHAT_TEMPLATE,
     }
     (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    return tokenizer
 
 
 def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
@@ -200,7 +198,8 @@ def write_all(out: Path, *, seed: int, sft_rows: int, prompts: int, heldout: int
     training, held = draw_problems(seed, training=sft_rows + prompts, heldout=heldout)
     styles = random.Random(seed).choices(list(STYLES), weights=list(STYLES.values()), k=sft_rows)
     worked = [sft_row(p, style, i) for i, (p, style) in enumerate(zip(training, styles, strict=False))]
-    tokenizer = write_tokenizer(out / "tokenizer")
+    tokenizer = build_tokenizer()
+    write_tokenizer(out / "tokenizer", tokenizer)
     files = {
         "sft.jsonl": worked,
         "prompts.jsonl": [prompt_row(p, "train", i) for i, p in enumerate(training[sft_rows:])],

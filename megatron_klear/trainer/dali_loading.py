@@ -14,6 +14,7 @@ import torch
 from nvidia.dali import fn, types
 from nvidia.dali.pipeline import Pipeline
 
+from megatron_klear.parallel import end_with_parent
 from megatron_klear.records import PackedBatch
 from megatron_klear.trainer.loading import SftBatch, assembled
 from megatron_klear.trainer.sft_batches import PlannedStep, SftReader
@@ -114,6 +115,7 @@ class MicrobatchSource:
     def __init__(self, reader: SftReader) -> None:
         self._reader = reader
         self._step: PlannedStep | None = None
+        self._is_watched = False
         self._first = 0  # number of the step's first microbatch
 
     def __call__(self, sample: Any) -> tuple[np.ndarray, ...]:
@@ -122,6 +124,9 @@ class MicrobatchSource:
         Raises:
             StopIteration: there are no more.
         """
+        if not self._is_watched:
+            end_with_parent()
+            self._is_watched = True
         number = sample.idx_in_epoch
         while self._step is None or number >= self._first + len(self._step.microbatches):
             self._first += 0 if self._step is None else len(self._step.microbatches)

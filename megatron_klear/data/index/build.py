@@ -23,6 +23,7 @@ from megatron_klear.data.index.parts import LINE_BYTES, PART_BYTES, Part, plan_p
 from megatron_klear.data.index.tokenize import PartCounts, PartJob, do_part
 from megatron_klear.data.jsonl import JsonObject
 from megatron_klear.errors import DataError
+from megatron_klear.parallel.orphans import end_with_parent
 
 log = logging.getLogger(__name__)
 
@@ -131,7 +132,7 @@ def _do_all(jobs: Sequence[PartJob], processes: int, alive: Callable[[], None]) 
     # Not forked: the caller may have threads and a GPU.
     spawn = multiprocessing.get_context("spawn")
     found: dict[int, PartCounts] = {}
-    with ProcessPoolExecutor(min(processes, len(jobs)), mp_context=spawn, initializer=_single_threaded) as pool:
+    with ProcessPoolExecutor(min(processes, len(jobs)), mp_context=spawn, initializer=_start_process) as pool:
         pending: dict[Future[PartCounts], PartJob] = {pool.submit(do_part, job): job for job in jobs}
         try:
             while pending:
@@ -146,10 +147,10 @@ def _do_all(jobs: Sequence[PartJob], processes: int, alive: Callable[[], None]) 
     return [found[job.number] for job in jobs]
 
 
-def _single_threaded() -> None:
-    """The tokenizer's own threads would only wait for one another: every CPU has a process."""
+def _start_process() -> None:
+    end_with_parent()
     warnings.filterwarnings("ignore", module=r"megatron\..*")  # of packages that are not there
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # every CPU has a process
     logging.getLogger("transformers").setLevel(logging.ERROR)
 
 
