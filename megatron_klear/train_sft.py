@@ -58,10 +58,12 @@ def require_positions(data: SftData, limit: int) -> None:
 def main(settings: Settings, stop: StopRequest) -> None:
     """Read the data, open the session, train, report."""
     from megatron_klear.data import DataCursor, load_chat_tokenizer, load_prompts, load_sft, require_disjoint
+    from megatron_klear.model.precision import require_hardware
     from megatron_klear.packing import sequence_multiple
     from megatron_klear.session.policy import require_gradable
     from megatron_klear.session.session import Session
 
+    require_hardware(settings)
     chat = load_chat_tokenizer(
         settings.tokenizer.dir, think_start=settings.tokenizer.think_start, think_end=settings.tokenizer.think_end,
         stop_tokens=settings.rollout.stop_tokens,

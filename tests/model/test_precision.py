@@ -8,11 +8,25 @@ import pytest
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_klear.config import PRESETS, Fp8Settings, ModelSettings, ParallelSettings
+from megatron_klear.config import (
+    PRESETS,
+    Fp8Settings,
+    ModelSettings,
+    ParallelSettings,
+    RunSettings,
+    Settings,
+    TokenizerSettings,
+)
 from megatron_klear.errors import ConfigError
 from megatron_klear.model import precision
 from megatron_klear.model.layer_spec import attention_backend, describe_attention, pick_layer_spec
-from megatron_klear.model.precision import fp8_problems, megatron_fp8_fields, note_loaded, plain
+from megatron_klear.model.precision import (
+    fp8_problems,
+    megatron_fp8_fields,
+    note_loaded,
+    plain,
+    require_hardware,
+)
 from megatron_klear.model.qwen3 import transformer_config
 
 ARCH = PRESETS["qwen3-8b"]
@@ -66,14 +80,37 @@ def test_hardware(recipe: Any, capability: tuple[int, int], cuda: str, words: st
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Testchip")
     monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(precision, "transformer_engine_is_there", lambda: True)
     found = fp8_problems(Fp8Settings(recipe=recipe), torch.device("cuda"))
     assert len(found) == bool(words)
     assert words in "".join(found)
+    monkeypatch.setattr(precision, "transformer_engine_is_there", lambda: False)
+    if recipe != "none" and not words:
+        # Megatron would leave FP8 out without a word.
+        assert "needs Transformer Engine" in fp8_problems(Fp8Settings(recipe=recipe), torch.device("cuda"))[0]
 
 
 def test_a_machine_without_a_gpu_is_told_before_anything_is_built() -> None:
     (text,) = fp8_problems(Fp8Settings(recipe="delayed"), torch.device("cpu"))
     assert text.startswith("fp8.recipe: got delayed, which needs a GPU")
+
+
+def test_environment_variables_that_contradict_the_settings_are_named(monkeypatch: Any) -> None:
+    monkeypatch.setattr(precision, "pick_layer_spec", lambda model: "te")
+    monkeypatch.setenv("NVTE_FLASH_ATTN", "1")
+    monkeypatch.setenv("NVTE_UNFUSED_ATTN", "1")
+    settings = Settings(
+        run=RunSettings(dir="unused"), tokenizer=TokenizerSettings(dir="unused"),
+        model=ModelSettings(preset="qwen3-8b", attention="cudnn"), fp8=Fp8Settings(recipe="delayed"),
+    )  # fmt: skip
+    with pytest.raises(ConfigError) as refused:
+        require_hardware(settings)
+    first, *others = refused.value.problems
+    assert first.startswith("fp8.recipe: ")
+    assert [text.split("has ")[1] for text in others] == [
+        "NVTE_FLASH_ATTN=1; unset it",
+        "NVTE_UNFUSED_ATTN=1; unset it",
+    ]
 
 
 def test_the_optimizer_starts_from_loaded_weights_where_they_are_stored_in_fp8(monkeypatch: Any) -> None:
