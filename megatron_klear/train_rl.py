@@ -63,9 +63,11 @@ def train(session: Session, prompts: PromptData, cursor: DataCursor, heldout: Pr
 def main(settings: Settings, stop: StopRequest) -> None:
     """Read the data, open the session, train, report."""
     from megatron_klear.data import DataCursor, load_chat_tokenizer, load_prompts, require_disjoint
+    from megatron_klear.model.precision import require_hardware
     from megatron_klear.session.grading import require_gradable
     from megatron_klear.session.session import Session
 
+    require_hardware(settings)
     chat = load_chat_tokenizer(
         settings.tokenizer.dir, think_start=settings.tokenizer.think_start, think_end=settings.tokenizer.think_end,
         stop_tokens=settings.rollout.stop_tokens,

@@ -52,10 +52,12 @@ def train(session: Session, data: SftData, steps: Steps, heldout: PromptData | N
 def main(settings: Settings, stop: StopRequest) -> None:
     """Read the data, open the session, train, report."""
     from megatron_klear.data import load_chat_tokenizer, load_prompts, require_disjoint
+    from megatron_klear.model.precision import require_hardware
     from megatron_klear.session.grading import require_gradable
     from megatron_klear.session.session import Session
     from megatron_klear.session.sft_rows import open_sft_data, sft_steps
 
+    require_hardware(settings)
     chat = load_chat_tokenizer(
         settings.tokenizer.dir, think_start=settings.tokenizer.think_start, think_end=settings.tokenizer.think_end,
         stop_tokens=settings.rollout.stop_tokens,

@@ -212,7 +212,7 @@ def _check_backends(settings: Settings, problems: Problems) -> None:
         problems.add("model.attention", f"got {model.attention}, needs model.layer_spec=te or auto")
     if model.attention in ("sdpa", "cpu") and model.layer_spec == "te":
         problems.add(
-            "model.attention", f"got {model.attention}, which the local layers have; set auto, te, flash or cudnn"
+            "model.attention", f"got {model.attention}, which only the local layers have; set auto, te, flash or cudnn"
         )
     if device == "cpu" and model.attention in ("te", "flash", "cudnn"):
         problems.add("model.attention", f"got {model.attention}, which needs a GPU, and run.device is cpu")

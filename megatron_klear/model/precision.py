@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
 from megatron.core.fp8_utils import dequantize_fp8_tensor, is_float8tensor
+from megatron.core.transformer.enums import AttnBackend
 
-from megatron_klear.config import Fp8Settings
+from megatron_klear.config import Fp8Settings, Settings
+from megatron_klear.errors import ConfigError
+from megatron_klear.model.layer_spec import attention_backend, pick_layer_spec, transformer_engine_is_there
 
 _CAPABILITY = (8, 9)
 _BLOCKWISE_CAPABILITY, _BLOCKWISE_CUDA = (9, 0), (12, 9)
@@ -40,6 +44,8 @@ def fp8_problems(fp8: Fp8Settings, device: torch.device) -> list[str]:
     name, capability = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
     if capability < _CAPABILITY:
         return [f"{asked} compute capability 8.9 or above, and {name} has {_version(capability)}; set fp8.recipe=none"]
+    if not transformer_engine_is_there():
+        return [f"{asked} Transformer Engine, which is not installed here; set fp8.recipe=none"]
     if fp8.recipe == "blockwise":
         cuda = tuple(int(part) for part in (torch.version.cuda or "0.0").split(".")[:2])
         if capability < _BLOCKWISE_CAPABILITY or cuda < _BLOCKWISE_CUDA:
@@ -48,6 +54,40 @@ def fp8_problems(fp8: Fp8Settings, device: torch.device) -> list[str]:
                 f"({_version(capability)}) with CUDA {_version(cuda)}; set fp8.recipe=tensorwise"
             ]
     return []
+
+
+def require_hardware(settings: Settings) -> None:
+    """Refuse settings that this machine cannot compute, before data is read or a model built.
+
+    Raises:
+        ConfigError: with every problem found.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    problems = fp8_problems(settings.fp8, device)
+    kind = ""
+    try:
+        kind = pick_layer_spec(settings.model)
+    except ConfigError as error:
+        problems += error.problems
+    if kind == "te":
+        problems += _environment_problems(settings)
+    if problems:
+        raise ConfigError(problems)
+
+
+def _environment_problems(settings: Settings) -> list[str]:
+    """Environment variables that contradict the settings: Megatron sets them, and fails an assertion over others."""
+    backend = attention_backend(settings.model)
+    wanted = {
+        "NVTE_FLASH_ATTN": backend in (AttnBackend.flash, AttnBackend.auto),
+        "NVTE_FUSED_ATTN": backend in (AttnBackend.fused, AttnBackend.auto),
+        "NVTE_UNFUSED_ATTN": backend is AttnBackend.auto,
+    }
+    return [
+        f"model.attention: got {settings.model.attention}, and the environment has {name}={os.environ[name]}; unset it"
+        for name, value in wanted.items()
+        if os.environ.get(name, str(int(value))) != str(int(value))
+    ]
 
 
 def _version(parts: tuple[int, ...]) -> str:

@@ -42,6 +42,20 @@ def test_files_that_are_not_there(start, sft_overrides, tmp_path):
     )  # fmt: skip
 
 
+def test_precision_and_attention_that_this_machine_does_not_have_are_told_before_data_is_read(
+    start, sft_overrides, tmp_path
+):
+    unread = tmp_path / "unread.jsonl"
+    unread.write_text("not JSON\n")
+    asked = ["fp8.recipe=tensorwise", "model.attention=cudnn", "model.dtype=bfloat16", "run.device=auto"]
+    sizes = ["model.head_dim=16", "model.num_attention_heads=4", "model.num_query_groups=2"]
+    text = refused(
+        start, "train_sft", SFT, [*sft_overrides("run"), *asked, *sizes, f"data.sft=[{unread}]"],
+        "fp8.recipe: got tensorwise, which needs a GPU", "model.attention: cudnn was asked for",
+    )  # fmt: skip
+    assert "unread.jsonl" not in text
+
+
 def test_empty_data_set(start, sft_overrides, tmp_path):
     empty = tmp_path / "empty.jsonl"
     empty.write_text("")

@@ -19,6 +19,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 from megatron_klear import parallel
 from megatron_klear.config import PRESETS, Architecture, ModelSettings, ParallelSettings
 from megatron_klear.config.yarn import Yarn
+from megatron_klear.errors import RolloutError
 from megatron_klear.model import HeadRequest, build_qwen3, forward_microbatch, hf_config, load_hf_weights
 from megatron_klear.model.qwen3 import transformer_config
 from megatron_klear.packing import pack, unpack
@@ -165,5 +166,5 @@ def test_the_engine_computes_with_yarn_for_a_while_and_then_as_before() -> None:
     after = generate(short)
     np.testing.assert_array_equal(before[0], after[0])
     np.testing.assert_array_equal(before[1], after[1])
-    with pytest.raises(Exception, match=r"exceeds model\.max_position_embeddings of 32"):
+    with pytest.raises(RolloutError, match=r"exceeds model\.max_position_embeddings of 32"):
         generate(sampling)

@@ -89,3 +89,12 @@ def test_lengths_that_do_not_divide_and_ranks_outside_are_refused() -> None:
         zigzag_indices(np.array([0, 6]), 0, 2)
     with pytest.raises(ValueError, match="cp_rank is 2"):
         zigzag_indices(np.array([0, 8]), 2, 2)
+
+
+@pytest.mark.parametrize(("cp", "tp", "multiple"), [(1, 1, 16), (2, 1, 16), (2, 4, 16), (3, 2, 128), (4, 1, 1)])
+def test_every_ranks_share_is_a_multiple_of_what_fp8_needs_and_no_smaller_pack_would_do(
+    cp: int, tp: int, multiple: int
+) -> None:
+    whole = pack_multiple(cp, tp, multiple)
+    fits = [n for n in range(1, whole + 1) if n % (cp * tp * multiple) == 0 and n % sequence_multiple(cp) == 0]
+    assert fits == [whole]
