@@ -111,24 +111,30 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _count(text: str) -> int:
-    number = int(text)
-    if number < 1:
+    if not (text.isdecimal() and int(text) >= 1):
         raise argparse.ArgumentTypeError(f"got {text}, expected a whole number of at least 1")
-    return number
+    return int(text)
 
 
 def _positive(text: str) -> float:
-    number = float(text)
+    number = _number(text)
     if not (number >= 1 and math.isfinite(number)):
         raise argparse.ArgumentTypeError(f"got {text}, expected a number of at least 1")
     return number
 
 
 def _share(text: str) -> float:
-    number = float(text)
+    number = _number(text)
     if not 0 < number <= 1:
         raise argparse.ArgumentTypeError(f"got {text}, expected a number above 0 and at most 1")
     return number
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ class Widths:
         heads: query heads of this rank.
         groups: key heads of this rank.
         head_dim: channels of one head.
-        cp: context parallel ranks.
+        tp, cp: tensor and context parallel ranks.
     """
 
     tokens: float
@@ -59,6 +59,7 @@ class Widths:
     heads: int
     groups: int
     head_dim: int
+    tp: int
     cp: int
 
 
@@ -78,6 +79,7 @@ def widths(settings: Settings, budget: int | None = None) -> Widths:
         heads=heads,
         groups=groups,
         head_dim=arch.head_dim,
+        tp=parallel.tp,
         cp=parallel.cp,
     )
 
@@ -155,8 +157,11 @@ def _cpu_layer(w: Widths) -> LayerBytes:
 
 
 def index_bytes(w: Widths, kind: LayerKind, recompute: str, *, first_stage: bool) -> float:
-    """Bytes that all layers share: token ids, and on a CPU the rows that attention picks, or the rotary angles."""
-    ids = 8 * w.tokens if first_stage else 0.0
+    """Bytes that all layers share: token ids, and on a CPU the rows that attention picks, or the rotary angles.
+
+    Where the vocabulary is split, the embedding keeps which words are another rank's, one byte each.
+    """
+    ids = (8 + (w.tp > 1)) * w.tokens if first_stage else 0.0
     if kind != "cpu":
         return ids
     angles = w.tokens * w.head_dim * 4

@@ -11,15 +11,16 @@ from dataclasses import dataclass
 
 from megatron_klear.config import Entry, Settings
 from megatron_klear.observe.flops import FlopCount, projection_parameters
-from megatron_klear.planning.activations import LayerKind, Widths, layer_kind, widths
+from megatron_klear.planning.activations import LayerKind, layer_kind
 from megatron_klear.planning.devices import DEVICES, Device
 from megatron_klear.planning.memory import StageMemory, stage_memory, trainer_state
 from megatron_klear.planning.traffic import (
     Passes,
     Traffic,
+    busiest,
     data_bytes,
     link_rate,
-    step_traffic,
+    stage_traffic,
 )
 from megatron_klear.planning.workload import SLOTS_USED, SPREAD, Workload, workload
 
@@ -142,7 +143,7 @@ def make_plan(
     assumed = assumptions or Assumptions()
     parallel, device = settings.parallel, DEVICES[device_name]
     dp = gpus // (parallel.tp * parallel.pp * parallel.cp)
-    kind, work, w = layer_kind(settings, device_name), workload(settings, entry, assumed.mean_tokens), widths(settings)
+    kind, work = layer_kind(settings, device_name), workload(settings, entry, assumed.mean_tokens)
     microbatches = work.microbatches(settings.packing.token_budget, dp)
     flops = step_flops(settings, work, backward=True)
     if work.scored:
@@ -155,11 +156,10 @@ def make_plan(
         )
         for stage in range(parallel.pp)
     )
-    traffic = step_traffic(
-        settings, entry, w, kind, dp=dp, microbatches=microbatches, updates=work.updates, passes=passes
-    )
+    shared = {"dp": dp, "microbatches": microbatches, "updates": work.updates, "passes": passes}
+    traffic = busiest([stage_traffic(settings, entry, kind, stage=stage, **shared) for stage in range(parallel.pp)])
     bubble = (parallel.pp - 1) / (microbatches + parallel.pp - 1)
-    time = _step_time(settings, assumed, device, kind, work, w, passes, traffic, flops, microbatches, gpus)
+    time = _step_time(settings, assumed, device, kind, work, traffic, flops, microbatches, gpus)
     return Plan(
         settings=settings, entry=entry, device_name=device_name, gpus=gpus, dp=dp, kind=kind, assumptions=assumed,
         work=work, microbatches=microbatches, bubble_share=bubble, flops=flops, stages=stages, traffic=traffic,
@@ -180,26 +180,26 @@ def step_flops(settings: Settings, work: Workload, *, backward: bool) -> FlopCou
 
 
 def _step_time(
-    settings: Settings, assumed: Assumptions, device: Device, kind: LayerKind, work: Workload, w: Widths,
-    passes: Passes, traffic: Traffic, flops: FlopCount, microbatches: int, gpus: int,
+    settings: Settings, assumed: Assumptions, device: Device, kind: LayerKind, work: Workload, traffic: Traffic,
+    flops: FlopCount, microbatches: int, gpus: int,
 ) -> StepTime:  # fmt: skip
     """Seconds of one step.
 
-    All data-parallel ranks wait for the one with most microbatches, so full microbatches are what time is counted in.
+    Packing spreads tokens evenly over data-parallel ranks, which wait for one another; none has less to do than the
+    longest sequence of an update takes.
     """
     parallel = settings.parallel
     dp = gpus // (parallel.tp * parallel.pp * parallel.cp)
     speed = device.flops * assumed.efficiency
-    slots = microbatches * work.updates * dp * settings.packing.token_budget * SLOTS_USED
-    rounding = slots / work.tokens  # microbatches that are not full take the time of full ones
-    compute = flops.total * rounding / (gpus * speed)
+    uneven = max(1.0, work.longest * work.updates * dp / work.tokens)
+    compute = flops.total * uneven / (gpus * speed)
     layers_only = step_flops(settings, work, backward=False)
     recomputed = {
         "none": 0.0,
         "selective": layers_only.attention,
         "full": layers_only.attention + layers_only.projections,
     }[settings.model.recompute]
-    again = recomputed * rounding / (gpus * speed)
+    again = recomputed * uneven / (gpus * speed)
     tp_rate, cp_rate, dp_rate, pp_rate = (
         link_rate(device, span) * assumed.link_efficiency
         for span in (parallel.tp, parallel.tp * parallel.cp, parallel.tp * parallel.cp * dp, gpus)
@@ -207,7 +207,7 @@ def _step_time(
     tensor = traffic.tensor / tp_rate
     context = traffic.context / cp_rate
     if kind == "te":  # its ring works behind the attention of what has arrived
-        attention = flops.attention * rounding / (gpus * speed)
+        attention = flops.attention * uneven / (gpus * speed)
         context = max(0.0, context - attention)
     pipeline = traffic.pipeline / pp_rate
     busy = compute + again + tensor + context + pipeline

@@ -90,7 +90,8 @@ class StageMemory:
 
 
 @lru_cache(maxsize=4096)
-def _buffer(settings: Settings, stage: int, dp: int) -> GradientBuffer:
+def rank_buffer(settings: Settings, stage: int, dp: int) -> GradientBuffer:
+    """Layout of the gradients of a rank of a pipeline stage."""
     parallel = settings.parallel
     return gradient_buffer(
         stage_parameters(settings, stage),
@@ -102,7 +103,7 @@ def _buffer(settings: Settings, stage: int, dp: int) -> GradientBuffer:
 
 @lru_cache(maxsize=4096)
 def _shares(settings: Settings, stage: int, dp: int) -> list[int]:
-    return _buffer(settings, stage, dp).owned()
+    return rank_buffer(settings, stage, dp).owned()
 
 
 def trainer_state(settings: Settings, *, stage: int, dp: int, shard: int | None = None) -> TrainerState:
@@ -116,7 +117,7 @@ def trainer_state(settings: Settings, *, stage: int, dp: int, shard: int | None 
     """
     item = 2 if settings.model.dtype == "bfloat16" else 4
     distributed = settings.parallel.distributed_optimizer
-    buffer = _buffer(settings, stage, dp)
+    buffer = rank_buffer(settings, stage, dp)
     numel = sum(parameter.numel for parameter in stage_parameters(settings, stage))
     owned = numel
     if distributed:
@@ -244,7 +245,7 @@ def _host_at_save(settings: Settings, stage: int, dp: int) -> float:
     of one bucket, their concatenation, and this rank's own part of all three. Without the distributed optimizer tensors
     pass one by one.
     """
-    buffer = _buffer(settings, stage, dp)
+    buffer = rank_buffer(settings, stage, dp)
     if not settings.parallel.distributed_optimizer:
         return float(_STATE_BYTES * max(end - start for start, end in buffer.ranges))
     numel = sum(end - start for start, end in buffer.ranges)

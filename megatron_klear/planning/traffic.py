@@ -7,12 +7,13 @@ first, then context, data and pipeline parallel; a group that fits into a node t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_klear.config import Entry, Settings
-from megatron_klear.planning.activations import LayerKind, Widths
+from megatron_klear.planning.activations import LayerKind, Widths, widths
 from megatron_klear.planning.devices import Device
-from megatron_klear.planning.memory import whole_model_bytes
+from megatron_klear.planning.memory import rank_buffer, whole_model_bytes
 from megatron_klear.planning.parameters import stage_layers, stage_parameters
 
 
@@ -62,20 +63,28 @@ def link_rate(device: Device, span: int) -> float:
     return device.link_rate if span <= device.per_node else device.network_rate
 
 
-def tensor_bytes(settings: Settings, w: Widths, passes: Passes, layers: int) -> float:
+def tensor_bytes(settings: Settings, w: Widths, passes: Passes, *, first: bool, last: bool) -> float:
     """Bytes for tensor parallelism of one microbatch: two pairs of products per layer, and the vocabulary's ends.
 
     Without sequence parallelism each pair ends in an all-reduce of the hidden states, forward and backward. With it the
-    all-reduce is split in two, and the backward pass gathers the input of the first product once more.
+    all-reduce is split in two, and the backward pass gathers the input of the first product once more. Embeddings are
+    summed over shards of the vocabulary; the head sums the gradient of its input in float32.
     """
     parallel = settings.parallel
     if parallel.tp == 1:
         return 0.0
     hidden = w.tokens * w.hidden * w.itemsize * ring(parallel.tp)
-    backward = 3 if parallel.sequence_parallel else 2
-    per_layer = 2 * hidden * (2 * (passes.forward + passes.again) + backward * passes.backward)
-    ends = 2 * hidden * (passes.forward + passes.backward)
-    return layers * per_layer + ends
+    wide = hidden * 4 / w.itemsize
+    forward, backward = passes.forward + passes.again, passes.backward
+    if parallel.sequence_parallel:
+        layers = stage_layers(settings) * 2 * hidden * (2 * forward + 3 * backward)
+        embedding = hidden * (passes.forward + backward)
+        head = hidden * passes.forward + wide * backward
+    else:
+        layers = stage_layers(settings) * 2 * hidden * 2 * (forward + backward)
+        embedding = 2 * hidden * passes.forward
+        head = 2 * wide * backward
+    return layers + (embedding if first else 0.0) + (head if last else 0.0)
 
 
 def context_bytes(settings: Settings, w: Widths, kind: LayerKind, passes: Passes, layers: int) -> float:
@@ -91,44 +100,51 @@ def context_bytes(settings: Settings, w: Widths, kind: LayerKind, passes: Passes
     return layers * others * (passes.forward + again + (2 if kind == "te" else 1) * passes.backward)
 
 
-def step_traffic(
-    settings: Settings, entry: Entry, w: Widths, kind: LayerKind, *, dp: int, microbatches: int, updates: int,
+def stage_traffic(
+    settings: Settings, entry: Entry, kind: LayerKind, *, stage: int, dp: int, microbatches: int, updates: int,
     passes: Passes,
 ) -> Traffic:  # fmt: skip
-    """Traffic of one step.
+    """What a rank of one pipeline stage sends in one step.
 
     Args:
         settings: settings that fit together.
         entry: `sft` or `rl`.
-        w: sizes of a microbatch.
         kind: which layers.
+        stage: pipeline stage, from 0.
         dp: data parallel size.
-        microbatches: of one update, on each data-parallel rank.
+        microbatches: of one update, on each data-parallel rank; all full.
         updates: optimizer updates of the step.
         passes: of one microbatch.
     """
-    parallel, layers = settings.parallel, stage_layers(settings)
-    all_microbatches = microbatches * updates
-    tensor = all_microbatches * tensor_bytes(settings, w, passes, layers)
+    parallel, w = settings.parallel, widths(settings)
+    first, last = stage == 0, stage == parallel.pp - 1
+    many = microbatches * updates
+    tensor = many * tensor_bytes(settings, w, passes, first=first, last=last)
     between = w.rows * w.hidden * w.itemsize
-    middle = min(parallel.pp - 1, 2)  # a stage in the middle sends to both sides
-    pipeline = all_microbatches * between * (passes.forward if middle == 1 else passes.forward + passes.backward)
+    # Hidden states go on, gradients go back; of tied embeddings both ends sum their gradients (an all-reduce of two).
+    pipeline = many * between * ((0 if last else passes.forward) + (0 if first else passes.backward))
+    tied = [p.numel for p in stage_parameters(settings, stage) if p.tied_across_stages]
     served = entry == "rl" and settings.rollout.engine == "sglang"
     engines = len(settings.sglang.urls) or settings.sglang.servers
     return Traffic(
         tensor=tensor,
         sequence=tensor if parallel.sequence_parallel else 0.0,
-        context=all_microbatches * context_bytes(settings, w, kind, passes, layers),
-        pipeline=pipeline if middle else 0.0,
-        data=updates * max(sum(data_bytes(settings, stage, dp)) for stage in range(parallel.pp)),
+        context=many * context_bytes(settings, w, kind, passes, stage_layers(settings)),
+        pipeline=pipeline + updates * 4 * sum(tied),
+        data=updates * sum(data_bytes(settings, stage, dp)),
         publish=float(whole_model_bytes(settings)) * engines if served else 0.0,
     )
+
+
+def busiest(parts: Sequence[Traffic]) -> Traffic:
+    """The most that any of these ranks sends, for each purpose."""
+    return Traffic(**{name: max(getattr(part, name) for part in parts) for name in Traffic.__slots__})
 
 
 def data_bytes(settings: Settings, stage: int, dp: int) -> tuple[float, float]:
     """Bytes of gradients and of updated weights that a rank of a stage sends for one update."""
     parallel = settings.parallel
-    numel = sum(parameter.numel for parameter in stage_parameters(settings, stage))
+    numel = rank_buffer(settings, stage, dp).numel
     share = ring(dp * parallel.cp)
     item = 2 if settings.model.dtype == "bfloat16" else 4
     if parallel.distributed_optimizer:
