@@ -118,10 +118,13 @@ _REWRITES: tuple[tuple[re.Pattern[str], str], ...] = (
     (re.compile(r"√\s*\("), "sqrt("),
     (re.compile(r"(?<![A-Za-z\\{])pi(?![A-Za-z])"), r"\\pi "),
     (re.compile(r"(?<![A-Za-z\\{])infinity(?![A-Za-z])"), r"\\infty "),
+    (re.compile(r"\(\s*i\.e\.[^()]*\)"), ""),  # a remark in an answer key: 100 (i.e., all values)
     # 2 1/2 and 1.5e-3: math-verify reads the first as 2 and the second as 1.5 * e - 3.
     (re.compile(r"(?<![\d.^_{])(\d+)\s+(\d+)\s*/\s*(\d+)(?![\d.])"), r"\1\\frac{\2}{\3}"),
     (re.compile(r"(?<![A-Za-z\\\d.])(\d+(?:\.\d+)?)[eE]([+-]?\d+)(?![\d.A-Za-z])"), r"\1\\times 10^{\2}"),
 )
+# 12 dollars: math-verify drops units that are marked as text. Up to three letters may be a product, or pi.
+_UNIT_IN_WORDS = re.compile(r"([-+]?[\d.,/]*\d)\s+([A-Za-z]{4,}(?: [A-Za-z]+){0,2})")
 _WRAPPERS = (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"))
 _LAST_SPACE = re.compile(r"(?:\\[,;:! ]|[\s.,;:])+$")
 
@@ -137,6 +140,7 @@ def normalize_expression(text: str) -> str:
     if whole and any(char.isdigit() for char in text):
         text = whole.group(1)  # \text{(-1, 2)}; words stay marked as text
     text = _GROUPED_DIGITS.sub(lambda match: re.sub(r"\D", "", match.group()), text)
+    text = _UNIT_IN_WORDS.sub(r"\1\\text{ \2}", text) if _UNIT_IN_WORDS.fullmatch(text) else text
     for pattern, replacement in _REWRITES:
         text = pattern.sub(replacement, text)
     return text.translate(_SYMBOLS).strip()

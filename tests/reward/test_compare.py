@@ -26,6 +26,8 @@ x^2+2x+1 | (x+1)^2 || 2+3i | 3i+2 || x=5 | 5 || 5 | x = 5 || y=2x+1 | y = 1+2x |
 A | A || A | (A) || C | \text{C} || C | \textbf{(C)}\ 5 || (C) | C || E | \mathrm{E} || \textbf{(B)} | B. 12
 Monday | monday || Monday | \text{Monday} || no solution | \text{No solution.} || yes | \text{Yes}
 $5$ | 5 || \boxed{12} | 12 || the result is \boxed{12}. | 12 || \(\frac{1}{2}\) | 0.5 || 5. | 5 || ½ | 0.5
+12 dollars | 12 || 12 | 12 dollars || 3 square meters | 3 || 100 (i.e., all values) | 100 || (2,3) | 2<x<3
+x \le 2 | (-\infty,2] || 3:4 | \frac{3}{4} || 1 and 2 | 1, 2 || 60\% | 0.6
 """
 
 DIFFERENT = r"""
@@ -41,6 +43,7 @@ x^2+2x+1 | (x-1)^2 || 2+3i | 2-3i || x=5 | y=5 || y=2x+1 | y=2x || 2n | 2k || \s
 A | B || C | A, B, C, D || C | (A) (B) (C) || C | C) or D) || C | 3
 Monday | Sunday || even | neve || blue | red || no solution | solution || yes | no || Monday | 1
 5 | ??? || 5 | \frac{1}{ || 5 | the answer is 5 and not 6 || 5 | nothing || 5 | \x00 || 7 | 12 apples and 7 pears
+12 dollars | 13 || 12 | 13 dollars || 100 (i.e., all values) | 99 || 5 \text{ cm} | 50 \text{ mm} || (2,3) | 2 \le x<3
 """
 
 UNREADABLE = [r"???", r"\frac{1}{", r"\frac{0}{0}", "1/0", r"\boxed{}", r"\boxed{5", "0.(3)", "\x00", "\ud800", "🙂"]

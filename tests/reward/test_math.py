@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import threading
-from fractions import Fraction
+from collections import Counter
+from importlib.resources import files
 
 import pytest
 import reasoning_gym
@@ -12,8 +15,26 @@ import reasoning_gym
 from megatron_klear.records import Grade
 from megatron_klear.reward import AnswerFormat, MathGraderPool, RewardRules, grade_math, worker_handle
 from megatron_klear.reward import math as grading
+from megatron_klear.reward.probes import boxed, perturbed
 
-TASKS = ["chain_sum", "gcd", "lcm", "products", "leg_counting", "fraction_simplification", "decimal_chain_sum"]
+TASKS = [
+    "chain_sum", "gcd", "lcm", "products", "leg_counting", "fraction_simplification", "decimal_chain_sum",
+    "basic_arithmetic", "count_bits", "decimal_arithmetic", "dice", "gsm_symbolic", "number_sequence", "simple_equations",
+    "simple_geometry", "coin_flip",
+]  # fmt: skip
+NUMERIC = re.compile(r"[-+]?[\d,.]+(/\d+)?%?|\$?\\d?frac\{-?\d+\}\{-?\d+\}\$?")
+
+
+def outcomes_of(golds: list[tuple[str, str]]) -> dict[str, dict[str, int]]:
+    """How the gold answers are graded against themselves, and how other answers in the same notation are."""
+    requests = [(f"gold {name}", boxed(gold), gold) for name, gold in golds]
+    requests += [(f"perturbed {name}", boxed(perturbed(gold)), gold) for name, gold in golds]
+    with MathGraderPool(workers=2, timeout_seconds=20.0) as pool:
+        grades = pool.grade_many(requests)
+    counts: dict[str, Counter[str]] = {"gold": Counter(), "perturbed": Counter()}
+    for request, grade in zip(requests, grades, strict=True):
+        counts[request[0].split()[0]][grade.outcome] += 1
+    return {kind: dict(found) for kind, found in counts.items()}
 
 
 def test_one_answer() -> None:
@@ -65,24 +86,23 @@ def test_a_grader_that_cannot_start_is_ungraded_not_an_exception(monkeypatch: py
     assert "broken installation" in grade.reason
 
 
-def perturbed(gold: str) -> str:
-    """Another number in the same notation."""
-    if "." in gold:
-        return str(float(gold) + 0.5)
-    value = Fraction(gold) + 1
-    return str(value)
-
-
 def test_gold_answers_of_reasoning_gym_are_correct_and_perturbed_ones_wrong() -> None:
-    requests = []
-    for task in TASKS:
-        for index, row in enumerate(reasoning_gym.create_dataset(task, size=12, seed=7)):
-            gold = row["answer"]
-            plain = gold.strip("$").replace("\\frac{", "").replace("\\dfrac{", "").replace("}{", "/").replace("}", "")
-            for kind, answer in (("correct", gold), ("wrong", perturbed(plain))):
-                requests.append((f"{kind} {task} {index}", f"<think>t</think>\\boxed{{{answer}}}", gold))
-    with MathGraderPool(workers=2, timeout_seconds=20.0) as pool:
-        grades = pool.grade_many(requests)
-    failed = [(r, g) for r, g in zip(requests, grades, strict=True) if g.outcome != r[0].split()[0]]
-    assert len(requests) == 2 * 12 * len(TASKS)
-    assert failed == []
+    """Numbers, fractions, LaTeX, decimals, percentages and dates of generated problems."""
+    golds = [
+        (f"{task} {index}", str(row["answer"]).strip())
+        for task in TASKS
+        for index, row in enumerate(reasoning_gym.create_dataset(task, size=12, seed=7))
+        if NUMERIC.fullmatch(str(row["answer"]).strip())
+    ]
+    assert len(golds) >= 10 * len(TASKS)
+    assert outcomes_of(golds) == {"gold": {"correct": len(golds)}, "perturbed": {"wrong": len(golds)}}
+
+
+def test_gold_answers_of_champ_are_correct_and_perturbed_ones_wrong() -> None:
+    """270 competition problems: formulas, intervals, tuples, words; keys written as sentences are ungraded, never wrong."""
+    rows = json.loads((files("champ_dataset") / "dataset_files" / "v0.json").read_text("utf-8"))["problems"]
+    golds = [(name, row["_raw_answer"].replace("@@", "")) for name, row in rows.items()]
+    counts = outcomes_of(golds)
+    assert len(golds) == 270
+    assert counts["gold"] == {"correct": 261, "ungraded": 9}
+    assert counts["perturbed"] == {"wrong": 261, "ungraded": 9}

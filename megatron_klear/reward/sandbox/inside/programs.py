@@ -66,7 +66,6 @@ def run_to_the_end(run: Callable[[], object]) -> None:
 
 def _namespace(compiled: bytes, name: str) -> dict[str, Any]:
     gc.enable()
-    gc.unfreeze()
     module = types.ModuleType(name)
     sys.modules[name] = module
     for code in marshal.loads(compiled).values():  # made by this same interpreter, and run by nobody but this process
