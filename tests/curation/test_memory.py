@@ -15,8 +15,8 @@ from benchmarks.curation_inputs import BENCHMARKS, write_inputs
 GROWTH_MEBIBYTES = 16
 """What ten times the input may add.
 
-Buffers are full in both runs (4 Mi characters of rows in a batch, as much in a writer, a Parquet batch of 4 MiB). What
-can grow is SQLite's pages of keys (here 4,000 rows of about 100 bytes, well below its bound of 64 MiB), the manifests
+Buffers are full in both runs (1 Mi characters of rows in a batch, as much in a writer, a Parquet batch of 1 MiB). What
+can grow is SQLite's pages of keys (here 6,000 rows of about 100 bytes, well below its bound of 64 MiB), the manifests
 of units, and what the allocators do not give back of buffers that were freed and taken again.
 """
 
@@ -49,8 +49,8 @@ def peak_mebibytes(directory: Path, documents: int) -> tuple[float, float]:
 
 
 def test_ten_times_the_input_takes_no_more_memory(tmp_path: Path) -> None:
-    small, small_input = peak_mebibytes(tmp_path / "small", 400)
-    large, large_input = peak_mebibytes(tmp_path / "large", 4000)
+    small, small_input = peak_mebibytes(tmp_path / "small", 600)
+    large, large_input = peak_mebibytes(tmp_path / "large", 6000)
     assert large_input - small_input > 3 * GROWTH_MEBIBYTES  # so that holding the input would show
     assert large - small < GROWTH_MEBIBYTES
 
