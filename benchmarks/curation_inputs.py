@@ -8,10 +8,17 @@ import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 NGRAM = 9
 BENCHMARKS = ("olympiad", "contest")
 _SYLLABLES = ("ba", "ke", "lo", "mu", "ni", "ra", "so", "ti", "vu", "ze", "pra", "sko", "tle", "wim", "gax", "hoy")
+
+
+def row(number: int, text: str = "", **more: Any) -> dict[str, Any]:
+    """A math row with everything that is needed."""
+    asked = {"role": "user", "content": text or f"What is {number} plus {number} in base ten, dear friend?"}
+    return {"id": f"r{number}", "domain": "math", "messages": [asked], "reference": str(2 * number), **more}
 
 
 @dataclass(slots=True)

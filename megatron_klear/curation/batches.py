@@ -8,7 +8,7 @@ from typing import TypeVar
 from megatron_klear.curation.reading import Reject
 from megatron_klear.curation.row import Row
 
-BATCH_CHARACTERS = 16 << 20
+BATCH_CHARACTERS = 1 << 20
 
 ItemT = TypeVar("ItemT", bound=Row | Reject)
 

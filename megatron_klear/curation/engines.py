@@ -6,8 +6,10 @@ travel as files, so `run.dir` and the input must be seen by all machines under t
 
 from __future__ import annotations
 
+import json
 import logging
 import multiprocessing
+import pickle
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -93,12 +95,18 @@ def _on_ray(tasks: Sequence[Task], settings: CurationSettings) -> Iterator[dict[
     if not ray.is_initialized():
         # One CPU more than there are workers: Ray Data keeps one for itself and otherwise waits for it in vain.
         local = {} if run.ray_address else {"num_cpus": run.workers + 1, "include_dashboard": False}
-        ray.init(address=run.ray_address or None, log_to_driver=False, logging_level=logging.WARNING, **local)
+        ray.init(address=run.ray_address or None, log_to_driver=False, logging_level=logging.ERROR, **local)
         ray.data.DataContext.get_current().enable_progress_bars = False
-    units = ray.data.from_items([{"task": task} for task in tasks], override_num_blocks=len(tasks))
-    done = units.map(lambda item: {"manifest": do_task(item["task"])}, concurrency=run.workers)
+    logging.getLogger("ray.data").setLevel(logging.ERROR)  # its own progress would stand beside ours
+    units = ray.data.from_items([{"task": pickle.dumps(task)} for task in tasks], override_num_blocks=len(tasks))
+    done = units.map(_do_item, compute=ray.data.TaskPoolStrategy(size=run.workers))
     for row in done.iter_rows():
-        yield row["manifest"]
+        yield json.loads(row["manifest"])
+
+
+def _do_item(item: dict[str, bytes]) -> dict[str, str]:
+    """Work on a unit of a Ray data set: plain bytes in and out, which travel in Arrow as they are."""
+    return {"manifest": json.dumps(do_task(pickle.loads(item["task"])))}
 
 
 def _import_ray() -> Any:

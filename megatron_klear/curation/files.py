@@ -12,8 +12,8 @@ from typing import IO, Any, Self
 from megatron_klear.curation.row import Row, from_object
 
 _BUFFER_ROWS = 1000
-_BUFFER_CHARACTERS = 8 << 20
-_READ_ROWS = 64
+_BUFFER_CHARACTERS = 1 << 20
+_READ_BYTES = 1 << 20
 
 
 class RowWriter:
@@ -120,7 +120,9 @@ def read_objects(path: Path) -> Iterator[dict[str, Any]]:
     import pyarrow.parquet as pq
 
     with pq.ParquetFile(path) as file:
-        for batch in file.iter_batches(_READ_ROWS):
+        size = sum(file.metadata.row_group(g).total_byte_size for g in range(file.metadata.num_row_groups))
+        rows = _READ_BYTES * file.metadata.num_rows // max(size, 1)
+        for batch in file.iter_batches(min(max(rows, 1), _BUFFER_ROWS)):
             yield from batch.to_pylist()
 
 

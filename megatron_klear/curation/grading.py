@@ -9,6 +9,12 @@ from megatron_klear.curation.row import Response, Row
 from megatron_klear.records import Domain, Grade
 from megatron_klear.reward import AnswerFormat, GradeRequest, MathGraderPool, RewardRules
 
+_STRANGE_ANSWER = "-918273645546372819"
+
+
+def _boxed(name: str, answer: str | None, reference: str | None) -> GradeRequest:
+    return GradeRequest(name, f"<think></think>\\boxed{{{answer}}}", reference or "")
+
 
 class Graders:
     """Judges responses of all domains; processes are started when the first response comes.
@@ -50,15 +56,16 @@ class Graders:
                 response.outcome, response.reason = grade.outcome, grade.reason
 
     def reference_faults(self, rows: Sequence[Row]) -> Iterator[tuple[Row, str]]:
-        """Rows whose reference the grader does not take for its own correct answer, and what it says instead."""
+        """Rows whose reference the grader cannot use: as an answer it must be correct, and a strange answer wrong."""
         asked = [row for row in rows if row.domain == "math" and row.reference is not None]
-        requests = [
-            GradeRequest(str(i), f"<think></think>\\boxed{{{row.reference}}}", row.reference or "")
-            for i, row in enumerate(asked)
-        ]
-        for row, grade in zip(asked, self.grade("math", requests), strict=True):
-            if grade.outcome != "correct":
-                yield row, f"the grader finds the reference {grade.outcome} as its own answer: {grade.reason}"
+        own = [_boxed(f"own {i}", row.reference, row.reference) for i, row in enumerate(asked)]
+        strange = [_boxed(f"strange {i}", _STRANGE_ANSWER, row.reference) for i, row in enumerate(asked)]
+        grades = self.grade("math", [*own, *strange])
+        for row, right, wrong in zip(asked, grades[: len(asked)], grades[len(asked) :], strict=True):
+            if right.outcome != "correct":
+                yield row, f"the grader finds the reference {right.outcome} as its own answer: {right.reason}"
+            elif wrong.outcome == "ungraded":
+                yield row, f"the grader cannot tell a wrong answer from the reference: {wrong.reason}"
 
     def close(self) -> None:
         """End the grader processes; a second call does nothing."""

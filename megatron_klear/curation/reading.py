@@ -97,7 +97,8 @@ def parse_row(value: JsonObject, file: str, line: int) -> Row | list[str]:
         last = {k: v for k, v in messages[-1].items() if v is not None}
         if last.get("role") == "assistant":
             answered, messages = last, messages[:-1]
-    row_id, kept, wrong = id_and_messages({**value, "messages": messages}, "user")
+    asked = value if answered is None else {**value, "messages": messages}
+    row_id, kept, wrong = id_and_messages(asked, "user")
     if has_lone_surrogate(row_id) or "\0" in row_id:
         wrong.append("id holds a NUL character or half of a surrogate pair")
     domain: Any = value.get("domain")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_klear.records import Domain
@@ -68,9 +68,23 @@ class Row:
 
 def to_object(row: Row) -> dict[str, Any]:
     """A row as JSON or Parquet holds it between stages."""
-    value = asdict(row)
-    value["id"] = value.pop("row_id")
-    return value
+    # By hand: dataclasses.asdict copies every text's container, and was most of the time of a stage.
+    return {
+        "id": row.row_id,
+        "domain": row.domain,
+        "source": row.source,
+        "messages": row.messages,
+        "reference": row.reference,
+        "file": row.file,
+        "line": row.line,
+        "responses": [
+            {"text": r.text, "finish_reason": r.finish_reason, "outcome": r.outcome, "reason": r.reason}
+            for r in row.responses
+        ],
+        "pass_rate": row.pass_rate,
+        "difficulty": row.difficulty,
+        "embedding": row.embedding,
+    }
 
 
 def from_object(value: dict[str, Any]) -> Row:

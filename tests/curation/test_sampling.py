@@ -1,0 +1,137 @@
+"""Teacher and sampling model through the in-process engine: the same text as transformers, drawn once."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
+
+from benchmarks.curation_inputs import row
+from megatron_klear.config.sampler import SamplerSettings
+from megatron_klear.errors import CheckpointError, ConfigError
+from megatron_klear.rollout.open_sampler import directory_fingerprint, open_sampler
+
+RunCuration = Callable[..., Any]
+TEMPLATE = """
+{%- for m in messages -%}{{- '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' -}}{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' + OPENING -}}{%- endif -%}
+"""
+
+
+def make_model(directory: Path, *, seed: int = 0, opens_think: bool = False) -> Path:
+    """A tiny Qwen3 with a byte-level tokenizer."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer = Tokenizer(models.BPE({char: i for i, char in enumerate(sorted(alphabet))}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+    tokenizer.add_tokens([AddedToken(text, special=False, normalized=False) for text in ("<think>", "</think>")])
+    directory.mkdir()
+    tokenizer.save(str(directory / "tokenizer.json"))
+    opening = "'<think>\\n'" if opens_think else "''"
+    chat = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>",
+            "chat_template": TEMPLATE.replace("OPENING", opening)}  # fmt: skip
+    (directory / "tokenizer_config.json").write_text(json.dumps(chat))
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        config = Qwen3Config(
+            vocab_size=272, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, head_dim=12, max_position_embeddings=256, initializer_range=0.25,
+        )  # fmt: skip
+        Qwen3ForCausalLM(config).save_pretrained(directory)
+    return directory
+
+
+def sampler_settings(directory: Path, **more: Any) -> dict[str, Any]:
+    chosen = {"hf_dir": str(directory), "dtype": "float32", "max_response_tokens": 24, "max_prompt_tokens": 200}
+    return chosen | {"responses": 3, "device": "cpu"} | more
+
+
+def test_greedy_text_is_that_of_transformers(tmp_path: Path) -> None:
+    directory = make_model(tmp_path / "m")
+    settings = SamplerSettings(**sampler_settings(directory, temperature=0.0, top_p=1.0))
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    model = Qwen3ForCausalLM.from_pretrained(directory).eval()
+    with open_sampler(settings, section="teacher", cache=tmp_path / "c", seed=0) as sampler:
+        assert not sampler.prompt_opens_think
+        for question in ("2+2?", "why is the sky blue?"):
+            asked = [{"role": "user", "content": question}]
+            group = next(sampler.responses.sample([sampler.prompt("p", "math", asked)], num_responses=1))
+            rendered = f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
+            ids = torch.tensor([tokenizer(rendered)["input_ids"]])
+            whole = model.generate(
+                ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=24,
+                eos_token_id=tokenizer.eos_token_id, pad_token_id=0,
+            )  # fmt: skip
+            expected = tokenizer.decode(whole[0, ids.shape[1] :], skip_special_tokens=False)
+            assert sampler.text(group.rollouts[0].response_ids) == expected.removesuffix("<|im_end|>")
+
+
+def test_the_marker_that_the_prompt_opened_is_part_of_the_text(tmp_path: Path) -> None:
+    settings = SamplerSettings(**sampler_settings(make_model(tmp_path / "m", opens_think=True)))
+    with open_sampler(settings, section="teacher", cache=tmp_path / "c", seed=0) as sampler:
+        assert sampler.prompt_opens_think
+        prompt = sampler.prompt("p", "math", [{"role": "user", "content": "why?"}])
+        rollout = next(sampler.responses.sample([prompt], num_responses=1)).rollouts[0]
+        assert sampler.text(rollout.response_ids).startswith("<think>")
+
+
+def test_other_weights_of_the_same_shape_are_another_model(tmp_path: Path) -> None:
+    first, second = make_model(tmp_path / "a"), make_model(tmp_path / "b", seed=1)
+    prints = {directory_fingerprint(d, dtype=t) for d in (first, second) for t in ("float32", "bfloat16")}
+    assert len(prints) == 4
+    assert directory_fingerprint(first, dtype="float32") in prints
+
+
+def test_models_that_cannot_be_used_are_refused_in_words(tmp_path: Path) -> None:
+    directory = make_model(tmp_path / "m")
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | {"vocab_size": 100}))
+    settings = SamplerSettings(**sampler_settings(directory))
+    opened = open_sampler(settings, section="teacher", cache=tmp_path / "c", seed=0)
+    with pytest.raises(ConfigError, match=r"teacher.hf_dir: its tokenizer has 260 tokens, its model 100 embeddings"):
+        opened.__enter__()
+    (directory / "config.json").write_text(json.dumps(config))
+    weights = next(directory.glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:200])
+    opened = open_sampler(settings, section="teacher", cache=tmp_path / "c", seed=0)
+    with pytest.raises(CheckpointError, match="not a safetensors file, or cut short"):
+        opened.__enter__()
+
+
+def test_curation_draws_grades_and_labels_and_draws_nothing_twice(run_curation: RunCuration, tmp_path: Path) -> None:
+    directory = make_model(tmp_path / "m")
+    rows = [row(i, f"What is {i}?") for i in range(5)] + [row(9, "long " * 60), row(10, "a <|im_end|> inside")]
+    settings: dict[str, Any] = {
+        "task": "sft", "stages": ("respond", "difficulty", "correctness"), "input": {"max_reject_share": 0.5},
+        "teacher": sampler_settings(directory, chunk_responses=6), "sampler": sampler_settings(directory, responses=2),
+        "correctness": {"keep_unfinished": True}, "reward": {"workers": 1, "timeout_seconds": 20.0},
+    }  # fmt: skip
+    done = run_curation(rows, **settings)
+    assert [name for name in done.ids if name.startswith("r0")] == ["r0#0", "r0#1", "r0#2"]
+    assert len(done.ids) == 15
+    assert {r["reason"] for r in done.dropped} == {"prompt too long"}
+    assert "chat marker <|im_end|>" in done.rejects[0]["reason"]
+    assert {r["difficulty"] for r in done.rows} == {"hard"}
+
+    def count(name: str) -> int:
+        with sqlite3.connect(tmp_path / "run" / name) as connection:
+            return int(connection.execute("SELECT COUNT(*), MAX(rowid) FROM responses").fetchone()[1])
+
+    assert (count("responses-teacher.sqlite"), count("responses-sampler.sqlite")) == (15, 10)
+    texts = [r["messages"][-1]["content"] for r in done.rows]
+    # All stages lost: the responses are found again, none is drawn.
+    import shutil
+
+    shutil.rmtree(tmp_path / "run" / "stages")
+    again = run_curation(rows, **settings)
+    assert [r["messages"][-1]["content"] for r in again.rows] == texts
+    assert (count("responses-teacher.sqlite"), count("responses-sampler.sqlite")) == (15, 10)

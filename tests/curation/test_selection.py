@@ -1,0 +1,132 @@
+"""K-Center greedy selection against a search by definition in float64, and where embeddings come from."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks.curation_inputs import row
+from megatron_klear.curation.k_center import k_center_greedy
+
+RunCuration = Callable[..., Any]
+
+
+def farthest_first(points: np.ndarray[Any, Any], k: int, first: int) -> tuple[list[int], list[float]]:
+    """Gonzalez by definition: all distances to all chosen points, every time."""
+    chosen, radii = [first], []
+    while True:
+        to_chosen = np.array([[np.linalg.norm(p - points[c]) for c in chosen] for p in points]).min(axis=1)
+        radii.append(float(to_chosen.max()))
+        if len(chosen) == k:
+            return chosen, radii
+        to_chosen[chosen] = -1.0
+        chosen.append(int(to_chosen.argmax()))
+
+
+def unit(points: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    return points / np.linalg.norm(points, axis=1, keepdims=True)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_k_center_is_farthest_first(seed: int) -> None:
+    points = unit(np.random.default_rng(seed).normal(size=(60, 5)))
+    expected, radii = farthest_first(points, 20, first=7)
+    found, radius = k_center_greedy(torch.from_numpy(points.astype(np.float32)), 20, first=7)
+    assert found.tolist() == expected
+    # The squared distance is off by a few float32 roundings of 2; its root magnifies that at small radii.
+    np.testing.assert_allclose(radius**2, np.square(radii), atol=8 * np.finfo(np.float32).eps)
+
+
+def test_equal_points_are_never_chosen_twice() -> None:
+    points = torch.tensor([[1.0, 0.0]] * 4 + [[0.0, 1.0]] * 3)
+    found, radius = k_center_greedy(points, 7, first=2)
+    assert sorted(found.tolist()) == list(range(7))
+    assert found[:2].tolist() == [2, 4]
+    assert radius[1:].tolist() == [0.0] * 6
+
+
+def clustered(count: int) -> list[dict[str, Any]]:
+    """Rows in three tight clusters, in order; ids say which."""
+    rng = np.random.default_rng(0)
+    centers = np.eye(4)[:3]
+    rows = []
+    for i in range(count):
+        vector = centers[i % 3] + 0.01 * rng.normal(size=4)
+        rows.append(row(i, f"prompt number {i}", embedding=vector.tolist()))
+    return rows
+
+
+def test_a_budget_by_domain_covers_the_clusters(run_curation: RunCuration, tmp_path: Path) -> None:
+    rows = clustered(30)
+    rows.append({**row(90, "print 1", embedding=[1.0, 0, 0, 0]), "domain": "code", "reference": [1]})
+    rows.append({**row(91, "no vector"), "embedding": None})
+    rows.append({**row(92, "wrong size"), "embedding": [1.0]})
+    rows.append({**row(93, "no direction"), "embedding": [0.0] * 4})
+    done = run_curation(rows, stages=("select",), selection={"math": 3})
+    math = [int(name[1:]) for name in done.ids if name != "r90"]
+    assert "r90" in done.ids  # code has no budget
+    assert sorted(i % 3 for i in math) == [0, 1, 2]
+    assert done.reasons("select") == {"not selected": 27}
+    assert [(r["line"], r["reason"][:13]) for r in done.rejects] == [
+        (32, "has no embedd"), (33, "its embedding"), (34, "its embedding"),
+    ]  # fmt: skip
+    assert (done.root / "stages" / "01-select" / "selection.json").is_file()
+    # The same vectors from a file, in another order.
+    ids, vectors = zip(*[(r["id"], r["embedding"]) for r in rows[:31][::-1]], strict=True)
+    np.save(tmp_path / "v.npy", np.array(vectors, np.float64))
+    (tmp_path / "v.ids").write_text("\n".join(ids) + "\n")
+    for r in rows:
+        r.pop("embedding")
+    again = run_curation(
+        rows[:31], stages=("select",), selection={"math": 3, "embeddings": "file", "path": str(tmp_path / "v.npy")}
+    )
+    assert again.ids == done.ids
+
+
+def test_an_encoder_is_run_over_prompts(run_curation: RunCuration, tmp_path: Path) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import AutoModel, BertConfig, BertModel, PreTrainedTokenizerFast
+
+    from megatron_klear.config.curation import SelectionSettings
+    from megatron_klear.curation.embed import EncoderEmbeddings
+    from megatron_klear.curation.reading import parse_row
+
+    vocabulary = {word: i for i, word in enumerate(["[PAD]", "[UNK]", "red", "blue", "cat", "dog"])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]")
+    wrapped.save_pretrained(tmp_path / "e")
+    torch.manual_seed(0)
+    config = BertConfig(vocab_size=6, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
+    BertModel(config).save_pretrained(tmp_path / "e")
+    texts = ["red cat", "blue dog dog blue cat", "red"]
+    settings = SelectionSettings(embeddings="model", path=str(tmp_path / "e"), batch_prompts=2)
+    rows = [parse_row(row(i, text), "f", i) for i, text in enumerate(texts)]
+    found = EncoderEmbeddings(settings, "cpu").embed(rows)  # type: ignore[arg-type]
+    model = AutoModel.from_pretrained(tmp_path / "e").eval()
+    for text, vector in zip(texts, found, strict=True):  # one at a time, so without padding
+        ids = torch.tensor([[vocabulary[word] for word in text.split()]])
+        with torch.no_grad():
+            expected = model(input_ids=ids).last_hidden_state[0].double().mean(dim=0)
+        np.testing.assert_allclose(vector, expected.numpy(), atol=2e-6)
+    done = run_curation(
+        [row(i, text) for i, text in enumerate(texts)], stages=("select",),
+        selection={"math": 2, "embeddings": "model", "path": str(tmp_path / "e")},
+    )  # fmt: skip
+    assert len(done.ids) == 2
+    assert json.loads((done.root / "stages" / "01-select" / "selection.json").read_text())["unusable"] == {}
+
+
+def test_best_sources_stay(run_curation: RunCuration) -> None:
+    rows = [row(i, f"prompt {i}", source=name) for i, name in enumerate(["best", "third", "second", "other", "best"])]
+    rows.append({**row(9, "code"), "domain": "code", "reference": [1], "source": "any"})
+    done = run_curation(rows, stages=("sources",), sources={"math_ranking": ["best", "second", "third"], "math_top": 2})
+    assert done.ids == ["r0", "r2", "r4", "r9"]
+    assert done.reasons("sources") == {"source ranked too low": 1, "source not ranked": 1}
+    assert next(r for r in done.dropped if r["id"] == "r1")["place"] == 3
