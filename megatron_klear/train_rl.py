@@ -59,7 +59,7 @@ def train(session: Session, prompts: PromptData, cursor: DataCursor, heldout: Pr
 def main(settings: Settings, stop: StopRequest) -> None:
     """Read the data, open the session, train, report."""
     from megatron_klear.data import DataCursor, load_chat_tokenizer, load_prompts, require_disjoint
-    from megatron_klear.session.policy import require_gradable
+    from megatron_klear.session.grading import require_gradable
     from megatron_klear.session.session import Session
 
     chat = load_chat_tokenizer(
@@ -72,7 +72,7 @@ def main(settings: Settings, stop: StopRequest) -> None:
             files, chat, max_prompt_tokens=settings.data.max_prompt_tokens, oversize=settings.data.oversize,
             setting=setting,
         )  # fmt: skip
-        require_gradable(data, setting)
+        require_gradable(data, setting, settings)
         return data
 
     prompts = load(settings.data.prompts, "data.prompts")

@@ -52,7 +52,7 @@ def train(session: Session, data: SftData, steps: Steps, heldout: PromptData | N
 def main(settings: Settings, stop: StopRequest) -> None:
     """Read the data, open the session, train, report."""
     from megatron_klear.data import load_chat_tokenizer, load_prompts, require_disjoint
-    from megatron_klear.session.policy import require_gradable
+    from megatron_klear.session.grading import require_gradable
     from megatron_klear.session.session import Session
     from megatron_klear.session.sft_rows import open_sft_data, sft_steps
 
@@ -67,7 +67,7 @@ def main(settings: Settings, stop: StopRequest) -> None:
             settings.data.heldout, chat, max_prompt_tokens=settings.data.max_prompt_tokens,
             oversize=settings.data.oversize, setting="data.heldout",
         )  # fmt: skip
-        require_gradable(heldout, "data.heldout")
+        require_gradable(heldout, "data.heldout", settings)
         require_disjoint(heldout.keys(), {"data.sft": data.keys()})
     steps = sft_steps(settings, data)
     total = settings.sft.steps or steps.steps_for_epochs(settings.sft.epochs or 1)

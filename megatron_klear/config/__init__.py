@@ -14,6 +14,7 @@ from megatron_klear.config.command_line import parse_command_line, parse_tool_ar
 from megatron_klear.config.data import BIN_MULTIPLE, DataSettings, dali_installed, row_files
 from megatron_klear.config.described import settings_help
 from megatron_klear.config.loading import dump_settings, load_data_settings, load_settings
+from megatron_klear.config.rewards import CodeRewardSettings, RewardSettings
 from megatron_klear.config.schema import (
     AlgorithmSettings,
     CheckpointSettings,
@@ -24,7 +25,6 @@ from megatron_klear.config.schema import (
     OptimizerSettings,
     PackingSettings,
     ParallelSettings,
-    RewardSettings,
     RlSettings,
     RolloutSettings,
     RunSettings,
@@ -40,6 +40,7 @@ __all__ = [
     "AlgorithmSettings",
     "Architecture",
     "CheckpointSettings",
+    "CodeRewardSettings",
     "CorrectionSettings",
     "DataSettings",
     "Entry",

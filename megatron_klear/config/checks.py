@@ -233,12 +233,22 @@ def _check_rewards(settings: Settings, problems: Problems) -> None:
     if start in end or end in start:
         text = f"got {end!r} beside tokenizer.think_start = {start!r}; they must differ, neither inside the other"
         problems.add("tokenizer.think_end", text, "tokenizer.think_start")
-    if reward.wrong >= reward.correct:
-        text = f"got {reward.wrong}, must be below reward.correct = {reward.correct}"
-        problems.add("reward.wrong", text, "reward.correct")
-    if reward.malformed > reward.wrong:
-        text = f"got {reward.malformed}, must not be above reward.wrong = {reward.wrong}"
-        problems.add("reward.malformed", text, "reward.wrong")
+    for name, section in (("reward", reward), ("code_reward", settings.code_reward)):
+        if section.wrong >= section.correct:
+            text = f"got {section.wrong}, must be below {name}.correct = {section.correct}"
+            problems.add(f"{name}.wrong", text, f"{name}.correct")
+        if section.malformed > section.wrong:
+            text = f"got {section.malformed}, must not be above {name}.wrong = {section.wrong}"
+            problems.add(f"{name}.malformed", text, f"{name}.wrong")
+    code = settings.code_reward
+    if code.wall_seconds < code.cpu_seconds:
+        text = f"got {code.wall_seconds}, must not be below code_reward.cpu_seconds = {code.cpu_seconds}"
+        problems.add("code_reward.wall_seconds", text, "code_reward.cpu_seconds")
+    if code.allow_processes and code.sandbox == "rlimits":
+        problems.add("code_reward.allow_processes", "got true, needs code_reward.sandbox=bubblewrap")
+    for path in code.extra_paths:
+        if not Path(path).is_absolute() or not Path(path).is_dir():
+            problems.add("code_reward.extra_paths", f"{path} is no folder with an absolute path")
 
 
 def _check_scheduling(settings: Settings, problems: Problems) -> None:

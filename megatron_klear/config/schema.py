@@ -30,6 +30,7 @@ from megatron_klear.config.fields import (
     Tokens,
     Unit,
 )
+from megatron_klear.config.rewards import CodeRewardSettings, RewardSettings
 from megatron_klear.config.serving import SchedulingSettings, SglangSettings, WeightSyncSettings
 
 Entry = Literal["sft", "rl"]
@@ -203,29 +204,6 @@ class RolloutSettings:
 
 
 @dataclass(frozen=True, kw_only=True, config=SECTION)
-class RewardSettings:
-    """What a graded response is worth, and the limits of grading."""
-
-    correct: float = 1.0
-    """Reward of a correct answer."""
-
-    wrong: float = -1.0
-    """Reward of a wrong or missing answer; below `reward.correct`."""
-
-    malformed: float = -1.0
-    """Reward of a response whose thinking tags are missing or misplaced, right or not; at most `reward.wrong`."""
-
-    require_think: bool = True
-    """Judge the thinking tags; false reads the answer from the whole response when it has no tags."""
-
-    timeout_seconds: Seconds = 5.0
-    """Time for grading one response; past it the response is ungraded and takes no part in training."""
-
-    workers: Annotated[int, Unit("processes"), Positive] = 4
-    """Grader processes per machine."""
-
-
-@dataclass(frozen=True, kw_only=True, config=SECTION)
 class AlgorithmSettings:
     """The policy objective and its weights (Eqs. 4-18)."""
 
@@ -252,6 +230,10 @@ class AlgorithmSettings:
 
     filter_zero_advantage: bool = True
     """Leave out groups whose responses all got the same reward (section 5.2.5), of the language modelling loss too."""
+
+    filter_metric: Literal["reward", "correctness"] = "reward"
+    """What the filter compares; correctness also drops groups that differ only in partial code scores, a trap that
+    `verify --rewards` reports."""
 
     advantage_std: bool = True
     """Divide a group's advantages by the standard deviation of its rewards (Eq. 4)."""
@@ -364,6 +346,7 @@ class Settings:
     sglang: SglangSettings = field(default_factory=SglangSettings)
     weight_sync: WeightSyncSettings = field(default_factory=WeightSyncSettings)
     reward: RewardSettings = field(default_factory=RewardSettings)
+    code_reward: CodeRewardSettings = field(default_factory=CodeRewardSettings)
     algorithm: AlgorithmSettings = field(default_factory=AlgorithmSettings)
     correction: CorrectionSettings = field(default_factory=CorrectionSettings)
     checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)

@@ -7,21 +7,11 @@ Everything here is linear in the length of the text and runs in the caller's pro
 from __future__ import annotations
 
 import re
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from megatron_klear.records import FinishReason
-from megatron_klear.reward.rules import AnswerFormat
+from megatron_klear.reward.rules import AnswerFormat, Verdict
 from megatron_klear.reward.think import split_thinking
-
-MathOutcome = Literal["correct", "wrong", "malformed", "ungraded"]
-
-
-class Verdict(NamedTuple):
-    """Outcome of one answer, before rewards; `reason` is for people."""
-
-    outcome: MathOutcome
-    reason: str
-
 
 class Question(NamedTuple):
     """What a worker decides; equal questions have equal verdicts.

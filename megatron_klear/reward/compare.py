@@ -11,7 +11,8 @@ import logging
 import math
 from typing import Any
 
-from megatron_klear.reward.answers import Question, Verdict, choice_letter, last_box, normalize_expression, words
+from megatron_klear.reward.answers import Question, choice_letter, last_box, normalize_expression, words
+from megatron_klear.reward.rules import Verdict
 
 FLOAT_DECIMALS = 6
 """Decimals to which floats must agree (math-verify's default): 0.333333 equals 1/3, 0.333 does not."""

@@ -6,10 +6,22 @@ import math
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import get_args
+from typing import Literal, NamedTuple, get_args
 
 from megatron_klear.errors import ConfigError
 from megatron_klear.records import Grade, Outcome
+
+
+class Verdict(NamedTuple):
+    """Outcome of one answer, before rewards; `reason` is for people.
+
+    Attributes:
+        pass_rate: share of the tests that a code answer passed; None for math.
+    """
+
+    outcome: Outcome
+    reason: str
+    pass_rate: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,15 +45,7 @@ class RewardRules:
     malformed: float = -1.0
 
     def __post_init__(self) -> None:
-        values = {"correct": self.correct, "wrong": self.wrong, "malformed": self.malformed}
-        problems = [f"reward.{k}: must be a finite number, got {v}" for k, v in values.items() if not math.isfinite(v)]
-        if not problems:
-            if not self.correct > self.wrong:
-                problems.append(f"reward.correct: must be above reward.wrong ({self.wrong}), got {self.correct}")
-            if self.malformed > self.wrong:
-                problems.append(f"reward.malformed: must not exceed reward.wrong ({self.wrong}), got {self.malformed}")
-        if problems:
-            raise ConfigError(problems)
+        _require_order("reward", self.correct, self.wrong, self.malformed)
 
     def grade(self, outcome: Outcome, reason: str) -> Grade:
         """The `Grade` of a math outcome; `ungraded` is worth 0.0 and must be masked out by the caller.
@@ -55,6 +59,45 @@ class RewardRules:
         if outcome not in values:
             raise ValueError(f"a math answer is {', '.join(values)} or ungraded, got {outcome!r}")
         return Grade(outcome=outcome, reward=float(values[outcome]), reason=reason)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CodeRewardRules:
+    """Reward of a code answer, from the share of tests that it passes (Section 3.2.4).
+
+    Equation: soft: wrong + (correct - wrong) * passed / tests, which is the share itself with the defaults.
+
+    Attributes:
+        correct: all tests are passed.
+        wrong: none is, or there is no program.
+        malformed: the thinking part is not enclosed once in its tags. Never above `wrong`.
+        score: `soft`, or `hard` for all or nothing: one failed test is worth `wrong`.
+
+    Raises:
+        ConfigError: a value is not finite, or the order `correct > wrong >= malformed` is broken.
+    """
+
+    correct: float = 1.0
+    wrong: float = 0.0
+    malformed: float = 0.0
+    score: Literal["soft", "hard"] = "soft"
+
+    def __post_init__(self) -> None:
+        _require_order("code_reward", self.correct, self.wrong, self.malformed)
+
+    def grade(self, verdict: Verdict) -> Grade:
+        """The `Grade` of a verdict; `ungraded` is worth 0.0 and must be masked out by the caller."""
+        outcome, rate = verdict.outcome, verdict.pass_rate or 0.0
+        if outcome == "partial" and self.score == "hard":
+            outcome = "wrong"
+        rewards: dict[str, float] = {
+            "correct": self.correct,
+            "partial": self.wrong + (self.correct - self.wrong) * rate,
+            "wrong": self.wrong,
+            "malformed": self.malformed,
+            "ungraded": 0.0,
+        }
+        return Grade(outcome=outcome, reward=float(rewards[outcome]), reason=verdict.reason)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,6 +136,18 @@ class AnswerFormat:
             problems.append(f"reward.max_answer_chars: must be between 1 and 8192, got {self.max_answer_chars}")
         if problems:
             raise ConfigError(problems)
+
+
+def _require_order(section: str, correct: float, wrong: float, malformed: float) -> None:
+    values = {"correct": correct, "wrong": wrong, "malformed": malformed}
+    problems = [f"{section}.{k}: must be a finite number, got {v}" for k, v in values.items() if not math.isfinite(v)]
+    if not problems:
+        if not correct > wrong:
+            problems.append(f"{section}.correct: must be above {section}.wrong ({wrong}), got {correct}")
+        if malformed > wrong:
+            problems.append(f"{section}.malformed: must not exceed {section}.wrong ({wrong}), got {malformed}")
+    if problems:
+        raise ConfigError(problems)
 
 
 def count_outcomes(grades: Iterable[Grade]) -> dict[Outcome, int]:

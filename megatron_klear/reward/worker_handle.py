@@ -12,7 +12,10 @@ from contextlib import ExitStack
 from multiprocessing import Pipe
 from typing import cast
 
-from megatron_klear.reward.answers import MathOutcome, Question, Verdict
+from megatron_klear.records import Outcome
+from megatron_klear.reward.answers import Question
+from megatron_klear.reward.pool import Died, StartError, TimedOut
+from megatron_klear.reward.rules import Verdict
 from megatron_klear.reward.worker_main import READY
 
 logger = logging.getLogger(__name__)
@@ -27,18 +30,6 @@ _BOOT = (
 _ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
 
 
-class StartError(Exception):
-    """A worker process cannot be started."""
-
-
-class TimedOut(Exception):
-    """A worker did not answer within the limit."""
-
-
-class Died(Exception):
-    """A worker ended, or answered nonsense, while it had a question."""
-
-
 class Worker:
     """One child process and the socket to it; used by a single thread, but `kill` may come from any.
 
@@ -46,7 +37,8 @@ class Worker:
         StartError: the process, its socket or its error file cannot be made.
     """
 
-    def __init__(self, memory_limit_bytes: int) -> None:
+    def __init__(self, memory_limit_bytes: int, timeout_seconds: float) -> None:
+        self._timeout_seconds = timeout_seconds
         self._number = 0
         with ExitStack() as on_failure:
             try:
@@ -95,25 +87,25 @@ class Worker:
         printed = self._errors.read().decode(errors="replace").strip()
         raise StartError(f"exit status {self._process.returncode}: {printed[-1500:] or 'nothing printed'}")
 
-    def ask(self, question: Question, timeout_seconds: float) -> Verdict:
+    def ask(self, question: Question) -> Verdict:
         """The worker's verdict.
 
         Raises:
-            TimedOut, Died: see there; the worker is of no more use.
+            TimedOut, Died: the worker is of no more use.
         """
         self._number += 1
         message = json.dumps([self._number, question.answer, question.reference, question.is_boxed])
         try:
             self._connection.send_bytes(message.encode("ascii"))
-            if not self._connection.poll(timeout_seconds):
-                raise TimedOut
+            if not self._connection.poll(self._timeout_seconds):
+                raise TimedOut(f"no verdict within {self._timeout_seconds:g} s")
             number, outcome, reason = json.loads(self._connection.recv_bytes())
         except (EOFError, OSError, ValueError, TypeError) as error:
             self.kill()
             raise Died(f"exit status {self._process.returncode}") from error
         if number != self._number:
             raise Died("it answered another question")
-        return Verdict(cast(MathOutcome, outcome), reason or question.no_answer_reason)
+        return Verdict(cast(Outcome, outcome), reason or question.no_answer_reason)
 
     def kill(self) -> None:
         """End the process at once and reap it."""

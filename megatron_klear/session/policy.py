@@ -9,29 +9,9 @@ import torch
 
 from megatron_klear.algorithm import PolicyObjective, zero_advantage_mask
 from megatron_klear.config import AlgorithmSettings, RlSettings
-from megatron_klear.data import PromptData
-from megatron_klear.errors import DataError
 from megatron_klear.records import FloatArray, ScoredGroup
 from megatron_klear.session.session import Session
 from megatron_klear.trainer import to_score
-
-GRADABLE_DOMAINS = frozenset({"math"})
-
-
-def require_gradable(data: PromptData, setting: str) -> None:
-    """Refuse prompts of a domain that there is no grader for.
-
-    Raises:
-        DataError: names the domain and some of the prompts.
-    """
-    others = [p for p in data.prompts if p.domain not in GRADABLE_DOMAINS]
-    if others:
-        shown = ", ".join(p.prompt_id for p in others[:8])
-        raise DataError(
-            f"{setting}: {len(others)} prompts are of domain {others[0].domain} ({shown}...), which has no grader yet; "
-            f"only {', '.join(sorted(GRADABLE_DOMAINS))} can be trained on: remove these rows"
-        )
-
 
 def objective(settings: AlgorithmSettings) -> PolicyObjective:
     """The policy loss that the settings ask for."""
@@ -47,14 +27,20 @@ def objective(settings: AlgorithmSettings) -> PolicyObjective:
 def filtered(groups: Sequence[ScoredGroup], settings: AlgorithmSettings) -> list[ScoredGroup]:
     """Groups to train on: those with a graded response and, under the filter, with a nonzero advantage (5.2.5).
 
-    Correct responses of a group that is left out are not in the Phi of Eq. 13 either.
+    Correct responses of a group that is left out are not in the Phi of Eq. 13 either. With
+    `algorithm.filter_metric=correctness`, groups whose responses are all right or all not are left out as well.
     """
     return [
         group
         for group in groups
-        if group.graded.any()
-        and not (settings.filter_zero_advantage and bool(zero_advantage_mask(torch.from_numpy(group.advantages))))
+        if group.graded.any() and not (settings.filter_zero_advantage and _has_no_signal(group, settings.filter_metric))
     ]
+
+
+def _has_no_signal(group: ScoredGroup, metric: str) -> bool:
+    if metric == "correctness" and len(set(group.is_correct[group.graded].tolist())) < 2:
+        return True
+    return bool(zero_advantage_mask(torch.from_numpy(group.advantages)))
 
 
 def minibatches(groups: Sequence[ScoredGroup], settings: RlSettings) -> Iterator[list[ScoredGroup]]:

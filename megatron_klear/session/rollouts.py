@@ -16,9 +16,10 @@ import torch.distributed as dist
 from megatron_klear.config import EvaluationSettings
 from megatron_klear.model import hf_config, hf_named_tensors
 from megatron_klear.records import Grade, Prompt, RolloutGroup, ScoredGroup
-from megatron_klear.reward import AnswerFormat, GradeRequest, MathGraderPool, RewardRules
+from megatron_klear.reward import GradeRequest
 from megatron_klear.rollout import LocalEngine, SamplingParams, merge_groups, shard_prompts
 from megatron_klear.rollout.ledger import scored_group
+from megatron_klear.session.grading import Graders
 from megatron_klear.session.serving import ServedEngine
 from megatron_klear.session.session import Session
 
@@ -62,17 +63,7 @@ class Rollouts:
                 batch_responses=settings.rollout.batch_responses,
             )
         local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        reward = settings.reward
-        self.graders = MathGraderPool(
-            workers=max(1, reward.workers // local_ranks),
-            timeout_seconds=reward.timeout_seconds,
-            rules=RewardRules(correct=reward.correct, wrong=reward.wrong, malformed=reward.malformed),
-            answer_format=AnswerFormat(
-                think_start=settings.tokenizer.think_start,
-                think_end=settings.tokenizer.think_end,
-                require_think=reward.require_think,
-            ),
-        )
+        self.graders = Graders(settings, ranks_per_machine=local_ranks)
         self.stop_token_ids = session.chat.stop_ids
 
     def __enter__(self) -> Self:
@@ -200,7 +191,8 @@ class Rollouts:
             for i, group in enumerate(groups)
             for j, rollout in enumerate(group.rollouts)
         ]
-        grades = iter(self.graders.grade_many(requests))
+        domains = [group.prompt.domain for group in groups for _ in group.rollouts]
+        grades = iter(self.graders.grade(domains, requests))
         return [tuple(next(grades) for _ in group.rollouts) for group in groups]
 
     def _answer_text(self, response_ids: np.ndarray) -> str:

@@ -9,14 +9,13 @@ import pytest
 
 from megatron_klear.reward.answers import (
     Question,
-    Verdict,
     choice_letter,
     last_box,
     normalize_expression,
     read_answer,
     words,
 )
-from megatron_klear.reward.rules import AnswerFormat
+from megatron_klear.reward.rules import AnswerFormat, Verdict
 
 FMT = AnswerFormat()
 

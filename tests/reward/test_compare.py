@@ -6,6 +6,7 @@ import pytest
 
 from megatron_klear.reward.answers import Question
 from megatron_klear.reward.compare import MathVerify
+from megatron_klear.reward.rules import Verdict
 
 EQUAL = r"""
 42 | 42 || 42 | 42.0 || 42 | \frac{84}{2} || 007 | 7 || -0 | 0 || +3 | 3
@@ -82,7 +83,7 @@ def test_an_unreadable_reference_is_ungraded_whatever_the_answer(
 
 @pytest.mark.parametrize("reference", ["5", "C", "Monday"])
 def test_no_answer_is_wrong_with_its_own_reason(grader: MathVerify, reference: str) -> None:
-    assert grader.judge(Question(None, reference, no_answer_reason="no box")) == ("wrong", "no box")
+    assert grader.judge(Question(None, reference, no_answer_reason="no box")) == Verdict("wrong", "no box")
 
 
 def test_without_a_box_the_last_expression_of_the_text_counts(grader: MathVerify) -> None:

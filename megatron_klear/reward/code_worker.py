@@ -1,0 +1,114 @@
+"""One worker of the code graders: a sandbox, and the verdict on one program after the other."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from megatron_klear.errors import RewardError
+from megatron_klear.reward.code_answers import CodeQuestion
+from megatron_klear.reward.code_tests import CodeProblem, parse_problem
+from megatron_klear.reward.pool import Died, StartError
+from megatron_klear.reward.rules import Verdict
+from megatron_klear.reward.sandbox import Limits, SandboxError, SandboxMode, SandboxProcess
+
+
+class CodeWorker:
+    """Runs the tests of programs; see `pool.PoolWorker`.
+
+    Args:
+        mode, python, extra_paths, warm_modules: see `SandboxProcess`.
+        limits: of one test.
+        all_or_nothing: stop at the first test that fails, since it decides.
+        max_timeouts: tests that may pass the time limit before the others count as failed; None runs all.
+
+    Raises:
+        StartError: no sandbox can be made.
+    """
+
+    def __init__(
+        self,
+        mode: SandboxMode,
+        limits: Limits,
+        *,
+        python: str,
+        extra_paths: tuple[str, ...] = (),
+        warm_modules: tuple[str, ...] = (),
+        all_or_nothing: bool = False,
+        max_timeouts: int | None = None,
+    ) -> None:
+        self._limits, self._all_or_nothing, self._max_timeouts = limits, all_or_nothing, max_timeouts
+        try:
+            self._sandbox = SandboxProcess(mode, python=python, extra_paths=extra_paths, warm_modules=warm_modules)
+        except (RewardError, OSError) as error:
+            raise StartError(str(error)) from error
+
+    @property
+    def pid(self) -> int:
+        return self._sandbox.pid
+
+    def is_alive(self) -> bool:
+        return self._sandbox.is_alive()
+
+    def wait_ready(self) -> None:
+        """Block until the sandbox is warm.
+
+        Raises:
+            StartError: it cannot be made here; says what to change.
+        """
+        try:
+            self._sandbox.wait_ready()
+        except RewardError as error:
+            raise StartError(str(error)) from error
+
+    def ask(self, question: CodeQuestion) -> Verdict:
+        """Run the tests of one program.
+
+        Raises:
+            Died: the sandbox failed; it is of no more use.
+        """
+        problem = parse_problem(question.reference)
+        limits = self._limits
+        if problem.cpu_seconds is not None:
+            longer = problem.cpu_seconds * limits.wall_seconds / limits.cpu_seconds
+            limits = replace(limits, cpu_seconds=problem.cpu_seconds, wall_seconds=longer)
+        try:
+            fault = self._sandbox.open(problem.sources(question.program), limits)
+            failures = {0: fault} if fault else self._failures(problem)
+            self._sandbox.close_answer()
+        except (SandboxError, OSError) as error:
+            self._sandbox.kill()
+            raise Died(str(error)) from error
+        total = len(problem.messages())
+        return _verdict(total, 0 if fault else total - len(failures), failures)
+
+    def kill(self) -> None:
+        """End it at once."""
+        self._sandbox.kill()
+
+    def discard(self) -> None:
+        """End it and give back what it holds."""
+        self._sandbox.discard()
+
+    def _failures(self, problem: CodeProblem) -> dict[int, str]:
+        """What is wrong, by number of the test; a test that is not run for good reason counts as failed."""
+        failures: dict[int, str] = {}
+        messages = problem.messages()
+        num_timeouts = 0
+        for index, message in enumerate(messages):
+            result = self._sandbox.run(message)
+            fault = result.problem or problem.judge(index, result.output)
+            if fault:
+                failures[index] = fault
+            num_timeouts += fault.startswith("time limit")
+            decided = bool(failures) and self._all_or_nothing
+            if decided or (self._max_timeouts is not None and num_timeouts >= self._max_timeouts):
+                return failures | dict.fromkeys(range(index + 1, len(messages)), "not run")
+        return failures
+
+
+def _verdict(total: int, passed: int, failures: dict[int, str]) -> Verdict:
+    if passed == total:
+        return Verdict("correct", f"passed all {total} tests", 1.0)
+    index, fault = next(iter(failures.items()))
+    reason = f"passed {passed} of {total} tests; test {index + 1}: {fault}"
+    return Verdict("partial" if passed else "wrong", reason, passed / total)

@@ -1,0 +1,277 @@
+"""Two processes that use each other's objects: only plain data travels, everything else stays where it is.
+
+The tests of an assert problem run in one process and the untrusted answer in another. What a function returns arrives
+as copied plain data or as a `Remote`, a name for an object over there. So an object that claims to be equal to
+everything is equal to nothing here, and ending the process ends the test.
+"""
+
+from __future__ import annotations
+
+import builtins
+import json
+import operator
+import os
+import struct
+from collections import deque
+from collections.abc import Callable
+from decimal import Decimal
+from fractions import Fraction
+from typing import Any, NamedTuple
+
+_LENGTH = struct.Struct("<Q")
+_BETWEEN_REMOTES = ("add", "sub", "mul", "truediv", "floordiv", "mod", "matmul", "and_", "or_", "xor")
+_COMPARISONS = ("eq", "ne", "lt", "le", "gt", "ge")
+
+
+class Message(NamedTuple):
+    """A request (`kind` is "?"), a result ("=") or an error ("!")."""
+
+    kind: str
+    content: Any
+
+
+class Peer:
+    """One side of the pair.
+
+    Args:
+        read_fd, write_fd: pipes from and to the other side.
+    """
+
+    def __init__(self, read_fd: int, write_fd: int) -> None:
+        self._reader, self._write_fd = os.fdopen(read_fd, "rb"), write_fd
+        self._kept: list[Any] = []
+        self._numbers: dict[int, int] = {}
+        self._remotes: dict[int, Remote] = {}
+        self._mirrors: dict[str, type[BaseException]] = {}
+
+    def request(self, operation: str, *operands: Any) -> Any:
+        """Have the other side do something and return its result, serving its own requests meanwhile.
+
+        Raises:
+            Whatever it raises, as the builtin exception that it derives from.
+            EOFError: it has ended.
+        """
+        encoded = [self.encode(operand) for operand in operands]
+        self._send("?", [operation, encoded])
+        while True:
+            message = self._receive()
+            if message.kind == "=":
+                result, changed = message.content
+                for index, value in changed:
+                    _replace(operands[index], self.decode(value))
+                return self.decode(result)
+            if message.kind == "!":
+                raise self._error(*message.content)
+            self._serve(message.content)
+
+    def serve(self) -> None:
+        """Do what the other side asks for until it ends."""
+        while True:
+            try:
+                message = self._receive()
+            except EOFError:
+                return
+            self._serve(message.content)
+
+    def encode(self, value: Any) -> Any:
+        """JSON of plain data, or of the number of an object that is kept here."""
+        if value is None or type(value) in (bool, int, float, str):
+            return value
+        if isinstance(value, Remote):
+            return ["there", value._number]
+        if isinstance(value, (bytes, bytearray)):
+            return [type(value).__name__, value.decode("latin-1")]
+        if isinstance(value, (bool, int, float, str)):  # subclasses become plain
+            base = next(kind for kind in (bool, int, float, str) if isinstance(value, kind))
+            return base.__new__(base, value)  # type: ignore[call-overload]
+        if isinstance(value, dict):
+            return ["dict", [[self.encode(k), self.encode(v)] for k, v in value.items()]]
+        for kind in (list, tuple, set, frozenset, deque):
+            if isinstance(value, kind):
+                return [kind.__name__, [self.encode(item) for item in value]]
+        if type(value) in (complex, Decimal, Fraction):
+            return [type(value).__name__, str(value)]
+        if isinstance(value, type) and issubclass(value, BaseException):
+            return ["exception", _ancestry(value)]
+        if type(value) is range:
+            return ["range", [value.start, value.stop, value.step]]
+        return ["here", self._keep(value)]
+
+    def decode(self, data: Any) -> Any:
+        """The value that `encode` of the other side described."""
+        if not isinstance(data, list):
+            return data
+        kind, content = data
+        if kind == "here":
+            return self._remotes.setdefault(content, Remote(self, content))
+        if kind == "there":
+            return self._kept[content]
+        if kind == "exception":
+            return self._mirror(content)
+        if kind == "dict":
+            return {self.decode(key): self.decode(value) for key, value in content}
+        if kind in ("bytes", "bytearray"):
+            return content.encode("latin-1") if kind == "bytes" else bytearray(content, "latin-1")
+        if kind in ("complex", "Decimal", "Fraction"):
+            return {"complex": complex, "Decimal": Decimal, "Fraction": Fraction}[kind](content)
+        if kind == "range":
+            return range(*content)
+        items = (self.decode(item) for item in content)
+        return {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset, "deque": deque}[kind](items)
+
+    def _keep(self, value: Any) -> int:
+        if id(value) not in self._numbers:
+            self._numbers[id(value)] = len(self._kept)
+            self._kept.append(value)
+        return self._numbers[id(value)]
+
+    def _serve(self, content: Any) -> None:
+        operation, encoded = content
+        try:
+            operands = [self.decode(operand) for operand in encoded]
+            result = self.encode(_OPERATIONS[operation](*operands))
+            # Arguments that the call changed in place, so that the caller's own change, too.
+            again = [self.encode(operand) for operand in operands] if operation == "call" else encoded
+            changed = [[i, new] for i, (new, old) in enumerate(zip(again, encoded)) if new != old and i > 0]
+            self._send("=", [result, changed])
+        except BrokenPipeError:
+            raise
+        except BaseException as error:
+            self._send("!", [_ancestry(type(error)), _text(error)])
+
+    def _send(self, kind: str, content: Any) -> None:
+        data = json.dumps([kind, content]).encode("ascii")
+        data = _LENGTH.pack(len(data)) + data
+        while data:
+            data = data[os.write(self._write_fd, data) :]
+
+    def _receive(self) -> Message:
+        head = self._reader.read(_LENGTH.size)
+        if len(head) < _LENGTH.size:
+            raise EOFError("the process of the answer has ended")
+        (size,) = _LENGTH.unpack(head)
+        return Message(*json.loads(self._reader.read(size)))
+
+    def _error(self, ancestry: list[str], text: str) -> BaseException:
+        kind = self._mirror(ancestry)
+        try:
+            return kind(text)
+        except Exception:  # a builtin that wants more arguments, such as UnicodeDecodeError
+            return RuntimeError(f"{ancestry[0]}: {text}")
+
+    def _mirror(self, ancestry: list[str]) -> type[BaseException]:
+        """The exception class of this name here: a builtin, or one made for it that derives from the same builtin."""
+        name = ancestry[0]
+        if name not in self._mirrors:
+            known = (getattr(builtins, base, None) for base in ancestry)
+            base = next((k for k in known if isinstance(k, type) and issubclass(k, BaseException)), Exception)
+            self._mirrors[name] = base if base.__name__ == name else type(name, (base,), {})
+        return self._mirrors[name]
+
+
+class Remote:
+    """An object of the other process: its attributes, calls, items and iteration are asked for there.
+
+    It is equal to another `Remote` if that process says so, and to nothing else: what a test expects is never shown to
+    the answer. Arithmetic works between two of them for the same reason.
+    """
+
+    def __init__(self, peer: Peer, number: int) -> None:
+        object.__setattr__(self, "_peer", peer)
+        object.__setattr__(self, "_number", number)
+
+    def __getattr__(self, name: str) -> Any:
+        return self._peer.request("get", self, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        self._peer.request("set", self, name, value)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._peer.request("call", self, *args, kwargs)
+
+    def __getitem__(self, key: Any) -> Any:
+        return self._peer.request("item", self, key)
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self._peer.request("set item", self, key, value)
+
+    def __len__(self) -> int:
+        return int(self._peer.request("len", self))
+
+    def __bool__(self) -> bool:
+        return bool(self._peer.request("bool", self))
+
+    def __iter__(self) -> Any:
+        iterator = self._peer.request("iter", self)
+        return iterator if isinstance(iterator, Remote) else iter(iterator)
+
+    def __next__(self) -> Any:
+        return self._peer.request("next", self)
+
+    def __str__(self) -> str:
+        return str(self._peer.request("str", self))
+
+    def __repr__(self) -> str:
+        return str(self._peer.request("repr", self))
+
+    def __hash__(self) -> int:
+        return hash(("remote", self._number))
+
+    def __instancecheck__(self, instance: Any) -> bool:
+        return isinstance(instance, Remote) and bool(self._peer.request("isinstance", instance, self))
+
+
+def _between(name: str) -> Callable[[Remote, Any], Any]:
+    def operation(self: Remote, other: Any) -> Any:
+        return self._peer.request(name, self, other) if isinstance(other, Remote) else NotImplemented
+
+    return operation
+
+
+for _name in (*_BETWEEN_REMOTES, *_COMPARISONS):
+    setattr(Remote, f"__{_name.strip('_')}__", _between(_name))
+
+
+def _call(called: Any, *arguments: Any) -> Any:
+    *args, kwargs = arguments
+    return called(*args, **kwargs)
+
+
+_OPERATIONS: dict[str, Callable[..., Any]] = {
+    "call": _call,
+    "get": getattr,
+    "set": setattr,
+    "item": operator.getitem,
+    "set item": operator.setitem,
+    "len": len,
+    "bool": bool,
+    "iter": iter,
+    "next": next,
+    "str": str,
+    "repr": repr,
+    "isinstance": isinstance,
+    **{name: getattr(operator, name) for name in (*_BETWEEN_REMOTES, *_COMPARISONS)},
+}
+
+
+def _replace(old: Any, new: Any) -> None:
+    """Give a container of this side the content that the other side's copy has by now."""
+    if isinstance(old, (list, bytearray)):
+        old[:] = new
+    elif isinstance(old, (dict, set)):
+        old.clear()
+        old.update(new)
+    elif isinstance(old, deque):
+        old.clear()
+        old.extend(new)
+
+
+def _ancestry(kind: type) -> list[str]:
+    return [base.__name__ for base in kind.__mro__ if base is not object]
+
+
+def _text(error: BaseException) -> str:
+    try:
+        return str(error)[:500]
+    except Exception:
+        return ""

@@ -1,0 +1,175 @@
+"""The sandbox's first process: one session per answer, in namespaces of its own, forked from a warm interpreter.
+
+It never sees an answer itself, so that nothing of one can be found in the memory of the next one's processes.
+Messages to it are marshalled, with a length in front; answers are structs and bytes, which cannot be forged into code.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import marshal
+import os
+import signal
+import struct
+import sys
+from typing import Any, NoReturn
+
+from megatron_klear.reward.sandbox.inside import checks, kernel, programs
+from megatron_klear.reward.sandbox.inside.children import Box, Ended
+
+LENGTH = struct.Struct("<Q")
+REPLY = struct.Struct("<BiddQQ")
+"""Limit, status, CPU seconds, wall seconds, bytes of output, bytes of errors; both follow."""
+
+BROKEN = 255
+"""In place of the limit: the session failed, and the output says how."""
+
+_CODE_BYTES = 1 << 24
+"""Most that an answer may compile to."""
+
+_WARM = (
+    "bisect collections copy decimal fractions functools heapq io itertools json math operator random re string typing"
+).split()
+"""Imported once here, so that the processes of the tests find them loaded."""
+
+
+def serve(channel_fd: int) -> None:
+    """Serve sessions until the other side of the socket closes."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    kernel.hide_memory()
+    settings = _receive(channel_fd)
+    for name in [*_WARM, *settings["warm_modules"]]:
+        importlib.import_module(name)
+    gc.collect()
+    gc.disable()
+    gc.freeze()
+    os.write(channel_fd, REPLY.pack(0, 0, 0.0, 0.0, 0, 0))
+    while os.read(channel_fd, 1):
+        pid = os.fork()
+        if pid == 0:
+            _guarded(_open_session, channel_fd, settings)
+        if os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) != 0:
+            # It has said why, or was killed: the other side must not wait for it.
+            _reply_broken(channel_fd, "the session ended before its time")
+            return
+
+
+def _open_session(channel_fd: int, settings: dict[str, Any]) -> None:
+    """Become, or start, the first process of fresh namespaces."""
+    if settings["isolated"]:
+        kernel.unshare(kernel.CLONE_NEWPID | kernel.CLONE_NEWNS | kernel.CLONE_NEWIPC)
+        pid = os.fork()
+        if pid:
+            os._exit(0 if os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0 else 1)
+    _session(channel_fd, settings)
+
+
+def _session(channel_fd: int, settings: dict[str, Any]) -> None:
+    """Run one answer's tests, one message each; an empty message ends it."""
+    sources = _receive(channel_fd)
+    box = Box({**settings, **sources.pop("limits")})
+    compiled, ended = _compile(box, sources)
+    _reply(channel_fd, ended)
+    while test := _receive(channel_fd):
+        if test["kind"] == "stdin":
+            ended = _run(box, lambda: programs.run_program(compiled), stdin=test["input"], output_fd=1)
+        elif test["kind"] == "call":
+            ended = _run(
+                box,
+                lambda: programs.call_function(compiled, test["function"], test["arguments"]),
+                output_fd=programs.RESULT_FD,
+            )
+        else:
+            ended = _run_checks(box, compiled, test["setup"], test["test"])
+        _reply(channel_fd, ended)
+
+
+def _compile(box: Box, sources: dict[str, str]) -> tuple[bytes, Ended]:
+    ended = _run(box, lambda: programs.compile_sources(sources), output_fd=programs.RESULT_FD, room=_CODE_BYTES)
+    return ended.output, ended._replace(output=b"")
+
+
+def _run(box: Box, body: Any, *, output_fd: int, stdin: str | None = None, room: int = 0) -> Ended:
+    """One process, its output taken from one of its file descriptors."""
+    box.fresh_scratch()
+    fds: list[int | None] = [None, None, None, None]
+    opened = []
+    if stdin is not None:
+        fds[0] = os.memfd_create("stdin")
+        opened.append(fds[0])
+        with open(fds[0], "wb", closefd=False) as file:
+            file.write(stdin.encode("utf-8", "surrogatepass"))
+            file.seek(0)
+    output, fds[output_fd] = os.pipe()
+    errors, fds[2] = os.pipe()
+    pid = box.start(body, fds[: max(output_fd, 2) + 1])
+    for fd in (fds[output_fd], fds[2], *opened):
+        assert fd is not None
+        os.close(fd)
+    ended = box.watch(pid, output, errors, room or box.settings["output_bytes"])
+    os.close(output)
+    os.close(errors)
+    return ended
+
+
+def _run_checks(box: Box, compiled: bytes, setup: str, test: str) -> Ended:
+    """The answer in one process, the test in another, a pipe each way; the test's process gives the verdict."""
+    box.fresh_scratch()
+    to_answer, from_tests = os.pipe()
+    to_tests, from_answer = os.pipe()
+    verdict, give_verdict = os.pipe()
+    errors, give_errors = os.pipe()
+    box.start(lambda: checks.serve_answer(compiled), [None, None, None, to_answer, from_answer])
+    tests = box.start(
+        lambda: checks.check_answer(setup, test), [None, None, give_errors, to_tests, from_tests, give_verdict]
+    )
+    for fd in (to_answer, from_tests, to_tests, from_answer, give_verdict, give_errors):
+        os.close(fd)
+    ended = box.watch(tests, verdict, errors, box.settings["output_bytes"])
+    os.close(verdict)
+    os.close(errors)
+    return ended
+
+
+def _guarded(run: Any, channel_fd: int, settings: dict[str, Any]) -> NoReturn:
+    """Run and leave; what goes wrong is told to the other side, once."""
+    try:
+        run(channel_fd, settings)
+    except BaseException as error:
+        _reply_broken(channel_fd, f"{type(error).__name__}: {error}")
+        os._exit(1)
+    os._exit(0)
+
+
+def _reply(channel_fd: int, ended: Ended) -> None:
+    head = REPLY.pack(
+        ended.limit, ended.status, ended.cpu_seconds, ended.wall_seconds, len(ended.output), len(ended.errors)
+    )
+    _write(channel_fd, head + ended.output + ended.errors)
+
+
+def _reply_broken(channel_fd: int, text: str) -> None:
+    data = text.encode("utf-8", "replace")
+    _write(channel_fd, REPLY.pack(BROKEN, 0, 0.0, 0.0, len(data), 0) + data)
+
+
+def _receive(channel_fd: int) -> Any:
+    (size,) = LENGTH.unpack(_read(channel_fd, LENGTH.size))
+    return marshal.loads(_read(channel_fd, size))
+
+
+def _read(fd: int, size: int) -> bytes:
+    data = bytearray()
+    while len(data) < size:
+        part = os.read(fd, min(size - len(data), 1 << 20))
+        if not part:
+            sys.exit(0)  # the other side is gone
+        data += part
+    return bytes(data)
+
+
+def _write(fd: int, data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[os.write(fd, view) :]

@@ -1,0 +1,326 @@
+"""The parent's side of a sandbox: start it, send it an answer and its tests, kill it."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.resources
+import logging
+import marshal
+import os
+import pwd
+import select
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+from contextlib import ExitStack
+from typing import Any, NamedTuple
+
+from megatron_klear.errors import RewardError
+from megatron_klear.reward.sandbox.inside.children import ENDED, OVER_CPU, OVER_OUTPUT, OVER_WALL
+from megatron_klear.reward.sandbox.inside.server import BROKEN, LENGTH, REPLY
+from megatron_klear.reward.sandbox.limits import Limits
+from megatron_klear.reward.sandbox.seccomp import OWN_PID, UnsupportedMachine, filter_program
+from megatron_klear.reward.sandbox.view import (
+    SCRATCH,
+    SandboxMode,
+    bubblewrap_command,
+    environment,
+    explain_refusal,
+    find_interpreter,
+)
+
+logger = logging.getLogger(__name__)
+
+START_SECONDS = 60.0
+_SLACK_SECONDS = 30.0
+"""How much longer than its wall-clock limit a test may take before its sandbox is given up."""
+_MOST_REPLY_BYTES = 1 << 28
+
+_INSIDE = "megatron_klear.reward.sandbox.inside"
+_MODULES = ("kernel", "children", "programs", "remote", "checks", "server")
+
+# Makes modules of the texts that come through the socket; nothing of the project's is on a path in the sandbox.
+_BOOT = """
+import marshal, os, sys, types
+sys.path = [p for p in sys.path if p]
+channel = int(sys.argv[1])
+def read(size):
+    data = b""
+    while len(data) < size:
+        part = os.read(channel, size - len(data))
+        if not part: sys.exit("the other side is gone")
+        data += part
+    return data
+package = ""
+for part in sys.argv[2].split("."):
+    package = package + "." + part if package else part
+    sys.modules[package] = types.ModuleType(package)
+    sys.modules[package].__path__ = []
+for name, text in marshal.loads(read(int.from_bytes(read(8), "little"))):
+    module = types.ModuleType(package + "." + name)
+    sys.modules[module.__name__] = module
+    setattr(sys.modules[package], name, module)
+    exec(compile(text, "<sandbox " + name + ">", "exec"), module.__dict__)
+sys.path += sys.argv[3:]
+sys.argv[1:] = []
+sys.modules[package + ".server"].serve(channel)
+"""
+
+
+class SandboxError(Exception):
+    """The sandbox failed, which says nothing of the answer in it."""
+
+
+class TestResult(NamedTuple):
+    """What a test did.
+
+    Attributes:
+        output: what it wrote, as far as the limit on output allows.
+        problem: why it did not come to a good end, naming the limit or the error; empty when it did.
+    """
+
+    output: bytes
+    problem: str
+
+
+class SandboxProcess:
+    """One sandbox, for one answer after the other; used by a single thread, but `kill` may come from any.
+
+    Args:
+        mode: `bubblewrap`, or `rlimits` for limits and system call filter only.
+        python: interpreter that runs the answers.
+        extra_paths: folders that answers may read and import from.
+        warm_modules: modules to import once, before any answer.
+
+    Raises:
+        RewardError: bubblewrap or the interpreter is not there, or the machine is not known.
+        OSError: no process can be started.
+    """
+
+    def __init__(
+        self,
+        mode: SandboxMode = "bubblewrap",
+        *,
+        python: str = "/usr/bin/python3",
+        extra_paths: tuple[str, ...] = (),
+        warm_modules: tuple[str, ...] = (),
+    ) -> None:
+        self.mode, self._extra_paths, self._warm_modules = mode, extra_paths, warm_modules
+        self._interpreter = find_interpreter(python)
+        self._filters: dict[bool, bytes] = {}
+        with ExitStack() as on_failure:
+            self._errors = on_failure.enter_context(tempfile.TemporaryFile())
+            self._folder = ""
+            if mode == "rlimits":
+                self._folder = tempfile.mkdtemp(prefix="klear-code-")
+                on_failure.callback(_remove, self._folder)
+            self._channel, theirs = socket.socketpair()
+            on_failure.enter_context(self._channel)
+            with theirs:
+                self._process = self._start(theirs.fileno())
+            on_failure.pop_all()
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def is_alive(self) -> bool:
+        return self._process.poll() is None
+
+    def wait_ready(self) -> None:
+        """Block until the interpreter inside is warm.
+
+        Raises:
+            RewardError: it ended or did not report in time; says what to change.
+        """
+        deadline = time.monotonic() + START_SECONDS
+        settings = {"isolated": self.mode == "bubblewrap", "scratch": self._scratch, "warm_modules": self._warm_modules}
+        try:
+            texts = importlib.resources.files(_INSIDE)
+            self._send([(name, (texts / f"{name}.py").read_text("utf-8")) for name in _MODULES])
+            self._send(settings)
+            self._reply(deadline)
+        except (OSError, SandboxError) as error:
+            self.kill()
+            printed = self._printed()
+            if self.mode == "bubblewrap" and "bwrap:" in printed:
+                raise RewardError(explain_refusal(printed)) from error
+            raise RewardError(f"the sandbox for code cannot be started: {printed or error}") from error
+
+    def open(self, sources: dict[str, str], limits: Limits) -> str:
+        """Begin with an answer.
+
+        Args:
+            sources: code by name, run one after the other in one namespace.
+            limits: of every test.
+
+        Returns:
+            Why it cannot be compiled; empty where it can.
+
+        Raises:
+            SandboxError: the sandbox failed; it is of no more use.
+        """
+        self._limits = limits
+        message = {**limits.to_message(), "filter": self._filter(limits.allow_processes), "pid_placeholder": OWN_PID}
+        try:
+            self._channel.sendall(b"S")
+        except OSError as error:
+            raise SandboxError(f"it has ended: {self._printed() or error}") from error
+        return self._ask({**sources, "limits": message}, "compilation").problem
+
+    def run(self, test: dict[str, str]) -> TestResult:
+        """Run one test of the answer that was opened.
+
+        Args:
+            test: `kind` stdin with `input`, call with `function` and `arguments` (JSON), or assert with `setup` and
+                `test`.
+
+        Raises:
+            SandboxError: see `open`.
+        """
+        return self._ask(test, "test")
+
+    def close_answer(self) -> None:
+        """End the answer's session; its processes and files are gone."""
+        self._send({})
+
+    def kill(self) -> None:
+        """End everything in the sandbox at once and reap it."""
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            if self.mode == "rlimits":
+                os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.kill()
+        try:
+            self._process.wait(timeout=30.0)
+        except subprocess.TimeoutExpired:
+            logger.warning("sandbox %d does not end after SIGKILL", self.pid)
+
+    def discard(self) -> None:
+        """Kill, and give back sockets and files; only from the thread that uses the sandbox."""
+        self.kill()
+        self._channel.close()
+        self._errors.close()
+        if self._folder:
+            _remove(self._folder)
+
+    @property
+    def _scratch(self) -> str:
+        return os.path.join(self._folder, "scratch") if self._folder else SCRATCH
+
+    def _start(self, channel_fd: int) -> subprocess.Popen[bytes]:
+        variables = environment(self._interpreter)
+        command: list[str] = []
+        if self.mode == "bubblewrap":
+            command = bubblewrap_command(self._interpreter, self._extra_paths)
+            for name, value in variables.items():
+                command += ["--setenv", name, value]
+        else:
+            variables.update(HOME=self._scratch, TMPDIR=self._scratch)
+        flags = ["-S", "-s", "-B", "-X", "utf8"]
+        command += [self._interpreter.executable, *flags, "-c", _BOOT, str(channel_fd), _INSIDE, *self._extra_paths]
+        user: dict[str, Any] = {}
+        if os.geteuid() == 0:
+            # The kernel does not count the processes of root, and a sandbox needs no rights.
+            nobody = pwd.getpwnam("nobody")
+            user = {"user": nobody.pw_uid, "group": nobody.pw_gid, "extra_groups": []}
+            if self._folder:
+                os.chown(self._folder, nobody.pw_uid, nobody.pw_gid)
+        return subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=self._errors,
+            pass_fds=[channel_fd],
+            env=variables,
+            cwd="/",
+            start_new_session=True,
+            **user,
+        )
+
+    def _filter(self, allow_processes: bool) -> bytes:
+        if allow_processes not in self._filters:
+            try:
+                self._filters[allow_processes] = filter_program(allow_processes=allow_processes)
+            except UnsupportedMachine as error:
+                raise RewardError(f"code_reward.sandbox: {error}; code cannot be confined on it") from error
+        return self._filters[allow_processes]
+
+    def _ask(self, message: dict[str, Any], what: str) -> TestResult:
+        try:
+            self._send(message)
+            return self._reply(time.monotonic() + self._limits.wall_seconds + _SLACK_SECONDS, what)
+        except OSError as error:
+            raise SandboxError(f"it ended during a {what}: {self._printed() or error}") from error
+
+    def _send(self, message: object) -> None:
+        data = marshal.dumps(message, 2)  # version 2: the sandbox's Python may be another one
+        self._channel.sendall(LENGTH.pack(len(data)) + data)
+
+    def _reply(self, deadline: float, what: str = "start") -> TestResult:
+        head = self._read(REPLY.size, deadline, what)
+        limit, status, cpu_seconds, wall_seconds, num_output, num_errors = REPLY.unpack(head)
+        if max(num_output, num_errors) > _MOST_REPLY_BYTES:
+            raise SandboxError(f"a reply claims {num_output + num_errors} bytes")
+        output, errors = self._read(num_output, deadline, what), self._read(num_errors, deadline, what)
+        if limit == BROKEN:
+            raise SandboxError(output.decode("utf-8", "replace"))
+        return TestResult(output, self._problem(limit, status, errors))
+
+    def _problem(self, limit: int, status: int, errors: bytes) -> str:
+        if limit == OVER_CPU:
+            return f"time limit: more than {self._limits.to_message()['cpu_seconds']:g} s of CPU time"
+        if limit == OVER_WALL:
+            return f"time limit: more than {self._limits.wall_seconds:g} s by the clock"
+        if limit == OVER_OUTPUT:
+            return f"output limit: more than {self._limits.output_bytes} bytes"
+        if limit != ENDED:
+            raise SandboxError(f"a reply names limit {limit}")
+        if status == 0:
+            return ""
+        lines = errors.decode("utf-8", "replace").strip().splitlines()
+        said = _printable(lines[-1]) if lines else ""
+        if said.startswith("MemoryError"):
+            return f"memory limit: more than {self._limits.memory_bytes} bytes"
+        if said.startswith("OSError: [Errno 27]"):
+            return f"file size limit: more than {self._limits.file_bytes} bytes"
+        if said.startswith("OSError: [Errno 28]"):
+            return f"scratch limit: more than {self._limits.scratch_bytes} bytes or {self._limits.scratch_files} files"
+        if status < 0:
+            name = _signal_name(-status)
+            return f"ended by {name}" + (f": {said}" if said else "")
+        return said or f"exit status {status}"
+
+    def _read(self, size: int, deadline: float, what: str) -> bytes:
+        data = bytearray()
+        while len(data) < size:
+            if not select.select([self._channel], [], [], max(0.0, deadline - time.monotonic()))[0]:
+                raise SandboxError(f"no answer from the sandbox during a {what}")
+            part = self._channel.recv(min(size - len(data), 1 << 20))
+            if not part:
+                raise SandboxError(f"it ended during a {what}: {self._printed() or 'it said nothing'}")
+            data += part
+        return bytes(data)
+
+    def _printed(self) -> str:
+        """The end of what the sandbox itself, not an answer, printed."""
+        self._errors.seek(0)
+        return self._errors.read().decode(errors="replace").strip()[-1500:]
+
+
+def _remove(folder: str) -> None:
+    """Delete a folder, however deeply code has nested others in it."""
+    subprocess.run(["rm", "-rf", folder], stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False)
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
+def _printable(line: str) -> str:
+    """A line that untrusted code wrote, short and without control characters."""
+    return "".join(char if char.isprintable() else "?" for char in line[:200])
