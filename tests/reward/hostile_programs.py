@@ -25,6 +25,14 @@ def tried(body: str) -> str:
     return _TRY.format(body="\n".join("    " + line for line in body.strip().splitlines()))
 
 
+READS_FILES = frozenset(
+    {"passwords", "processes", "the test file", "search for the test file", "symbolic link"}
+)
+"""Attacks that the mode `rlimits` does not stop."""
+
+FILLS_SCRATCH = frozenset({"many files", "full scratch", "deep folders"})
+"""Attacks on the scratch folder, which the mode `rlimits` stops by time only."""
+
 PROGRAMS: dict[str, tuple[str, str]] = {
     # processes
     "fork": (REFUSED, tried("import os\nos.fork()")),
@@ -140,7 +148,7 @@ PROGRAMS: dict[str, tuple[str, str]] = {
     "environment": (
         REFUSED,
         "import os, sys\nnames = set(os.environ) - {'HOME', 'LANG', 'PATH', 'PWD', 'PYTHONHASHSEED', 'PYTHONHOME', "
-        "'TMPDIR', 'LC_CTYPE'}\nprint(f'ESCAPED {names} {sys.argv}' if names or len(sys.argv) > 1 else 'contained')",
+        "'TMPDIR', 'LC_CTYPE', 'MALLOC_ARENA_MAX'}\nprint(f'ESCAPED {names} {sys.argv}' if names or len(sys.argv) > 1 else 'contained')",
     ),
     # other processes, and the one that grades
     "kill everything": (

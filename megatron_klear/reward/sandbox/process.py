@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.resources
+import functools
 import logging
 import marshal
 import os
@@ -15,6 +15,7 @@ import subprocess
 import tempfile
 import time
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from megatron_klear.errors import RewardError
@@ -67,6 +68,13 @@ sys.path += sys.argv[3:]
 sys.argv[1:] = []
 sys.modules[package + ".server"].serve(channel)
 """
+
+
+@functools.cache
+def module_texts() -> list[tuple[str, str]]:
+    """Name and text of each module that runs inside, in the order of their imports."""
+    folder = Path(__file__).with_name("inside")
+    return [(name, (folder / f"{name}.py").read_text("utf-8")) for name in _MODULES]
 
 
 class SandboxError(Exception):
@@ -138,8 +146,7 @@ class SandboxProcess:
         deadline = time.monotonic() + START_SECONDS
         settings = {"isolated": self.mode == "bubblewrap", "scratch": self._scratch, "warm_modules": self._warm_modules}
         try:
-            texts = importlib.resources.files(_INSIDE)
-            self._send([(name, (texts / f"{name}.py").read_text("utf-8")) for name in _MODULES])
+            self._send(module_texts())
             self._send(settings)
             self._reply(deadline)
         except (OSError, SandboxError) as error:

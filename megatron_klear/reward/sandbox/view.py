@@ -118,7 +118,9 @@ def bubblewrap_command(interpreter: Interpreter, extra_paths: tuple[str, ...]) -
 def environment(interpreter: Interpreter) -> dict[str, str]:
     """All that code sees of an environment; with a fixed hash seed, sets have the same order in every run."""
     home = {} if interpreter.prefix in ("/usr", "/usr/local") else {"PYTHONHOME": interpreter.prefix}
-    return {"PYTHONHASHSEED": "0", "PATH": "/usr/bin", "LANG": "C.UTF-8", "HOME": SCRATCH, "TMPDIR": SCRATCH, **home}
+    # Fewer malloc arenas: each reserves address space, which the memory limit counts, for every thread.
+    variables = {"PYTHONHASHSEED": "0", "PATH": "/usr/bin", "LANG": "C.UTF-8", "MALLOC_ARENA_MAX": "2"}
+    return {**variables, "HOME": SCRATCH, "TMPDIR": SCRATCH, **home}
 
 
 def explain_refusal(printed: str) -> str:
