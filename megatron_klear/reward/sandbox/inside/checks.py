@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import os
 import sys
 import types
 from collections.abc import Callable, Iterator
@@ -10,9 +11,10 @@ from contextlib import contextmanager
 from typing import Any
 
 from megatron_klear.reward.sandbox.inside import programs
+from megatron_klear.reward.sandbox.inside.channel import receive
 from megatron_klear.reward.sandbox.inside.remote import Peer
 
-FROM_PEER_FD, TO_PEER_FD, VERDICT_FD = 3, 4, 5
+FROM_PEER_FD, TO_PEER_FD, VERDICT_FD, CHANNEL_FD = 3, 4, 5, 6
 PASSED = b"passed"
 
 
@@ -30,13 +32,15 @@ def serve_answer(compiled: bytes) -> None:
     programs.run_to_the_end(run)
 
 
-def check_answer(setup: str, test: str) -> None:
+def check_answer() -> None:
     """Run a test against the answer in the other process; only a test that comes to its end is passed.
 
-    Args:
-        setup: code to run before, such as imports, and functions of the test's own.
-        test: code with assertions, test functions, or `unittest` cases.
+    The test comes through the channel as `setup`, code to run before, such as imports and functions of its own, and
+    `test`, code with assertions, test functions, or `unittest` cases.
     """
+    message = receive(CHANNEL_FD)
+    os.close(CHANNEL_FD)
+    setup, test = message["setup"], message["test"]
 
     def run() -> None:
         sys.set_int_max_str_digits(0)

@@ -8,17 +8,15 @@ from __future__ import annotations
 
 import gc
 import importlib
-import marshal
 import os
 import signal
 import struct
-import sys
 from typing import Any, NoReturn
 
 from megatron_klear.reward.sandbox.inside import checks, kernel, programs
+from megatron_klear.reward.sandbox.inside.channel import receive, write
 from megatron_klear.reward.sandbox.inside.children import Box, Ended
 
-LENGTH = struct.Struct("<Q")
 REPLY = struct.Struct("<BiddQQ")
 """Limit, status, CPU seconds, wall seconds, bytes of output, bytes of errors; both follow."""
 
@@ -38,7 +36,7 @@ def serve(channel_fd: int) -> None:
     """Serve sessions until the other side of the socket closes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     kernel.hide_memory()
-    settings = _receive(channel_fd)
+    settings = receive(channel_fd)
     for name in [*_WARM, *settings["warm_modules"]]:
         importlib.import_module(name)
     gc.collect()
@@ -67,11 +65,11 @@ def _open_session(channel_fd: int, settings: dict[str, Any]) -> None:
 
 def _session(channel_fd: int, settings: dict[str, Any]) -> None:
     """Run one answer's tests, one message each; an empty message ends it."""
-    sources = _receive(channel_fd)
+    sources = receive(channel_fd)
     box = Box({**settings, **sources.pop("limits")})
     compiled, ended = _compile(box, sources)
     _reply(channel_fd, ended)
-    while test := _receive(channel_fd):
+    while test := receive(channel_fd):
         if test["kind"] == "stdin":
             ended = _run(box, lambda: programs.run_program(compiled), stdin=test["input"], output_fd=1)
         elif test["kind"] == "call":
@@ -81,7 +79,7 @@ def _session(channel_fd: int, settings: dict[str, Any]) -> None:
                 output_fd=programs.RESULT_FD,
             )
         else:
-            ended = _run_checks(box, compiled, test["setup"], test["test"])
+            ended = _run_checks(box, compiled, channel_fd)
         _reply(channel_fd, ended)
 
 
@@ -113,8 +111,11 @@ def _run(box: Box, body: Any, *, output_fd: int, stdin: str | None = None, room:
     return ended
 
 
-def _run_checks(box: Box, compiled: bytes, setup: str, test: str) -> Ended:
-    """The answer in one process, the test in another, a pipe each way; the test's process gives the verdict."""
+def _run_checks(box: Box, compiled: bytes, channel_fd: int) -> Ended:
+    """The answer in one process, the test in another, a pipe each way; the test's process gives the verdict.
+
+    That process reads the test from the channel by itself: what this one has seen, its children can find in memory.
+    """
     box.fresh_scratch()
     to_answer, from_tests = os.pipe()
     to_tests, from_answer = os.pipe()
@@ -122,7 +123,7 @@ def _run_checks(box: Box, compiled: bytes, setup: str, test: str) -> Ended:
     errors, give_errors = os.pipe()
     box.start(lambda: checks.serve_answer(compiled), [None, None, None, to_answer, from_answer])
     tests = box.start(
-        lambda: checks.check_answer(setup, test), [None, None, give_errors, to_tests, from_tests, give_verdict]
+        checks.check_answer, [None, None, give_errors, to_tests, from_tests, give_verdict, channel_fd]
     )
     for fd in (to_answer, from_tests, to_tests, from_answer, give_verdict, give_errors):
         os.close(fd)
@@ -146,30 +147,9 @@ def _reply(channel_fd: int, ended: Ended) -> None:
     head = REPLY.pack(
         ended.limit, ended.status, ended.cpu_seconds, ended.wall_seconds, len(ended.output), len(ended.errors)
     )
-    _write(channel_fd, head + ended.output + ended.errors)
+    write(channel_fd, head + ended.output + ended.errors)
 
 
 def _reply_broken(channel_fd: int, text: str) -> None:
     data = text.encode("utf-8", "replace")
-    _write(channel_fd, REPLY.pack(BROKEN, 0, 0.0, 0.0, len(data), 0) + data)
-
-
-def _receive(channel_fd: int) -> Any:
-    (size,) = LENGTH.unpack(_read(channel_fd, LENGTH.size))
-    return marshal.loads(_read(channel_fd, size))
-
-
-def _read(fd: int, size: int) -> bytes:
-    data = bytearray()
-    while len(data) < size:
-        part = os.read(fd, min(size - len(data), 1 << 20))
-        if not part:
-            sys.exit(0)  # the other side is gone
-        data += part
-    return bytes(data)
-
-
-def _write(fd: int, data: bytes) -> None:
-    view = memoryview(data)
-    while view:
-        view = view[os.write(fd, view) :]
+    write(channel_fd, REPLY.pack(BROKEN, 0, 0.0, 0.0, len(data), 0) + data)
