@@ -187,12 +187,12 @@ CHEATS = {
         "def abs(x): return 0\ndef isinstance(*a): return True\ndef len(x): return 7\ndef f(x): return 0"
     ),
     "looks for the expected value": (
-        "import gc, sys\nneedle = '-'.join(['marker', 'of', 'the', 'test'])\ndef f(x):\n    frame = sys._getframe()\n    while frame:\n"
-        "        for v in list(frame.f_locals.values()):\n            if needle in str(v): return 7\n"
-        "        frame = frame.f_back\n"
-        "    for o in gc.get_objects():\n        if isinstance(o, (dict, list, tuple)) and any(\n"
-        "            isinstance(v, (str, bytes)) and needle in str(v) for v in (o.values() if isinstance(o, dict) else o)\n"
-        "        ): return 7\n    return 0"
+        "import gc, sys\nneedle = '-'.join(['marker', 'of', 'the', 'test'])\n"
+        "def known(v):\n    return isinstance(v, (str, bytes)) and needle in str(v) and len(v) > len(needle)\n"
+        "def f(x):\n    frame = sys._getframe()\n    while frame:\n"
+        "        if any(map(known, frame.f_locals.values())): return 7\n        frame = frame.f_back\n"
+        "    for o in gc.get_objects():\n        if isinstance(o, (dict, list, tuple)):\n"
+        "            if any(map(known, o.values() if isinstance(o, dict) else o)): return 7\n    return 0"
     ),
     "answers as the test's process": (
         "import os, struct, json\nos.write(4, struct.pack('<Q', 12) + b'[\"=\", [7, []]')\ndef f(x): return 0"
