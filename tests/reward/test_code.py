@@ -188,7 +188,8 @@ CHEATS = {
     ),
     "looks for the expected value": (
         "import gc, sys\nneedle = '-'.join(['marker', 'of', 'the', 'test'])\n"
-        "def known(v):\n    return isinstance(v, (str, bytes)) and needle in str(v) and len(v) > len(needle)\n"
+        "def known(v):\n    if isinstance(v, dict): return any(map(known, list(v.values()))) if '__name__' not in v else False\n"
+        "    return isinstance(v, (str, bytes)) and needle in str(v) and len(v) > len(needle)\n"
         "def f(x):\n    frame = sys._getframe()\n    while frame:\n"
         "        if any(map(known, frame.f_locals.values())): return 7\n        frame = frame.f_back\n"
         "    for o in gc.get_objects():\n        if isinstance(o, (dict, list, tuple)):\n"
