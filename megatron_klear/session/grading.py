@@ -5,8 +5,9 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from contextlib import ExitStack
+from typing import Protocol
 
-from megatron_klear.config import Settings
+from megatron_klear.config import CodeRewardSettings, RewardSettings, Settings
 from megatron_klear.data import PromptData
 from megatron_klear.errors import ConfigError, DataError, RewardError
 from megatron_klear.records import Domain, Grade
@@ -24,6 +25,30 @@ from megatron_klear.reward import (
 
 _SHOWN_PROBLEMS = 8
 
+
+class ThinkTags(Protocol):
+    """The tags that enclose the thinking part of a response."""
+
+    @property
+    def think_start(self) -> str: ...
+
+    @property
+    def think_end(self) -> str: ...
+
+
+class GradingSettings(Protocol):
+    """The settings that graders are made from; those of every entry that grades have them."""
+
+    @property
+    def reward(self) -> RewardSettings: ...
+
+    @property
+    def code_reward(self) -> CodeRewardSettings: ...
+
+    @property
+    def tokenizer(self) -> ThinkTags: ...
+
+
 _PROBE = ("probe", "```python\nprint(1)\n```", '{"kind": "stdin", "tests": [{"input": "", "output": "1"}]}')
 
 
@@ -35,7 +60,7 @@ class Graders:
         ranks_per_machine: processes that share a machine's workers.
     """
 
-    def __init__(self, settings: Settings, ranks_per_machine: int = 1) -> None:
+    def __init__(self, settings: GradingSettings, ranks_per_machine: int = 1) -> None:
         self._settings, self._ranks = settings, ranks_per_machine
         self._close = ExitStack()
         self._lock = threading.Lock()  # held-out problems may be graded beside those of training
@@ -79,7 +104,7 @@ class Graders:
             return self._code
 
 
-def answer_format(settings: Settings) -> AnswerFormat:
+def answer_format(settings: GradingSettings) -> AnswerFormat:
     """What a response must look like."""
     return AnswerFormat(
         think_start=settings.tokenizer.think_start,
@@ -88,7 +113,7 @@ def answer_format(settings: Settings) -> AnswerFormat:
     )
 
 
-def math_graders(settings: Settings, ranks_per_machine: int = 1) -> MathGraderPool:
+def math_graders(settings: GradingSettings, ranks_per_machine: int = 1) -> MathGraderPool:
     """The math graders that the settings ask for."""
     reward = settings.reward
     return MathGraderPool(
@@ -99,7 +124,9 @@ def math_graders(settings: Settings, ranks_per_machine: int = 1) -> MathGraderPo
     )
 
 
-def code_graders(settings: Settings, ranks_per_machine: int = 1, *, workers: int | None = None) -> CodeGraderPool:
+def code_graders(
+    settings: GradingSettings, ranks_per_machine: int = 1, *, workers: int | None = None
+) -> CodeGraderPool:
     """The code graders that the settings ask for.
 
     Args:
