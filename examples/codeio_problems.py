@@ -94,7 +94,9 @@ def prompt_row(number: int, task: dict[str, Any], tests: list[dict[str, Any]]) -
     }
 
 
-def collect(limit: int, *, sandbox: SandboxMode = "bubblewrap", seed: int = 1) -> tuple[list[dict[str, Any]], Counter[str]]:
+def collect(
+    limit: int, *, sandbox: SandboxMode = "bubblewrap", seed: int = 1
+) -> tuple[list[dict[str, Any]], Counter[str]]:
     """Up to `limit` problems in the order of the data, and the reasons of those that were left out.
 
     Raises:
@@ -128,7 +130,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="JSON lines to write")
     parser.add_argument("--problems", type=int, default=500, metavar="N", help="most problems (default: 500)")
-    parser.add_argument("--sandbox", choices=["bubblewrap", "rlimits"], default="bubblewrap", help="as code_reward.sandbox")
+    parser.add_argument(
+        "--sandbox", choices=["bubblewrap", "rlimits"], default="bubblewrap", help="as code_reward.sandbox"
+    )
     given = parser.parse_args(arguments)
     try:
         rows, left_out = collect(given.problems, sandbox=given.sandbox)

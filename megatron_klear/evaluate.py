@@ -9,16 +9,18 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_klear.config.command_line import parse_tool_arguments
 from megatron_klear.config.evaluating import EVALUATION, EvaluationSettings, load_evaluation, repeated_names
+from megatron_klear.config.rewards import CodeRewardSettings, RewardSettings
 from megatron_klear.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_RESUMABLE, DataError, KlearError
 
 if TYPE_CHECKING:
     from megatron_klear.evaluation import Benchmark, Generation
-    from megatron_klear.reward import MathGraderPool
+    from megatron_klear.session.grading import Graders
 
 _PURPOSE = """\
 Ask a model the problems of benchmarks and grade its answers: avg@n (the accuracy of one response) and pass@k, each with
@@ -67,22 +69,18 @@ def evaluate_model(settings: EvaluationSettings) -> int:
     from megatron_klear.evaluation.asking import facts_of, generations_of, read_benchmarks
     from megatron_klear.evaluation.generations import write_generations
     from megatron_klear.evaluation.writing import GENERATIONS_FILE
-    from megatron_klear.reward import AnswerFormat, MathGraderPool, RewardRules
+    from megatron_klear.session.grading import Graders, GraderSettings, require_sandbox
 
     benchmarks = read_benchmarks(settings.benchmarks)
+    if any(row.domain == "code" for benchmark in benchmarks for row in benchmark.rows):
+        require_sandbox(GraderSettings(reward=settings.reward, code_reward=settings.code_reward))
     out = Path(settings.run.dir)
     out.mkdir(parents=True, exist_ok=True)
     made = generations_of(benchmarks, settings)
     write_generations(out / GENERATIONS_FILE, (item for items in made.values() for item in items))
-    reward = settings.reward
-    pool = MathGraderPool(
-        workers=reward.workers,
-        timeout_seconds=reward.timeout_seconds,
-        rules=RewardRules(correct=reward.correct, wrong=reward.wrong, malformed=reward.malformed),
-        answer_format=AnswerFormat(require_think=reward.require_think),
-    )
+    graders = Graders(GraderSettings(reward=settings.reward, code_reward=settings.code_reward))
     return _finish(
-        out, benchmarks, made, pool, facts=facts_of(settings), seed=settings.run.seed, ks=settings.benchmarks.pass_at
+        out, benchmarks, made, graders, facts=facts_of(settings), seed=settings.run.seed, ks=settings.benchmarks.pass_at
     )
 
 
@@ -90,7 +88,7 @@ def grade_file(options: argparse.Namespace) -> int:
     """Grade a generations file: read, match, judge, write, show."""
     from megatron_klear.evaluation import Benchmark, Rejects, benchmark_name, matched, read_benchmark, read_generations
     from megatron_klear.evaluation.writing import REJECTS_FILE
-    from megatron_klear.reward import AnswerFormat, MathGraderPool
+    from megatron_klear.session.grading import GraderSettings, Tags, require_sandbox
 
     wrong = repeated_names(options.problems, "--problems")
     if wrong:
@@ -106,20 +104,27 @@ def grade_file(options: argparse.Namespace) -> int:
     if not any(made.values()):
         rejects.raise_if_any()
         raise DataError([f"GENERATIONS: {options.grade} holds no responses"])
-    answer_format = AnswerFormat(
-        think_start=options.think_start, think_end=options.think_end, require_think=options.require_think
+    grading = GraderSettings(
+        reward=RewardSettings(
+            require_think=options.require_think, timeout_seconds=options.timeout, workers=options.workers
+        ),
+        code_reward=CodeRewardSettings(workers=options.workers, sandbox=options.sandbox),
+        tokenizer=Tags(think_start=options.think_start, think_end=options.think_end),
     )
-    pool = MathGraderPool(workers=options.workers, timeout_seconds=options.timeout, answer_format=answer_format)
+    if any(row.domain == "code" for benchmark in benchmarks for row in benchmark.rows):
+        require_sandbox(grading)
     notes = [f"{len(rejects)} generations could not be used; {rejects.path.name} says why"] if rejects else []
     facts = {"model": f"generations of {options.grade}", "thinking part required": options.require_think}
-    return _finish(out, benchmarks, made, pool, facts=facts, seed=options.seed, ks=options.pass_at, notes=notes)
+    return _finish(
+        out, benchmarks, made, Graders(grading), facts=facts, seed=options.seed, ks=options.pass_at, notes=notes
+    )
 
 
 def _finish(
     out: Path,
     benchmarks: Sequence[Benchmark],
     made: Mapping[str, Sequence[Generation]],
-    pool: MathGraderPool,
+    graders: Graders,
     *,
     facts: Mapping[str, Any],
     seed: int,
@@ -133,7 +138,7 @@ def _finish(
     from megatron_klear.observe.work_progress import WorkProgress
 
     judged = {}
-    with pool as graders, WorkProgress("grading", sum(map(len, made.values())), noun="responses") as progress:
+    with closing(graders), WorkProgress("grading", sum(map(len, made.values())), noun="responses") as progress:
         for benchmark in benchmarks:
             judged[benchmark.name] = judge(benchmark, made[benchmark.name], graders, progress.advance)
     results = write_evaluation(out, benchmarks, judged, facts=facts, seed=seed, ks=ks, notes=notes)
@@ -163,6 +168,10 @@ def _parser() -> argparse.ArgumentParser:
         "--think-start", default="<think>", metavar="TAG", help="opens the thinking part (default: <think>)"
     )
     parser.add_argument("--think-end", default="</think>", metavar="TAG", help="closes it (default: </think>)")
+    parser.add_argument(
+        "--sandbox", choices=("bubblewrap", "rlimits"), default="bubblewrap",
+        help="what code runs in (default: bubblewrap; rlimits alone lets it read files)",
+    )  # fmt: skip
     parser.add_argument(
         "--require-think", action="store_true",
         help="responses without a closed thinking part are malformed; default: the whole response is read then",

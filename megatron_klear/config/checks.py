@@ -27,6 +27,7 @@ from megatron_klear.config.yarn import check_yarn
 from megatron_klear.errors import ConfigError
 
 if TYPE_CHECKING:
+    from megatron_klear.config.rewards import CodeRewardSettings, RewardSettings
     from megatron_klear.config.schema import Entry, Settings
 
 
@@ -271,14 +272,19 @@ def _check_rewards(settings: Settings, problems: Problems) -> None:
     if start in end or end in start:
         text = f"got {end!r} beside tokenizer.think_start = {start!r}; they must differ, neither inside the other"
         problems.add("tokenizer.think_end", text, "tokenizer.think_start")
-    for name, section in (("reward", reward), ("code_reward", settings.code_reward)):
+    check_rewards(reward, settings.code_reward, problems)
+
+
+def check_rewards(reward: RewardSettings, code: CodeRewardSettings, problems: Problems) -> None:
+    """Note what keeps graders and their rewards from working; for all entries that grade."""
+    sections: tuple[tuple[str, RewardSettings | CodeRewardSettings], ...] = (("reward", reward), ("code_reward", code))
+    for name, section in sections:
         if section.wrong >= section.correct:
             text = f"got {section.wrong}, must be below {name}.correct = {section.correct}"
             problems.add(f"{name}.wrong", text, f"{name}.correct")
         if section.malformed > section.wrong:
             text = f"got {section.malformed}, must not be above {name}.wrong = {section.wrong}"
             problems.add(f"{name}.malformed", text, f"{name}.wrong")
-    code = settings.code_reward
     if code.wall_seconds < code.cpu_seconds:
         text = f"got {code.wall_seconds}, must not be below code_reward.cpu_seconds = {code.cpu_seconds}"
         problems.add("code_reward.wall_seconds", text, "code_reward.cpu_seconds")

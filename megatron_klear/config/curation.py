@@ -11,12 +11,12 @@ from typing import Annotated, Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from megatron_klear.config.checks import Problems
+from megatron_klear.config.checks import Problems, check_rewards
 from megatron_klear.config.data import entry_problems, row_files
 from megatron_klear.config.described import describe_schema
 from megatron_klear.config.fields import SECTION, Positive, Prompts, Responses, Tokens, Unit
 from megatron_klear.config.loading import load_schema
-from megatron_klear.config.rewards import RewardSettings
+from megatron_klear.config.rewards import CodeRewardSettings, RewardSettings
 from megatron_klear.config.sampler import SamplerSettings, sampler_problems
 
 StageName = Literal[
@@ -77,7 +77,7 @@ class CurationInputSettings:
     """Largest share of rows that may be rejected before the run ends as failed; all are listed in rejects.jsonl."""
 
     check_references: bool = True
-    """Reject math rows whose reference the grader does not recognise as its own correct answer."""
+    """Reject math rows whose reference the grader does not find correct as an answer, and code rows with bad tests."""
 
 
 @dataclass(frozen=True, kw_only=True, config=SECTION)
@@ -213,6 +213,7 @@ class CurationSettings:
     correctness: CorrectnessSettings = field(default_factory=CorrectnessSettings)
     solvable: SolvableSettings = field(default_factory=SolvableSettings)
     reward: RewardSettings = field(default_factory=RewardSettings)
+    code_reward: CodeRewardSettings = field(default_factory=CodeRewardSettings)
 
 
 CURATION = describe_schema(CurationSettings)
@@ -283,12 +284,7 @@ def _find_problems(settings: CurationSettings, broken: frozenset[str]) -> list[s
         text = f"got {settings.teacher.responses}, must be at least solvable.k = {settings.solvable.k}"
         if "solvable" in stages:
             problems.add("teacher.responses", text, "solvable.k")
-    if settings.reward.wrong >= settings.reward.correct:
-        text = f"got {settings.reward.wrong}, must be below reward.correct = {settings.reward.correct}"
-        problems.add("reward.wrong", text, "reward.correct")
-    if settings.reward.malformed > settings.reward.wrong:
-        text = f"got {settings.reward.malformed}, must not be above reward.wrong = {settings.reward.wrong}"
-        problems.add("reward.malformed", text, "reward.wrong")
+    check_rewards(settings.reward, settings.code_reward, problems)
     return problems.texts
 
 

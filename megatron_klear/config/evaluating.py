@@ -14,7 +14,7 @@ from pydantic.dataclasses import dataclass
 from megatron_klear.config.described import describe_schema
 from megatron_klear.config.fields import SECTION, Positive, Unit
 from megatron_klear.config.loading import load_schema
-from megatron_klear.config.rewards import RewardSettings
+from megatron_klear.config.rewards import CodeRewardSettings, RewardSettings
 from megatron_klear.config.sampler import SamplerSettings, sampler_problems
 from megatron_klear.config.yarn import Yarn
 
@@ -80,6 +80,7 @@ class EvaluationSettings:
     sampler: SamplerSettings = field(default_factory=SamplerSettings)
     yarn: EvaluationYarnSettings = field(default_factory=EvaluationYarnSettings)
     reward: RewardSettings = field(default_factory=RewardSettings)
+    code_reward: CodeRewardSettings = field(default_factory=CodeRewardSettings)
 
 
 EVALUATION = describe_schema(EvaluationSettings)

@@ -11,7 +11,7 @@ from typing import Any
 from megatron_klear.config.curation import CurationSettings, input_files
 from megatron_klear.curation.batches import batches
 from megatron_klear.curation.first_seen import FirstSeen, is_whole
-from megatron_klear.curation.grading import Graders
+from megatron_klear.curation.grading import RowGraders
 from megatron_klear.curation.reading import InputPart, Reject, read_rows
 from megatron_klear.curation.row import Row
 from megatron_klear.curation.stage import Advance, Stage, UnitLog
@@ -33,7 +33,7 @@ class ReadStage(Stage):
 
     def __init__(self, settings: CurationSettings) -> None:
         self._settings = settings
-        self._graders = Graders(settings.reward)
+        self._graders = RowGraders(settings)
         self._ids: FirstSeen | None = None
 
     def depends_on(self) -> dict[str, Any]:
@@ -75,7 +75,7 @@ class ReadStage(Stage):
             bad = {id(row): text for row, text in self._graders.reference_faults(rows)}
             for row in rows:
                 if id(row) in bad:
-                    log.reject(row, bad[id(row)], "reference that the grader cannot use")
+                    log.reject(row, bad[id(row)], "reference that cannot be graded against")
             rows = [row for row in rows if id(row) not in bad]
         keys = [hashlib.blake2b(row.row_id.encode(), digest_size=16).digest() for row in rows]
         places = [f"{row.file}:{row.line}" for row in rows]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from megatron_klear.config.curation import CurationSettings
 from megatron_klear.config.sampler import SamplerSettings
 from megatron_klear.curation.batches import batches
-from megatron_klear.curation.grading import Graders
+from megatron_klear.curation.grading import RowGraders
 from megatron_klear.curation.row import Response, Row
 from megatron_klear.curation.stage import Advance, Stage, UnitLog
 from megatron_klear.data.chat import ConversationError
@@ -37,7 +37,7 @@ class SamplingStage(Stage):
         self._settings, self._section = settings, section
         self._model: SamplerSettings = getattr(settings, section)
         self._resources = ExitStack()
-        self._graders = Graders(settings.reward)
+        self._graders = RowGraders(settings)
         self._sampler: Sampler | None = None
         self._advance: Advance = lambda count: None
 
@@ -51,9 +51,10 @@ class SamplingStage(Stage):
             seen = [
                 (p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(Path(self._model.hf_dir).iterdir())
             ]
-        reward = asdict(self._settings.reward)
-        del reward["workers"]
-        return {"drawn": drawn, "model": seen, "seed": self._settings.run.seed, "reward": reward}
+        rewards = [asdict(self._settings.reward), asdict(self._settings.code_reward)]
+        for reward in rewards:
+            del reward["workers"]
+        return {"drawn": drawn, "model": seen, "seed": self._settings.run.seed, "rewards": rewards}
 
     def start(self, inputs: Sequence[Path], directory: Path, advance: Advance) -> None:
         """Load the model or find its servers, where the settings name one."""

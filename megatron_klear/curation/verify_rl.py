@@ -8,7 +8,7 @@ from dataclasses import asdict
 from typing import Any
 
 from megatron_klear.config.curation import CurationSettings
-from megatron_klear.curation.code_tests import count_tests
+from megatron_klear.curation.grading import count_tests
 from megatron_klear.curation.responding import RespondStage
 from megatron_klear.curation.row import Row
 from megatron_klear.curation.stage import Stage, UnitLog

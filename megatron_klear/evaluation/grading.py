@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 
+from megatron_klear.data.rows import PromptRow
 from megatron_klear.evaluation.generations import Generation, Rejects
 from megatron_klear.evaluation.results import Judged
 from megatron_klear.evaluation.writing import Benchmark
-from megatron_klear.reward import GradeRequest, MathGraderPool
+from megatron_klear.records import Domain
+from megatron_klear.reward import GradeRequest
+from megatron_klear.session.grading import Graders
 
 _AT_A_TIME = 256
 
@@ -44,7 +47,7 @@ def matched(
 def judge(
     benchmark: Benchmark,
     generations: Sequence[Generation],
-    graders: MathGraderPool,
+    graders: Graders,
     on_graded: Callable[[int], None],
 ) -> list[Judged]:
     """Grade the responses to a benchmark's problems, in their order.
@@ -56,19 +59,18 @@ def judge(
         on_graded: told how many more were graded, from time to time.
 
     Raises:
-        RewardError: no grader could be started.
+        RewardError: no grader of a domain could be started.
     """
-    references = {row.row_id: row.reference for row in benchmark.rows}
+    rows = {row.row_id: row for row in benchmark.rows}
     judged: list[Judged] = []
     for first in range(0, len(generations), _AT_A_TIME):
         some = generations[first : first + _AT_A_TIME]
-        requests = [
-            GradeRequest(
-                f"{made.problem_id}#{made.index}", made.response, references[made.problem_id], made.finish_reason
-            )
-            for made in some
-        ]
-        grades = graders.grade_many(requests)
+        grades = graders.grade_many([_request(made, rows[made.problem_id]) for made in some])
         judged += [Judged(generation=made, grade=grade) for made, grade in zip(some, grades, strict=True)]
         on_graded(len(some))
     return judged
+
+
+def _request(made: Generation, row: PromptRow) -> tuple[Domain, GradeRequest]:
+    name = f"{made.problem_id}#{made.index}"
+    return row.domain, GradeRequest(name, made.response, row.reference, made.finish_reason)

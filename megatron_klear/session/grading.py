@@ -5,8 +5,10 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Protocol
 
-from megatron_klear.config import Settings
+from megatron_klear.config import CodeRewardSettings, RewardSettings, Settings
 from megatron_klear.data import PromptData
 from megatron_klear.errors import ConfigError, DataError, RewardError
 from megatron_klear.records import Domain, Grade
@@ -24,6 +26,47 @@ from megatron_klear.reward import (
 
 _SHOWN_PROBLEMS = 8
 
+
+class ThinkTags(Protocol):
+    """The tags that enclose the thinking part of a response."""
+
+    @property
+    def think_start(self) -> str: ...
+
+    @property
+    def think_end(self) -> str: ...
+
+
+class GradingSettings(Protocol):
+    """The settings that graders are made from; those of every entry that grades have them."""
+
+    @property
+    def reward(self) -> RewardSettings: ...
+
+    @property
+    def code_reward(self) -> CodeRewardSettings: ...
+
+    @property
+    def tokenizer(self) -> ThinkTags: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tags:
+    """The usual tags."""
+
+    think_start: str = "<think>"
+    think_end: str = "</think>"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GraderSettings:
+    """What graders are made from, for an entry whose settings have no section `tokenizer`."""
+
+    reward: RewardSettings = field(default_factory=RewardSettings)
+    code_reward: CodeRewardSettings = field(default_factory=CodeRewardSettings)
+    tokenizer: Tags = Tags()
+
+
 _PROBE = ("probe", "```python\nprint(1)\n```", '{"kind": "stdin", "tests": [{"input": "", "output": "1"}]}')
 
 
@@ -35,7 +78,7 @@ class Graders:
         ranks_per_machine: processes that share a machine's workers.
     """
 
-    def __init__(self, settings: Settings, ranks_per_machine: int = 1) -> None:
+    def __init__(self, settings: GradingSettings, ranks_per_machine: int = 1) -> None:
         self._settings, self._ranks = settings, ranks_per_machine
         self._close = ExitStack()
         self._lock = threading.Lock()  # held-out problems may be graded beside those of training
@@ -78,7 +121,7 @@ class Graders:
             return self._code
 
 
-def answer_format(settings: Settings) -> AnswerFormat:
+def answer_format(settings: GradingSettings) -> AnswerFormat:
     """What a response must look like."""
     return AnswerFormat(
         think_start=settings.tokenizer.think_start,
@@ -87,7 +130,7 @@ def answer_format(settings: Settings) -> AnswerFormat:
     )
 
 
-def math_graders(settings: Settings, ranks_per_machine: int = 1) -> MathGraderPool:
+def math_graders(settings: GradingSettings, ranks_per_machine: int = 1) -> MathGraderPool:
     """The math graders that the settings ask for."""
     reward = settings.reward
     return MathGraderPool(
@@ -98,7 +141,9 @@ def math_graders(settings: Settings, ranks_per_machine: int = 1) -> MathGraderPo
     )
 
 
-def code_graders(settings: Settings, ranks_per_machine: int = 1, *, workers: int | None = None) -> CodeGraderPool:
+def code_graders(
+    settings: GradingSettings, ranks_per_machine: int = 1, *, workers: int | None = None
+) -> CodeGraderPool:
     """The code graders that the settings ask for.
 
     Args:
@@ -157,7 +202,7 @@ def require_gradable(data: PromptData, setting: str, settings: Settings) -> None
         require_sandbox(settings)
 
 
-def require_sandbox(settings: Settings) -> None:
+def require_sandbox(settings: GradingSettings) -> None:
     """Refuse settings whose sandbox cannot be made on this machine, by making it.
 
     Raises:

@@ -16,7 +16,7 @@ from megatron_klear.config.curation import load_curation_settings
 from megatron_klear.curation import CurationResult, curate
 
 SECTIONS = ("input", "decontamination", "sources", "selection", "tests", "teacher", "sampler", "difficulty",
-            "correctness", "solvable", "reward", "dedup")  # fmt: skip
+            "correctness", "solvable", "reward", "code_reward", "dedup")  # fmt: skip
 
 
 def lines(path: Path) -> list[dict[str, Any]]:

@@ -35,7 +35,7 @@ def test_every_setting_is_described(capsys: Captured) -> None:
     for path, item in CURATION.fields.items():
         assert len(item.help) > 10, path
         assert item.help.endswith("."), path
-        if item.kind.startswith(("integer", "number")) and not path.startswith("reward."):
+        if item.kind.startswith(("integer", "number")) and not path.startswith(("reward.", "code_reward.")):
             assert item.bound, path
             assert item.unit or path == "run.seed" or item.kind.startswith("number"), path
 

@@ -114,9 +114,15 @@ def test_code_problems_need_tests(run_curation: RunCuration) -> None:
         return {**row(number, f"Program {number}"), "domain": "code", "reference": reference}
 
     case = {"input": "1", "output": "1"}
+
+    def stdin(count: int) -> dict[str, Any]:
+        return {"kind": "stdin", "tests": [case] * count}
+
+    checks = [f"assert add({i}, 1) == {i + 1}" for i in range(20)]
+    pytest_code = "".join(f"def test_{i}():\n    assert f() == {i}\n" for i in range(3))
     rows = [
-        code(1, [case] * 16), code(2, [case] * 15), code(3, {"inputs": ["1"] * 20, "outputs": ["1"] * 20}),
-        code(4, '{"nothing": 1}'), code(5, {"tests": [case] * 3}), row(6),
+        code(1, stdin(16)), code(2, stdin(15)), code(3, {"kind": "assert", "tests": checks}),
+        code(4, {"nothing": 1}), code(5, {"kind": "pytest", "code": pytest_code}), row(6),
     ]  # fmt: skip
     done = run_curation(rows, stages=("tests",))
     assert done.ids == ["r1", "r3", "r6"]
@@ -125,3 +131,27 @@ def test_code_problems_need_tests(run_curation: RunCuration) -> None:
     assert done.audit("tests")["tables"]["code problems by number of tests"] == {
         "16 to 31": 2, "8 to 15": 1, "1 to 3": 1,
     }  # fmt: skip
+
+
+def test_code_for_rl_needs_one_response_that_passes_all_tests(run_curation: RunCuration) -> None:
+    tests = {"kind": "stdin", "tests": [{"input": f"{i}", "output": f"{i + 1}"} for i in range(3)]}
+    good = "<think>so</think>```python\nprint(int(input()) + 1)\n```"
+    part = "<think>so</think>```python\nprint(1)\n```"  # passes the first test only
+    none = "<think>so</think>```python\nimport os\nos._exit(0)\n```"
+
+    def code(number: int, *responses: str) -> dict[str, Any]:
+        problem = {"domain": "code", "reference": tests, "responses": list(responses)}
+        return {**row(number, f"Add one, program {number}"), **problem}
+
+    rows = [code(1, part, none, good), code(2, part, part, none)]
+    settings: dict[str, Any] = {
+        "stages": ("solvable",), "solvable": {"k": 3}, "teacher": {"responses": 3},
+        "code_reward": {"workers": 1}, "input": {"check_references": True},
+    }  # fmt: skip
+    done = run_curation(rows, **settings)
+    assert done.ids == ["r1"]
+    assert done.audit("solvable")["tables"]["responses by outcome"] == {"partial": 3, "wrong": 2, "correct": 1}
+    assert done.reasons("solvable") == {"code: pass@3 not above 0.5": 1}
+    # The other reading: a share of responses above one half.
+    stricter = {**settings, "solvable": {"k": 3, "code_rule": "pass_rate", "code_above": 0.3}}
+    assert run_curation(rows, **stricter).ids == ["r1"]

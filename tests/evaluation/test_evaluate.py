@@ -78,6 +78,24 @@ def test_the_page_shows_responses_and_runs_nothing_of_them(graded: Path) -> None
     assert page.index("aime:1") < page.index("aime:2")  # hardest first
 
 
+def test_livecodebench_answers_are_run_against_public_and_private_tests(tmp_path: Path) -> None:
+    tests = [{"input": f"{i}\n", "output": f"{i + 1}\n", "testtype": "stdin"} for i in range(3)]
+    row = {
+        "question_id": "abc", "question_content": "Add one.", "starter_code": "", "metadata": "{}",
+        "public_test_cases": json.dumps(tests[:1]), "private_test_cases": json.dumps(tests[1:]),
+    }  # fmt: skip
+    problems = write(tmp_path / "livecodebench.jsonl", row)
+    right = "I add.\n```python\nprint(int(input()) + 1)\n```"
+    public_only = "```python\nprint(1)\n```"
+    generations = write(tmp_path / "made.jsonl", {"problem_id": "abc", "responses": [right, public_only, "none"]})
+    arguments = ["--grade", generations, "--problems", problems, "--sandbox", "rlimits", "--workers", "1"]
+    assert evaluate.main(arguments) == 0
+    (result,) = json.loads((tmp_path / "made-graded" / "results.json").read_text())["benchmarks"]
+    assert result["avg"]["mean"] == pytest.approx(1 / 3)  # the share of tests passed is the reward, not the accuracy
+    assert result["outcomes"] == {"correct": 1, "wrong": 1, "partial": 1, "malformed": 0, "ungraded": 0}
+    assert result["mean_reward"] == pytest.approx((1 + 1 / 3 + 0) / 3)
+
+
 def test_wrong_input_is_told_with_status_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     problems = write(tmp_path / "p.jsonl", {"problem": "2 + 2?", "answer": "4"})
     generations = write(tmp_path / "g.jsonl", {"problem_id": "nobody", "response": GOOD})
