@@ -53,6 +53,7 @@ def write_audit(records: Sequence[StageRecord], settings: CurationSettings) -> P
             "units": r.units,
             "kept_units": r.kept_units,
             "seconds": round(r.seconds, 3),
+            "cpu_seconds": round(r.cpu_seconds, 3),
             **r.audit.to_object(),
         }
         for r in records

@@ -44,7 +44,7 @@ class StageRecord:
         audit: counts and examples.
         units: number of units.
         kept_units: units that an earlier start had finished.
-        seconds: work on all units, added up over processes and starts.
+        seconds, cpu_seconds: work on all units, added up over processes and starts.
     """
 
     name: str
@@ -55,6 +55,7 @@ class StageRecord:
     units: int
     kept_units: int
     seconds: float
+    cpu_seconds: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -168,6 +169,7 @@ class _StageRun:
             units=len(jobs),
             kept_units=kept,
             seconds=sum(manifest["seconds"] for manifest in ordered),
+            cpu_seconds=sum(manifest["cpu_seconds"] for manifest in ordered),
         )
 
     def _prepare(self, digests: Sequence[str]) -> str:

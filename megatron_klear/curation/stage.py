@@ -146,7 +146,7 @@ def do_unit(stage: Stage, job: UnitJob, advance: Advance = lambda count: None) -
     Raises:
         OSError: files cannot be read or written.
     """
-    began = time.monotonic()
+    began, cpu_began = time.monotonic(), time.process_time()
     job.manifest.unlink(missing_ok=True)
     logs = {kind: job.log(kind) for kind in ("dropped", "rejects")}
     stem = job.rows / f"{job.number:06d}"
@@ -168,13 +168,14 @@ def do_unit(stage: Stage, job: UnitJob, advance: Advance = lambda count: None) -
         sync(path)
     files = {os.path.relpath(path, job.directory): digest_of(path) for path in [*writer.files, *logs.values()]}
     rows = [os.path.relpath(path, job.directory) for path in writer.files]
-    seconds = round(time.monotonic() - began, 3)
+    seconds, cpu_seconds = time.monotonic() - began, time.process_time() - cpu_began
     manifest = {
         "number": job.number,
         "rows": rows,
         "digests": files,
         "audit": log.audit.to_object(),
-        "seconds": seconds,
+        "seconds": round(seconds, 3),
+        "cpu_seconds": round(cpu_seconds, 3),
     }
     write_json(job.manifest, manifest)
     return manifest
