@@ -88,7 +88,7 @@ def grade_file(options: argparse.Namespace) -> int:
     """Grade a generations file: read, match, judge, write, show."""
     from megatron_klear.evaluation import Benchmark, Rejects, benchmark_name, matched, read_benchmark, read_generations
     from megatron_klear.evaluation.writing import REJECTS_FILE
-    from megatron_klear.session.grading import GraderSettings, Tags, require_sandbox
+    from megatron_klear.session.grading import Graders, GraderSettings, Tags, require_sandbox
 
     wrong = repeated_names(options.problems, "--problems")
     if wrong:

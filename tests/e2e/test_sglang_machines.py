@@ -14,7 +14,7 @@ import psutil
 from megatron_klear.config.serving import SglangSettings
 from megatron_klear.observe import names
 from megatron_klear.rollout.ledger import LedgerReader
-from tests.e2e.test_sglang import CONFIG, command_line, servers_of, wait_for
+from tests.e2e.served_runs import CONFIG, command_line, servers_of, wait_for
 
 HOSTS = ("127.0.0.1", "127.0.0.2")
 
