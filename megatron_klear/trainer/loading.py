@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Any, Protocol, Self
 
 import torch
 
@@ -151,5 +151,5 @@ def tensors_of(batch: PackedBatch) -> dict[str, torch.Tensor]:
     return {name: value for name, value in fields.items() if isinstance(value, torch.Tensor)}
 
 
-def _with_tensors(batch: PackedBatch, tensors: dict[str, torch.Tensor]) -> PackedBatch:
+def _with_tensors(batch: PackedBatch, tensors: Mapping[str, Any]) -> PackedBatch:
     return dataclasses.replace(batch, **tensors)

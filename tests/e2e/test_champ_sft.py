@@ -1,4 +1,4 @@
-"""SFT on real chains of thought, at 1,024 and at 32,768 tokens: the same losses and the same sequences in any layout."""
+"""SFT on real chains of thought, at 1,024 and 32,768 tokens: the same losses and the same sequences in any layout."""
 
 from __future__ import annotations
 
@@ -20,7 +20,13 @@ ROOT = Path(__file__).parents[2]
 CONFIG = "examples/champ_sft.yaml"
 TP2_CP2 = ["parallel.tp=2", "parallel.cp=2", "parallel.sequence_parallel=true"]
 BUDGETS = {
-    1024: ["packing.token_budget=1024", "packing.oversize=drop", "sft.batch_bins=8", "sft.epochs=2"],
+    1024: [
+        "packing.token_budget=1024",
+        "packing.oversize=drop",
+        "sft.normalizer=token",
+        "sft.batch_bins=8",
+        "sft.epochs=2",
+    ],
     32768: ["packing.token_budget=32768", "sft.batch_bins=1", "sft.epochs=1"],
 }
 
@@ -83,12 +89,11 @@ def require_equal(run: Path, other: Path) -> None:
     one, two = metrics(run), metrics(other)
     assert len(one) == len(two) >= 3
     losses = [np.array([line["loss/total"] for line in lines]) for lines in (one, two)]
-    # float32 sums over some thousand tokens, in another order: a few 1e-7 of the loss, a little more from step to step.
-    np.testing.assert_allclose(losses[0], losses[1], rtol=5e-6)
+    # float32, whose unit is 6e-8, summed in another order; over the steps the weights drift apart by as little.
+    np.testing.assert_allclose(losses[0], losses[1], rtol=3e-7)
     np.testing.assert_allclose(
-        [line["optimizer/grad_norm"] for line in one], [line["optimizer/grad_norm"] for line in two], rtol=1e-4
+        [line["optimizer/grad_norm"] for line in one], [line["optimizer/grad_norm"] for line in two], rtol=5e-6
     )
-    assert losses[0][-1] < losses[0][0] - 0.05
     assert all(line["phase_seconds/wait_for_data"] >= 0 for line in one)
 
 
@@ -104,6 +109,7 @@ def test_1024_tokens_killed_in_tp2_cp2_and_resumed_in_dp2_equals_one_process(sta
     resumed = start("train_sft", CONFIG, overrides(champ, killed, 1024), ranks=2)
     assert resumed.wait() == [0, 0], resumed.output()
     require_equal(whole, killed)
+    assert metrics(whole)[-1]["loss/total"] < metrics(whole)[0]["loss/total"] - 0.2
     assert trained_ids(killed) == trained_ids(whole)
     require_each_once_per_epoch(killed, champ, epochs=2)
     dropped = [json.loads(line) for line in (killed / "dropped.jsonl").read_text().splitlines()]
