@@ -133,7 +133,9 @@ def _shared_by(count: int, times: dict[str, float]) -> dict[str, float]:
 
 def show(result: dict[str, Any], console: Console) -> None:
     """Print the tables."""
-    table = Table(title=f"{result['responses']} responses x {TESTS} tests, {result['cores']} cores", title_justify="left")
+    table = Table(
+        title=f"{result['responses']} responses x {TESTS} tests, {result['cores']} cores", title_justify="left"
+    )
     for heading in ("workers", "code, s", "tests/s", "math, s", "answers/s"):
         table.add_column(heading, justify="right")
     for workers, row in result["by_workers"].items():
@@ -159,7 +161,9 @@ def plot(result: dict[str, Any], file: Path) -> None:
     for x, y in zip(workers, seconds, strict=True):
         axes.annotate(f"{y:.0f} s", (x, y), textcoords="offset points", xytext=(0, 8), ha="center")
     axes.set(xlabel="workers", ylabel="seconds", ylim=(0, max(LIMIT_SECONDS, *seconds) * 1.15), xticks=workers)
-    axes.set_title(f"{result['responses']:,} responses x {TESTS} tests on {result['cores']} cores", loc="left", fontsize=10)
+    axes.set_title(
+        f"{result['responses']:,} responses x {TESTS} tests on {result['cores']} cores", loc="left", fontsize=10
+    )
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(file, dpi=120)

@@ -30,12 +30,11 @@ _LONGEST_TESTS = 20_000
 """Characters of a problem's tests."""
 
 _GENERATE = """
-import json as _json, random as _random
+import json as _json
 from random import Random
 {generator}
 def _tests(seed, wanted):
     rng, tests = Random(seed), {{}}
-    _random.seed(seed)
     for _ in range(20 * wanted):
         given = generate_inputs(rng)
         key = _json.dumps(given, sort_keys=True)
@@ -94,7 +93,9 @@ def prompt_row(number: int, task: dict[str, Any], tests: list[dict[str, Any]]) -
     }
 
 
-def collect(limit: int, *, sandbox: SandboxMode = "bubblewrap", seed: int = 1) -> tuple[list[dict[str, Any]], Counter[str]]:
+def collect(
+    limit: int, *, sandbox: SandboxMode = "bubblewrap", seed: int = 1
+) -> tuple[list[dict[str, Any]], Counter[str]]:
     """Up to `limit` problems in the order of the data, and the reasons of those that were left out.
 
     Raises:
@@ -128,7 +129,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="JSON lines to write")
     parser.add_argument("--problems", type=int, default=500, metavar="N", help="most problems (default: 500)")
-    parser.add_argument("--sandbox", choices=["bubblewrap", "rlimits"], default="bubblewrap", help="as code_reward.sandbox")
+    parser.add_argument(
+        "--sandbox", choices=["bubblewrap", "rlimits"], default="bubblewrap", help="as code_reward.sandbox"
+    )
     given = parser.parse_args(arguments)
     try:
         rows, left_out = collect(given.problems, sandbox=given.sandbox)

@@ -13,6 +13,7 @@ from megatron_klear.records import FinishReason
 from megatron_klear.reward.rules import AnswerFormat, Verdict
 from megatron_klear.reward.think import split_thinking
 
+
 class Question(NamedTuple):
     """What a worker decides; equal questions have equal verdicts.
 

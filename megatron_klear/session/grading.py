@@ -170,4 +170,6 @@ def require_sandbox(settings: Settings) -> None:
     except RewardError as error:
         raise ConfigError([str(error).removeprefix("no code grading worker could be started: ")]) from error
     if grade.outcome != "correct":
-        raise ConfigError([f"code_reward: a program that prints 1 cannot be graded within these limits: {grade.reason}"])
+        raise ConfigError(
+            [f"code_reward: a program that prints 1 cannot be graded within these limits: {grade.reason}"]
+        )

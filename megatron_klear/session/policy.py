@@ -13,6 +13,7 @@ from megatron_klear.records import FloatArray, ScoredGroup
 from megatron_klear.session.session import Session
 from megatron_klear.trainer import to_score
 
+
 def objective(settings: AlgorithmSettings) -> PolicyObjective:
     """The policy loss that the settings ask for."""
     return PolicyObjective(

@@ -25,9 +25,7 @@ def tried(body: str) -> str:
     return _TRY.format(body="\n".join("    " + line for line in body.strip().splitlines()))
 
 
-READS_FILES = frozenset(
-    {"passwords", "processes", "the test file", "search for the test file", "symbolic link"}
-)
+READS_FILES = frozenset({"passwords", "processes", "the test file", "search for the test file", "symbolic link"})
 """Attacks that the mode `rlimits` does not stop."""
 
 FILLS_SCRATCH = frozenset({"many files", "full scratch", "deep folders"})

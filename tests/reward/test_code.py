@@ -316,7 +316,9 @@ def test_one_response(bubblewrap: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (grade.outcome, grade.reward) == ("correct", 1.0)
     bare = AnswerFormat(require_think=False)
     assert grade_code("```\nprint(2)\n```", prints("1"), answer_format=bare).outcome == "wrong"
-    assert grade_code(program("print(2)"), prints("1"), rules=CodeRewardRules(wrong=-1.0, malformed=-1.0)).reward == -1.0
+    assert (
+        grade_code(program("print(2)"), prints("1"), rules=CodeRewardRules(wrong=-1.0, malformed=-1.0)).reward == -1.0
+    )
     broken = CodeGraderPool(workers=1, python="/nonexistent")
     monkeypatch.setattr(code, "_shared", (os.getpid(), broken))
     failed = grade_code(program("print(1)"), prints("1"))

@@ -50,7 +50,10 @@ def attack(pool: CodeGraderPool, names: list[str], secret: Path) -> dict[str, Gr
     requests = []
     for name in names:
         code = PROGRAMS[name][1].replace("{secret}", str(secret))
-        requests += [(name, program(code), prints(NEVER)), (f"after {name}", GOOD[1].replace("1)", f"1) # {name}"), GOOD[2])]
+        requests += [
+            (name, program(code), prints(NEVER)),
+            (f"after {name}", GOOD[1].replace("1)", f"1) # {name}"), GOOD[2]),
+        ]
     grades = dict(zip([r[0] for r in requests], pool.grade_many(requests), strict=True))
     assert [n for n in names if grades[f"after {n}"].outcome != "correct"] == []
     return {name: grades[name] for name in names}
@@ -83,7 +86,9 @@ def test_hostile_programs_are_contained_and_nothing_is_left(
 
     assert {n: g for n, g in grades.items() if g.outcome != "wrong" or g.reward != 0.0} == {}
     assert {n: g.reason for n, g in grades.items() if PROGRAMS[n][0] not in g.reason or "ESCAPED" in g.reason} == {}
-    assert all(g.reason.isprintable() and NEVER not in g.reason.replace(f"expected {NEVER!r}", "") for g in grades.values())
+    assert all(
+        g.reason.isprintable() and NEVER not in g.reason.replace(f"expected {NEVER!r}", "") for g in grades.values()
+    )
     # The sandboxes that ran all of it are the first ones still, and hold the two processes that they began with.
     assert code_graders.worker_pids() == workers
     assert settled(code_graders, 2), in_sandboxes(code_graders)
@@ -99,7 +104,9 @@ def test_hostile_programs_are_contained_and_nothing_is_left(
     assert secret.read_text() == NEVER
 
 
-def test_processes_are_bounded_and_ended_where_they_are_allowed(bubblewrap: str, canary: subprocess.Popen[bytes]) -> None:
+def test_processes_are_bounded_and_ended_where_they_are_allowed(
+    bubblewrap: str, canary: subprocess.Popen[bytes]
+) -> None:
     bomb = "import os\nwhile True:\n    try:\n        os.fork()\n    except OSError:\n        pass"
     daemons = (
         "import os, time\nfor _ in range(5):\n    if os.fork() == 0:\n        os.setsid()\n"
@@ -198,7 +205,10 @@ def test_sandboxes_end_with_a_killed_parent(bubblewrap: str) -> None:
 
 def test_no_bubblewrap_is_refused_with_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(view.shutil, "which", lambda *_, **__: None)
-    with CodeGraderPool(workers=1) as pool, pytest.raises(RewardError, match="not installed.*code_reward.sandbox=rlimits"):
+    with (
+        CodeGraderPool(workers=1) as pool,
+        pytest.raises(RewardError, match="not installed.*code_reward.sandbox=rlimits"),
+    ):
         pool.grade_many([GOOD])
 
 
@@ -217,7 +227,9 @@ def test_a_kernel_that_allows_no_namespaces_is_refused_with_what_to_do(
         assert words in str(caught.value)
 
 
-@pytest.mark.parametrize(("python", "why"), [("/nonexistent", "code_reward.python"), ("/bin/true", "code_reward.python")])
+@pytest.mark.parametrize(
+    ("python", "why"), [("/nonexistent", "code_reward.python"), ("/bin/true", "code_reward.python")]
+)
 def test_an_interpreter_that_is_none_is_refused(python: str, why: str) -> None:
     with CodeGraderPool(workers=1, python=python) as pool, pytest.raises(RewardError, match=why):
         pool.grade_many([GOOD])

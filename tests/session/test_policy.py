@@ -13,10 +13,8 @@ import numpy as np
 import pytest
 
 from megatron_klear.config import AlgorithmSettings, RlSettings
-from megatron_klear.data import PromptData
-from megatron_klear.errors import DataError
 from megatron_klear.records import ScoredGroup
-from megatron_klear.session.policy import filtered, minibatches, objective, old_logprobs, require_gradable
+from megatron_klear.session.policy import filtered, minibatches, objective, old_logprobs
 
 MakeGroup = Callable[..., ScoredGroup]
 
@@ -41,6 +39,12 @@ def test_groups_without_signal_or_without_any_grade_are_left_out(
     groups = [make_group(name, rewards) for name, rewards in REWARDS.items()]
     found = filtered(groups, AlgorithmSettings(filter_zero_advantage=filtering))
     assert [g.group.prompt.prompt_id for g in found] == kept
+
+
+def test_a_filter_by_correctness_drops_groups_that_differ_in_partial_scores_only(make_group: MakeGroup) -> None:
+    groups = [make_group(name, rewards) for name, rewards in REWARDS.items()]
+    found = filtered(groups, AlgorithmSettings(filter_metric="correctness"))
+    assert [g.group.prompt.prompt_id for g in found] == ["mixed", "half"]
 
 
 def test_an_advantage_that_is_no_number_is_kept_for_the_finiteness_check(make_group: MakeGroup) -> None:
@@ -91,12 +95,3 @@ def test_old_logprobs_are_the_trainers(make_group: MakeGroup) -> None:
     assert list(by_name) == asked["ids"]
     assert all(np.array_equal(by_name[name], answered[name]) for name in asked["ids"])
     assert old_logprobs(session, []) == {}
-
-
-def test_prompts_that_nothing_grades_are_refused_by_name(make_group: MakeGroup) -> None:
-    math_prompt = make_group("m", [1, -1]).group.prompt
-    code = replace(math_prompt, prompt_id="c", domain="code")
-    data = PromptData(prompts=(math_prompt, code), dropped_ids=(), fingerprint="")
-    with pytest.raises(DataError, match=r"data.prompts: 1 prompts are of domain code \(c\.\.\.\), which has no grader"):
-        require_gradable(data, "data.prompts")
-    require_gradable(PromptData(prompts=(math_prompt,), dropped_ids=(), fingerprint=""), "data.prompts")

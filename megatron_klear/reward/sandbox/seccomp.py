@@ -169,4 +169,3 @@ def _one_of(index: int, values: tuple[int, ...]) -> list[_Op]:
     for value in values:
         ops += [_Op(_EQUAL, value, 0, 1), _Op(_RETURN, _ALLOW)]
     return [*ops, _Op(_RETURN, _EPERM)]
-

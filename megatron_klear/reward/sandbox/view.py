@@ -81,7 +81,9 @@ def _other_names(path: str) -> list[str]:
     if not os.path.isfile(path):
         return []
     folder = os.path.dirname(path)
-    names = [e.path for e in os.scandir(folder) if e.is_symlink() and os.path.realpath(e.path) == os.path.realpath(path)]
+    names = [
+        e.path for e in os.scandir(folder) if e.is_symlink() and os.path.realpath(e.path) == os.path.realpath(path)
+    ]
     names += [str(p) for p in Path("/lib64").glob("ld-linux*") if os.path.realpath(p) == os.path.realpath(path)]
     names += [str(p) for p in Path("/lib").glob("ld-linux*") if os.path.realpath(p) == os.path.realpath(path)]
     return names
@@ -134,5 +136,3 @@ def explain_refusal(printed: str) -> str:
         "apparmor=unconfined). Or set code_reward.sandbox=rlimits: code then has limits and the filter of system "
         "calls, but can read this machine's files"
     )
-
-

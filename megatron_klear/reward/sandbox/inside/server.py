@@ -122,9 +122,7 @@ def _run_checks(box: Box, compiled: bytes, channel_fd: int) -> Ended:
     verdict, give_verdict = os.pipe()
     errors, give_errors = os.pipe()
     box.start(lambda: checks.serve_answer(compiled), [None, None, None, to_answer, from_answer])
-    tests = box.start(
-        checks.check_answer, [None, None, give_errors, to_tests, from_tests, give_verdict, channel_fd]
-    )
+    tests = box.start(checks.check_answer, [None, None, give_errors, to_tests, from_tests, give_verdict, channel_fd])
     for fd in (to_answer, from_tests, to_tests, from_answer, give_verdict, give_errors):
         os.close(fd)
     ended = box.watch(tests, verdict, errors, box.settings["output_bytes"])
