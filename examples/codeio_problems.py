@@ -30,12 +30,11 @@ _LONGEST_TESTS = 20_000
 """Characters of a problem's tests."""
 
 _GENERATE = """
-import json as _json, random as _random
+import json as _json
 from random import Random
 {generator}
 def _tests(seed, wanted):
     rng, tests = Random(seed), {{}}
-    _random.seed(seed)
     for _ in range(20 * wanted):
         given = generate_inputs(rng)
         key = _json.dumps(given, sort_keys=True)

@@ -1,6 +1,7 @@
 """Check on this machine that the numbers are right: every equation of the paper, and every way to spread the work.
 
     python -m megatron_klear.verify [--processes 1,2,4] [--device auto|cpu|cuda] [--equations-only | --layouts-only]
+    python -m megatron_klear.verify --rewards CONFIG.yaml [section.field=value ...] [--probes FILE]
 
 Arguments are judged before torch is imported.
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+import warnings
 from collections.abc import Iterable, Sequence
 
 from megatron_klear.conformance.launch import Launch, LaunchResult, plan_launches, run_layouts
@@ -30,7 +32,11 @@ Check on this machine that the numbers are right, and print what was found as ta
 Equations: each one of the paper that is computed, against a transcription of it, in float64.
 Layouts: the training loss, all gradients, all logprobs and the weights after an update, computed by several processes
 in many layouts (tensor, sequence, pipeline, context and data parallel, packing, recomputation), against transformers
-in one process in float64. Their errors are in units of what transformers loses in the same data type."""
+in one process in float64. Their errors are in units of what transformers loses in the same data type.
+
+With --rewards, in place of these, the rewards of a run's settings: that its filter compares what it trains on, that no
+worse response earns more, that a problem has the same tests wherever it occurs, that graders seldom fail, and that answer
+keys, other answers and known probes come out as they are known."""
 
 _EPILOG = "Exit status: 0 everything passed, 1 something did not, 2 wrong usage."
 
@@ -39,6 +45,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the checks, print the tables; returns the exit status."""
     began = time.monotonic()
     options = _parse(argv)
+    if options.rewards is not None:
+        # Megatron warns on import of every optional package that is not there.
+        warnings.filterwarnings("ignore", module=r"megatron\..*")
+        from megatron_klear.session.reward_lint_command import lint_command
+
+        return lint_command(
+            options.rewards,
+            options.overrides,
+            make_console(sys.stdout),
+            probes=options.probes,
+            max_ungraded=options.max_ungraded,
+            max_rows=options.max_rows,
+        )
     import torch
 
     num_gpus = 0 if options.device == "cpu" else torch.cuda.device_count()
@@ -109,7 +128,48 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     only = parser.add_mutually_exclusive_group()
     only.add_argument("--equations-only", action="store_true", help="leave out the layouts")
     only.add_argument("--layouts-only", action="store_true", help="leave out the equations")
-    return parser.parse_args(argv)
+    rewards = parser.add_argument_group("rewards")
+    rewards.add_argument("--rewards", metavar="CONFIG.yaml", help="judge the rewards of these settings of train_rl")
+    rewards.add_argument("overrides", nargs="*", metavar="section.field=value", help="settings to change")
+    rewards.add_argument(
+        "--probes",
+        metavar="FILE",
+        help='further known answers, JSON lines {"domain", "response", "reference", "expected": outcome}',
+    )
+    rewards.add_argument(
+        "--max-ungraded",
+        type=_share,
+        default=0.01,
+        metavar="SHARE",
+        help="largest share of problems whose answer key may be ungraded (default: 0.01)",
+    )
+    rewards.add_argument(
+        "--max-rows",
+        type=_count,
+        default=1000,
+        metavar="N",
+        help="most problems to grade, evenly spaced (default: 1000)",
+    )
+    options = parser.parse_args(argv)
+    if options.rewards is None and (options.overrides or options.probes):
+        parser.error("settings and --probes need --rewards CONFIG.yaml")
+    return options
+
+
+def _share(text: str) -> float:
+    try:
+        share = float(text)
+    except ValueError:
+        share = -1.0
+    if not 0 <= share <= 1:
+        raise argparse.ArgumentTypeError(f"got {text!r}, must be a number from 0 to 1")
+    return share
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"got {text!r}, must be a whole number of at least 1")
+    return int(text)
 
 
 def _process_counts(text: str) -> tuple[int, ...]:

@@ -44,6 +44,7 @@ def fenced(code: str) -> str:
 _TWO_TESTS = json.dumps(
     {"kind": "stdin", "tests": [{"input": "1\n", "output": "2\n"}, {"input": "2\n", "output": "4\n"}]}
 )
+_ONE_TEST = json.dumps({"kind": "stdin", "tests": [{"input": "", "output": "1"}]})
 _CALL = json.dumps({"kind": "call", "function": "twice", "tests": [{"args": [n], "output": 2 * n} for n in (1, 5)]})
 _ASSERT = json.dumps({"kind": "assert", "tests": ["assert twice(1) == 2", "assert twice(5) == 10"]})
 
@@ -96,7 +97,7 @@ def built_in(domains: frozenset[Domain]) -> list[Probe]:
         probes.append(Probe(f"{name}, right", "code", fenced(good), reference, ("correct",)))
         probes.append(Probe(f"{name}, wrong", "code", fenced(bad), reference, ("wrong",)))
     probes.append(Probe("a program, half right", "code", fenced("print(2)"), _TWO_TESTS, ("partial", "wrong")))
-    probes.append(Probe("a loop without end", "code", fenced("while True: pass"), _ASSERT, ("wrong",)))
+    probes.append(Probe("a loop without end", "code", fenced("while True: pass"), _ONE_TEST, ("wrong",)))
     probes += [Probe("an unusable answer key", "math", boxed("5"), "???", ("ungraded",))]
     probes += [Probe("unusable tests", "code", fenced("print(1)"), '{"kind": "stdin", "tests": []}', ("ungraded",))]
     return [probe for probe in probes if probe.domain in domains]

@@ -43,7 +43,9 @@ def main(socket_fd: int, parent_pid: int, memory_limit_bytes: int) -> None:
     from megatron_klear.reward.compare import MathVerify
 
     grader = MathVerify()
-    grader.judge(Question(r"\frac{1}{2}", "0.5"))  # loads the parser's tables outside any answer's time
+    # Loads the parser's tables, and what sympy imports late for sets and relations, outside any answer's time.
+    grader.judge(Question(r"\frac{1}{2}", "0.5"))
+    grader.judge(Question(r"x \le 2", r"(-\infty,2]"))
     with Connection(socket_fd) as connection, contextlib.suppress(EOFError, OSError):
         connection.send_bytes(READY)
         _silence()

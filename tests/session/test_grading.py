@@ -1,61 +1,71 @@
-"""The graders of a run: prompts that nothing could grade are refused before training, by name."""
+"""The graders of a run, by domain, and what is refused before one begins."""
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 
-from megatron_klear.config.rewards import CodeRewardSettings, RewardSettings
+from megatron_klear.config import CodeRewardSettings, RewardSettings, RunSettings, Settings, TokenizerSettings
 from megatron_klear.data import PromptData
 from megatron_klear.errors import ConfigError, DataError
-from megatron_klear.records import ScoredGroup
+from megatron_klear.records import Prompt, ScoredGroup
 from megatron_klear.reward import GradeRequest
-from megatron_klear.session.grading import Graders, GraderSettings, require_gradable
+from megatron_klear.session.grading import Graders, require_gradable
 
-MakeGroup = Callable[..., ScoredGroup]
-TESTS = '{"kind": "stdin", "tests": [{"input": "2", "output": "4"}, {"input": "3", "output": "9"}]}'
-SETTINGS = GraderSettings(
-    reward=RewardSettings(workers=1, require_think=False),
-    code_reward=CodeRewardSettings(workers=1, sandbox="rlimits", wrong=-0.5, malformed=-0.5),
-)
+needs_bubblewrap = pytest.mark.skipif(shutil.which("bwrap") is None, reason="needs bubblewrap")
+
+TESTS = json.dumps({"kind": "call", "function": "f", "tests": [{"args": [1], "output": 2}, {"args": [2], "output": 4}]})
 
 
-def data(make_group: MakeGroup, **references: str) -> PromptData:
-    prompt = make_group("m", [1, -1]).group.prompt
-    code = [replace(prompt, prompt_id=name, domain="code", reference=text) for name, text in references.items()]
-    return PromptData(prompts=(prompt, *code), dropped_ids=(), fingerprint="")
+def settings(**sections: object) -> Settings:
+    run, tokenizer = RunSettings(dir="r"), TokenizerSettings(dir="t", think_start="<a>", think_end="</a>")
+    return Settings(run=run, tokenizer=tokenizer, **sections)
 
 
-def test_prompts_whose_tests_cannot_be_used_are_refused_by_name(make_group: MakeGroup) -> None:
-    require_gradable(data(make_group), "data.prompts", SETTINGS)
-    with pytest.raises(DataError, match=r"(?s)data.heldout: the tests of 2 code prompts .* - b: .* - c: ") as refused:
-        require_gradable(data(make_group, a=TESTS, b="[]", c='{"kind": "stdin"}'), "data.heldout", SETTINGS)
-    assert " - a:" not in str(refused.value)
+def data(*prompts: Prompt) -> PromptData:
+    return PromptData(prompts=prompts, dropped_ids=(), fingerprint="")
 
 
-def test_a_sandbox_that_cannot_be_made_is_told_before_training(make_group: MakeGroup) -> None:
-    require_gradable(data(make_group, a=TESTS), "data.prompts", SETTINGS)
-    elsewhere = replace(SETTINGS, code_reward=replace(SETTINGS.code_reward, python="/nowhere/python3"))
-    with pytest.raises(ConfigError, match="/nowhere/python3"):
-        require_gradable(data(make_group, a=TESTS), "data.prompts", elsewhere)
-
-
-def test_each_response_is_judged_by_the_grader_of_its_domain_in_order() -> None:
-    square, constant = "```python\nprint(int(input()) ** 2)\n```", "```python\nprint(4)\n```"
-    asked = [
-        ("code", GradeRequest("0", square, TESTS)),
-        ("math", GradeRequest("1", r"\boxed{4}", "4")),
-        ("code", GradeRequest("2", constant, TESTS)),
-        ("math", GradeRequest("3", r"\boxed{5}", "4")),
-        ("math", GradeRequest("4", square, "4")),
+@needs_bubblewrap
+def test_each_domain_has_its_graders_and_the_order_is_kept() -> None:
+    code = CodeRewardSettings(workers=1, correct=4.0, wrong=-1.0, malformed=-2.0)
+    graders = Graders(settings(reward=RewardSettings(workers=1, correct=3.0), code_reward=code))
+    requests = [
+        GradeRequest("a", r"<a>t</a>\boxed{2}", "2"),
+        GradeRequest("b", "<a>t</a>\n```\ndef f(x): return 2 * x\n```", TESTS),
+        GradeRequest("c", r"<a>t</a>\boxed{3}", "2"),
+        GradeRequest("d", "<a>t</a>\n```\ndef f(x): return 2\n```", TESTS),
+        GradeRequest("e", "```\ndef f(x): return 2 * x\n```", TESTS),
     ]
-    graders = Graders(SETTINGS)
-    try:
-        grades = graders.grade_many(asked)  # type: ignore[arg-type]
-    finally:
-        graders.close()
-    assert [grade.outcome for grade in grades] == ["correct", "correct", "partial", "wrong", "wrong"]
-    # Half of the tests passed: half way between what none and all are worth.
-    assert [grade.reward for grade in grades] == [1.0, 1.0, 0.25, -1.0, -1.0]
+    grades = graders.grade_many(list(zip(["math", "code", "math", "code", "code"], requests, strict=True)))
+    graders.close()
+    assert [(g.outcome, g.reward) for g in grades] == [
+        ("correct", 3.0), ("correct", 4.0), ("wrong", -1.0), ("partial", 1.5), ("malformed", -2.0),
+    ]  # fmt: skip
+
+
+def test_prompts_whose_tests_cannot_be_used_are_refused_by_name(make_group: Callable[..., ScoredGroup]) -> None:
+    math_prompt = make_group("m", [1, -1]).group.prompt
+    bad = [
+        replace(math_prompt, prompt_id=f"c{i}", domain="code", reference='{"kind": "stdin", "tests": []}')
+        for i in range(9)
+    ]
+    with pytest.raises(
+        DataError, match=r"data.prompts: the tests of 9 code prompts.*\n  - c0: .*tests: List"
+    ) as caught:
+        require_gradable(data(math_prompt, *bad), "data.prompts", settings())
+    assert "and 1 more" in str(caught.value)
+    require_gradable(data(math_prompt), "data.prompts", settings(code_reward=CodeRewardSettings(python="/nonexistent")))
+
+
+def test_a_machine_without_a_sandbox_is_refused_before_anything_starts(make_group: Callable[..., ScoredGroup]) -> None:
+    prompt = replace(make_group("m", [1, -1]).group.prompt, prompt_id="c", domain="code", reference=TESTS)
+    broken = settings(code_reward=CodeRewardSettings(python="/nonexistent", sandbox="rlimits"))
+    with pytest.raises(ConfigError) as caught:
+        require_gradable(data(prompt), "data.prompts", broken)
+    assert caught.value.problems[0].startswith("code_reward.python: /nonexistent")
+    require_gradable(data(prompt), "data.prompts", settings(code_reward=CodeRewardSettings(sandbox="rlimits")))

@@ -41,6 +41,12 @@ def test_groups_without_signal_or_without_any_grade_are_left_out(
     assert [g.group.prompt.prompt_id for g in found] == kept
 
 
+def test_a_filter_by_correctness_drops_groups_that_differ_in_partial_scores_only(make_group: MakeGroup) -> None:
+    groups = [make_group(name, rewards) for name, rewards in REWARDS.items()]
+    found = filtered(groups, AlgorithmSettings(filter_metric="correctness"))
+    assert [g.group.prompt.prompt_id for g in found] == ["mixed", "half"]
+
+
 def test_an_advantage_that_is_no_number_is_kept_for_the_finiteness_check(make_group: MakeGroup) -> None:
     group = make_group("mixed", [1, -1])
     broken = replace(group, advantages=np.array([math.nan, 0.0], dtype=np.float32))
