@@ -12,4 +12,5 @@ export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 bash tools/setup_env.sh
 bash tools/setup_sglang.sh
 exec "${KLEAR_VENV:-$root/.venv}/bin/python" -m pytest tests/rollout/sglang tests/weight_sync tests/e2e/test_sglang.py \
+    tests/e2e/test_colocated.py \
     --durations=15 --durations-min=2 "$@"
