@@ -59,9 +59,10 @@ def trained(hidden_size: int, layers: int) -> Trainer:
     )  # fmt: skip
     model = build_qwen3(arch, model_settings, sizes, context)
     trainer = Trainer(make_trainable(model, OptimizerSettings(), sizes, total_updates=4), arch, settings, context)
-    ones, zeros = np.ones(64, np.float32), np.zeros(64, np.float32)
+    zeros = np.zeros(64, np.float32)
+    weights = (np.arange(64) > 0).astype(np.float32) / 63
     sequence = TrainSequence(
-        sequence_id="one", token_ids=np.arange(64), policy_weight=zeros, lm_weight=ones / 64, advantages=zeros,
+        sequence_id="one", token_ids=np.arange(64), policy_weight=zeros, lm_weight=weights, advantages=zeros,
         old_logprobs=zeros, rollout_logprobs=zeros,
     )  # fmt: skip
     trainer.update([sequence], PolicyObjective(), step=1)

@@ -13,5 +13,6 @@ bash tools/setup_env.sh
 bash tools/setup_sglang.sh
 bash tests/slurm/cluster.sh install || echo "tests/slurm will be skipped"
 exec "${KLEAR_VENV:-$root/.venv}/bin/python" -m pytest tests/rollout/sglang tests/weight_sync tests/e2e/test_sglang.py \
-    tests/e2e/test_sglang_fixed_order.py tests/e2e/test_sglang_machines.py tests/slurm/test_sglang.py \
+    tests/e2e/test_colocated.py tests/e2e/test_sglang_fixed_order.py tests/e2e/test_sglang_machines.py \
+    tests/slurm/test_sglang.py \
     --durations=15 --durations-min=2 "$@"
