@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import uuid
 from collections.abc import Mapping
 from typing import Any
@@ -164,10 +165,12 @@ class SglangEndpoint:
 
     async def _abandon(self, request_id: str) -> None:
         """Have the server drop a request that nobody waits for; it may be gone itself."""
-        try:
-            await asyncio.shield(self.abort(request_id))
-        except EndpointError:
-            return
+
+        async def drop() -> None:
+            with contextlib.suppress(EndpointError):
+                await self.abort(request_id)
+
+        await asyncio.shield(drop())  # goes on when this is cancelled, and then nobody is left to hear of a failure
 
     def _shared(self) -> str:
         """Names the requests that may share cached prefixes."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import socket
 import threading
 import time
@@ -211,6 +212,43 @@ def test_a_stalled_response_is_given_up_and_dropped_at_the_server(stand_in: Stan
     assert error.value.retry
     assert time.monotonic() - start < 10
     assert ("/abort_request", {"rid": "r1"}) in stand_in.seen
+
+
+def test_a_server_that_dies_while_it_is_told_to_drop_a_request_is_no_news(
+    stand_in: StandIn, make_request: Request
+) -> None:
+    """The engine was lost and its requests were taken back twice over; only that may be heard of."""
+    told, released = threading.Event(), threading.Event()
+    unheard: list[dict[str, Any]] = []
+    stand_in.answers["/generate"] = lambda handler, body: released.wait(20)
+
+    def die(handler: Any, body: dict[str, Any]) -> None:
+        told.set()
+        released.wait(20)
+        handler.close_connection = True
+        handler.connection.shutdown(socket.SHUT_RDWR)
+
+    stand_in.answers["/abort_request"] = die
+
+    async def run() -> None:
+        asyncio.get_running_loop().set_exception_handler(lambda loop, context: unheard.append(context))
+        server = SglangEndpoint(
+            Connection("engine 0", stand_in.url), vocab_size=83, context_length=128, incremental=True
+        )
+        task = asyncio.create_task(server.generate(make_request()))
+        while ("/generate" not in stand_in.paths()) or not task.cancel():
+            await asyncio.sleep(0.01)
+        while not told.is_set():
+            await asyncio.sleep(0.01)
+        task.cancel()
+        await asyncio.wait([task])
+        released.set()
+        await asyncio.sleep(0.3)
+        gc.collect()
+        await server.close()
+
+    asyncio.run(run())
+    assert unheard == []
 
 
 def test_progress_and_not_the_whole_time_is_limited(stand_in: StandIn, make_request: Request) -> None:
