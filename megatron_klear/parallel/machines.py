@@ -56,12 +56,15 @@ class Machines:
         if self.is_leader and rank:
             self._listener = socket.create_server((self.address, 0))
         port = None if self._listener is None else self._listener.getsockname()[1]
-        everyone: list[Any] = [(rank - local_rank, os.getpid(), self.address, port)]
+        own = (rank - local_rank, os.getpid(), self.address, port, socket.gethostname())
+        everyone: list[Any] = [own]
         if size > 1:
             everyone = [None] * size
-            dist.all_gather_object(everyone, (rank - local_rank, os.getpid(), self.address, port))
+            dist.all_gather_object(everyone, own)
         leaders = sorted({leader for leader, *_ in everyone})
-        self._places = [everyone[leader][2:] for leader in leaders]
+        self._places = [everyone[leader][2:4] for leader in leaders]
+        self.host_names = tuple(everyone[leader][4] for leader in leaders)
+        """As each machine calls itself."""
         self.count = len(leaders)
         """Machines in all."""
         self.number = leaders.index(rank - local_rank)

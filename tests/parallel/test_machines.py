@@ -116,7 +116,7 @@ def told() -> dict[tuple[int, str], Any]:
         found = [results.get(timeout=90) for _ in range(len(LOCAL_RANKS) + 2)]
     finally:
         for process in ranks:
-            process.join(20)
+            process.join(90)
             process.kill()
     assert [process.exitcode for process in ranks] == [0, 0, 0, 3]
     return {(rank, what): value for rank, what, value in found}
