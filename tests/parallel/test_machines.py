@@ -44,7 +44,7 @@ def rank_main(rank: int, port: int, results: Any) -> None:
 
     if machines.is_leader:
         machines.offer("tell its pid", lambda *given: (os.getpid(), given[:-1]))
-        machines.offer("refuse", refuse)
+        threading.Timer(2.0 if rank == 2 else 0.0, machines.offer, ("refuse", refuse)).start()  # called before
         machines.offer("fail", lambda _: 1 // 0)
         machines.offer("wait", wait_for_ever)
         machines.offer("end", lambda _: os._exit(3))
