@@ -154,19 +154,16 @@ def main() -> None:
     chosen = [name for name in CONTESTANTS if name in arguments.only.split(",")]
     for _ in range(arguments.rounds):
         entry: dict[str, dict[str, float]] = {}
+        rounds.append(entry)
         for name in chosen:
             run = Run(arguments.work, [*CONTESTANTS[name], f"sglang.venv={arguments.venv}"], arguments.steps)
             entry[name] = summary(run.rows())
             entry[name]["load average"] = os.getloadavg()[0]
             print(f"{name}: {entry[name]}", flush=True)
-        rounds.append(entry)
+            machine = {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()}
+            result = {"machine": machine, "steps": arguments.steps - 1, "rounds": rounds}
+            arguments.out.write_text(json.dumps(result, indent=1) + "\n")
     print(table(rounds))
-    result = {
-        "machine": {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()},
-        "steps": arguments.steps - 1,
-        "rounds": rounds,
-    }
-    arguments.out.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

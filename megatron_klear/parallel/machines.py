@@ -31,6 +31,7 @@ Action = Callable[..., Any]
 
 _WAKE_SECONDS = 0.1
 _CONNECT_SECONDS = 20.0
+_OFFER_SECONDS = 120.0
 _KEEPALIVE = {"TCP_KEEPIDLE": 30, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 6}
 """A machine that has vanished is noticed after a minute and a half, in seconds and probes."""
 
@@ -50,18 +51,22 @@ class Machines:
         self.is_leader = local_rank == 0
         """Whether this process answers for its machine."""
         self._actions: dict[str, Action] = {}
+        self._offered = threading.Condition()
         self._listener: socket.socket | None = None
         self._key = self._shared_key(size)
         self.address = _address_towards_first()
         if self.is_leader and rank:
             self._listener = socket.create_server((self.address, 0))
         port = None if self._listener is None else self._listener.getsockname()[1]
-        everyone: list[Any] = [(rank - local_rank, os.getpid(), self.address, port)]
+        own = (rank - local_rank, os.getpid(), self.address, port, socket.gethostname())
+        everyone: list[Any] = [own]
         if size > 1:
             everyone = [None] * size
-            dist.all_gather_object(everyone, (rank - local_rank, os.getpid(), self.address, port))
+            dist.all_gather_object(everyone, own)
         leaders = sorted({leader for leader, *_ in everyone})
-        self._places = [everyone[leader][2:] for leader in leaders]
+        self._places = [everyone[leader][2:4] for leader in leaders]
+        self.host_names = tuple(everyone[leader][4] for leader in leaders)
+        """As each machine calls itself."""
         self.count = len(leaders)
         """Machines in all."""
         self.number = leaders.index(rank - local_rank)
@@ -72,8 +77,10 @@ class Machines:
             threading.Thread(target=self._listen, args=(self._listener,), name="calls", daemon=True).start()
 
     def offer(self, name: str, action: Action) -> None:
-        """On a machine's first process: let the first rank call `action` by this name."""
-        self._actions[name] = action
+        """On a machine's first process: let the first rank call `action` by this name; calls may come before."""
+        with self._offered:
+            self._actions[name] = action
+            self._offered.notify_all()
 
     def call(self, machine: int, name: str, *arguments: Any, waiting: Callable[[], None] = lambda: None) -> Any:
         """On the first rank, in any thread: have something done on a machine, and return what came of it.
@@ -88,7 +95,7 @@ class Machines:
             KlearError: what the action raised; RolloutError where the machine gives no answer.
         """
         if machine == 0:
-            return self._actions[name](*arguments, waiting)
+            return self._action(name)(*arguments, waiting)
         address, port = self._places[machine]
         try:
             with self._connection(address, port) as connection:
@@ -141,6 +148,13 @@ class Machines:
                 continue
             threading.Thread(target=self._answer, args=(_lasting(accepted),), name="call", daemon=True).start()
 
+    def _action(self, name: str) -> Action:
+        """The action of a name, which a process that is behind the first rank may offer only soon."""
+        with self._offered:
+            if not self._offered.wait_for(lambda: name in self._actions, _OFFER_SECONDS):
+                raise RolloutError(f"nothing of the name {name!r} is offered here")
+            return self._actions[name]
+
     def _answer(self, connection: Connection) -> None:
         """Prove each other, take one call, answer it; in a thread of its own, however long it takes."""
         with contextlib.suppress(OSError, EOFError, AuthenticationError), connection:
@@ -148,7 +162,7 @@ class Machines:
             answer_challenge(connection, self._key)
             name, arguments = connection.recv()
             try:
-                outcome = {"result": self._actions[name](*arguments, lambda: _require_caller(connection))}
+                outcome = {"result": self._action(name)(*arguments, lambda: _require_caller(connection))}
             except Exception as error:  # the caller is the one to decide about it
                 outcome = described(error, f"machine {self.number} ({self.address})")
             connection.send(outcome)

@@ -4,14 +4,31 @@ from __future__ import annotations
 
 import concurrent.futures
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from megatron_klear.errors import RolloutError
+from megatron_klear.errors import ConfigError, RolloutError
 from megatron_klear.parallel import Machines
 from megatron_klear.rollout.sglang import ServerFleet
 
 _WAKE_SECONDS = 0.2
+
+
+def require_reachable(host: str, host_names: Sequence[str]) -> None:
+    """Require that the first machine reaches what listens on an address of every machine.
+
+    Args:
+        host: `sglang.host`.
+        host_names: of the machines.
+
+    Raises:
+        ConfigError: each would listen to itself only.
+    """
+    to_itself = host in ("localhost", "::1") or host.startswith("127.")
+    if to_itself and len(set(host_names)) > 1:
+        others = ", ".join(name for name in host_names[1:4])
+        text = f"sglang.host: got {host}, where servers on {others} would hear only their own machine"
+        raise ConfigError([f"{text}; set auto or 0.0.0.0"])
 
 
 class MachineFleets:

@@ -31,7 +31,7 @@ from megatron_klear.rollout.sglang import (
     wait_until_answering,
 )
 from megatron_klear.session.engine_memory import EngineMemory
-from megatron_klear.session.fleets import MachineFleets
+from megatron_klear.session.fleets import MachineFleets, require_reachable
 from megatron_klear.session.handover import Handover
 from megatron_klear.session.restarting import EngineRestarts
 from megatron_klear.session.session import Session
@@ -80,7 +80,7 @@ class ServedEngine:
     """
 
     def __init__(self, session: Session, machines: Machines) -> None:
-        self.session = session
+        self.session, self._machines = session, machines
         settings = session.settings
         self._first_rank = FirstRank(
             session.context,
@@ -258,6 +258,7 @@ class ServedEngine:
         with ExitStack() as on_failure:
             urls: Sequence[str] = settings.sglang.urls
             if self._fleets is not None:
+                require_reachable(settings.sglang.host, self._machines.host_names)
                 urls = self._fleets.start_all(self._first_rank.alive)
             else:
                 wait_until_answering(urls, settings.sglang.connect_seconds, self._first_rank.alive)

@@ -44,7 +44,7 @@ def rank_main(rank: int, port: int, results: Any) -> None:
 
     if machines.is_leader:
         machines.offer("tell its pid", lambda *given: (os.getpid(), given[:-1]))
-        machines.offer("refuse", refuse)
+        threading.Timer(2.0 if rank == 2 else 0.0, machines.offer, ("refuse", refuse)).start()  # called before
         machines.offer("fail", lambda _: 1 // 0)
         machines.offer("wait", wait_for_ever)
         machines.offer("end", lambda _: os._exit(3))
@@ -116,7 +116,7 @@ def told() -> dict[tuple[int, str], Any]:
         found = [results.get(timeout=90) for _ in range(len(LOCAL_RANKS) + 2)]
     finally:
         for process in ranks:
-            process.join(20)
+            process.join(90)
             process.kill()
     assert [process.exitcode for process in ranks] == [0, 0, 0, 3]
     return {(rank, what): value for rank, what, value in found}

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 from megatron_klear.config.serving import SglangSettings
-from megatron_klear.errors import RolloutError
+from megatron_klear.errors import ConfigError, RolloutError
 from megatron_klear.rollout.sglang import FleetPlace, ServerFleet
-from megatron_klear.session.fleets import MachineFleets
+from megatron_klear.session.fleets import MachineFleets, require_reachable
 
 SERVER = """#!/bin/sh
 # As python in SGLang's environment: answers /model_info on the host and port that it is given.
@@ -133,3 +133,15 @@ def test_a_start_is_given_up_while_it_waits(start: Callable[[], tuple[MachineFle
     with pytest.raises(RolloutError, match="asked to stop"):
         first.start_all(waiting)
     assert time.monotonic() - began < 30.0
+
+
+def test_an_address_that_every_machine_has_for_itself_is_refused_on_several() -> None:
+    for host in ("127.0.0.1", "localhost", "127.0.0.2"):
+        require_reachable(host, ["a"])
+        require_reachable(host, ["a", "a"])  # two launches on one machine
+        with pytest.raises(
+            ConfigError, match=f"sglang.host: got {host}, where servers on b, c would hear only their own"
+        ):
+            require_reachable(host, ["a", "b", "c"])
+    for host in ("auto", "0.0.0.0", "10.0.0.1"):
+        require_reachable(host, ["a", "b"])
