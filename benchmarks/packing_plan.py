@@ -142,8 +142,8 @@ def main() -> int:
     num_bins = len(planned.starts) - 1
     used = float(lengths.sum()) / (num_bins * BUDGET)
     print(
-        f"{len(lengths)} sequences, mean {lengths.mean():.0f} tokens, {np.mean(lengths == BUDGET):.1%} cut at {BUDGET}: "
-        f"{num_bins} bins, {used:.2%} of slots used,\nplanned in {seconds:.1f} s ({cpu_seconds:.1f} s of one core), "
+        f"{len(lengths)} sequences, mean {lengths.mean():.0f} tokens, {np.mean(lengths == BUDGET):.1%} cut at {BUDGET}"
+        f": {num_bins} bins, {used:.2%} of slots used,\nplanned in {seconds:.1f} s ({cpu_seconds:.1f} s of one core), "
         f"peak of the process {peak / 1e6:.0f} MB\n"
     )
     rows = spreads(lengths, planned, (8, 16, 32)) + spreads(lengths, plan(lengths, 64, options.seed), (8, 16))

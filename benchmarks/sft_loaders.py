@@ -1,4 +1,4 @@
-"""How fast SFT microbatches are read and packed, by a plain thread and by NVIDIA DALI, and how long steps wait for them.
+"""How fast SFT microbatches are read and packed, by a thread and by NVIDIA DALI, and how long steps wait for them.
 
     python benchmarks/sft_loaders.py [--sequences 1500] [--out benchmarks/results/sft_loaders.json]
 
