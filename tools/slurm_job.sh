@@ -20,7 +20,7 @@ run_job() {
     entry=$1
     local name=$2
     shift 2
-    local usage="usage: sbatch [SBATCH OPTIONS] tools/$name CONFIG.yaml [section.field=value ...]"
+    local usage="usage: sbatch [SBATCH OPTIONS] tools/$name CONFIG.yaml [MORE.yaml ...] [section.field=value ...]"
     if [[ ${1:-} == -h || ${1:-} == --help ]]; then
         printf '%s\n\n' "$usage"
         sed -n '2,/^set /{/^set /d;/SBATCH -/!s/^# \{0,1\}//;p}' "tools/$name"
