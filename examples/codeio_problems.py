@@ -1,9 +1,9 @@
 """Write code problems to reinforce on, from the tasks of reasoning-gym's CodeI/O data.
 
-Each task of that data has a description, a program `main_solution` and a generator of inputs. Here its inputs and outputs
-become the tests of a problem that asks for the function: sixteen different inputs, run in the sandbox of the code reward,
-as any answer is. A task is left out when its program needs packages, draws random numbers, gives fewer than four different
-outputs or takes long; what is kept grades its own program 1.0.
+Each task of that data has a description, a program `main_solution` and a generator of inputs. Its inputs and outputs
+become the tests of a problem that asks for the function: sixteen different inputs, run in the sandbox of the code
+reward, as any answer is. A task is left out when its program needs packages, draws random numbers, gives fewer than
+four different outputs or takes long.
 
     python examples/codeio_problems.py --out data/codeio.jsonl --problems 500
 """

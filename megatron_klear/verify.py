@@ -34,9 +34,9 @@ Layouts: the training loss, all gradients, all logprobs and the weights after an
 in many layouts (tensor, sequence, pipeline, context and data parallel, packing, recomputation), against transformers
 in one process in float64. Their errors are in units of what transformers loses in the same data type.
 
-With --rewards, in place of these, the rewards of a run's settings: that its filter compares what it trains on, that no
-worse response earns more, that a problem has the same tests wherever it occurs, that graders seldom fail, and that answer
-keys, other answers and known probes come out as they are known."""
+With --rewards, in place of these, the rewards of a run's settings: that its filter compares what it trains on, that
+no worse response earns more, that a problem has the same tests wherever it occurs, that graders seldom fail, and that
+answer keys, other answers and known probes come out as they are known."""
 
 _EPILOG = "Exit status: 0 everything passed, 1 something did not, 2 wrong usage."
 

@@ -14,6 +14,8 @@ bin=${KLEAR_VENV:-$root/.venv}/bin
 if (($# == 0)) || [[ $* == *slurm* ]]; then
     bash tests/slurm/cluster.sh install || echo "tests/slurm will be skipped"
 fi
+# The code reward runs programs in bubblewrap. Where it is not installed and cannot be, the tests that need it are skipped.
+bash tests/reward/bubblewrap.sh || echo "the tests of the code sandbox will be skipped"
 failed=()
 
 # All checks run even when one fails, so that one run shows everything there is to mend.

@@ -40,7 +40,7 @@ class CodeRewardSettings:
     """What a code answer is worth, and the sandbox that runs it; a test that passes a limit is failed."""
 
     score: Literal["soft", "hard"] = "soft"
-    """soft: the share of tests passed (Section 3.2.4), between `code_reward.wrong` and `.correct`; hard: all or none."""
+    """soft: the share of tests passed (Section 3.2.4), from `code_reward.wrong` to `.correct`; hard: all or nothing."""
 
     correct: float = 1.0
     """Reward of an answer that passes all tests."""
@@ -58,7 +58,7 @@ class CodeRewardSettings:
     """Sandboxes per machine, each with a program running in it at a time."""
 
     python: Annotated[str, Field(min_length=1)] = "/usr/bin/python3"
-    """Interpreter that runs the answers, 3.9 or later; only its files are seen in the sandbox."""
+    """Interpreter that runs the answers, 3.10 or later; only its files are seen in the sandbox."""
 
     extra_paths: tuple[str, ...] = ()
     """Folders that answers may also read and import from, such as a site-packages with numpy."""

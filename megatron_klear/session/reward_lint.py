@@ -1,7 +1,7 @@
 """Faults of a reward that training would not show: settings, graders and data, judged before any response is sampled.
 
-What is asked of each: that the filter compares what is trained on, that no worse response earns more, that all responses
-of a group meet the same tests, that graders seldom fail, and that known answers come out as they are known.
+What is asked of each: that the filter compares what is trained on, that no worse response earns more, that all
+responses of a group meet the same tests, that graders seldom fail, and that known answers come out as they are known.
 """
 
 from __future__ import annotations
@@ -135,7 +135,7 @@ def _order_rows(settings: Settings, graders: Graders, domains: Sequence[Domain])
             partial = grades["partial"].reward
             share = wrong + (correct - wrong) / 2 if settings.code_reward.score == "soft" else wrong
             yield LintRow(
-                check=f"{domain}: half of the tests passed is worth what code_reward.score={settings.code_reward.score} says",
+                check=f"{domain}: half of the tests passed earns what score={settings.code_reward.score} says",
                 found=f"{shown['partial']}, must be {share:+.2f}",
                 passed=abs(partial - share) < 1e-9,
             )

@@ -3,6 +3,7 @@
 Format: name, then what the reason of the grade must hold, then the program.
 """
 
+# ruff: noqa: E501 - programs in one line each
 from __future__ import annotations
 
 REFUSED = "contained"

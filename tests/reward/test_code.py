@@ -1,5 +1,6 @@
 """Programs against tests of every kind: pass rates, rewards, HumanEval, attempts to cheat, and bad input."""
 
+# ruff: noqa: E501 - programs in one line each
 from __future__ import annotations
 
 import json
@@ -70,9 +71,9 @@ def test_rewards_between_other_ends() -> None:
     verdicts = [("correct", 1.0), ("partial", 0.25), ("wrong", 0.0), ("malformed", None), ("ungraded", None)]
     rewards = [rules.grade(code.Verdict(outcome, "", rate)).reward for outcome, rate in verdicts]
     assert rewards == [3.0, 0.0, -1.0, -2.0, 0.0]
-    with pytest.raises(ConfigError, match="code_reward.malformed"):
+    with pytest.raises(ConfigError, match=r"code_reward\.malformed"):
         CodeRewardRules(malformed=0.5)
-    with pytest.raises(ConfigError, match="code_reward.correct"):
+    with pytest.raises(ConfigError, match=r"code_reward\.correct"):
         CodeRewardRules(correct=0.0)
 
 

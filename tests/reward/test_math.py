@@ -19,8 +19,8 @@ from megatron_klear.reward.probes import boxed, perturbed
 
 TASKS = [
     "chain_sum", "gcd", "lcm", "products", "leg_counting", "fraction_simplification", "decimal_chain_sum",
-    "basic_arithmetic", "count_bits", "decimal_arithmetic", "dice", "gsm_symbolic", "number_sequence", "simple_equations",
-    "simple_geometry", "coin_flip",
+    "basic_arithmetic", "count_bits", "decimal_arithmetic", "dice", "gsm_symbolic", "number_sequence",
+    "simple_equations", "simple_geometry", "coin_flip",
 ]  # fmt: skip
 NUMERIC = re.compile(r"[-+]?[\d,.]+(/\d+)?%?|\$?\\d?frac\{-?\d+\}\{-?\d+\}\$?")
 
@@ -99,7 +99,7 @@ def test_gold_answers_of_reasoning_gym_are_correct_and_perturbed_ones_wrong() ->
 
 
 def test_gold_answers_of_champ_are_correct_and_perturbed_ones_wrong() -> None:
-    """270 competition problems: formulas, intervals, tuples, words; keys written as sentences are ungraded, never wrong."""
+    """270 competition problems: formulas, intervals, tuples, words; keys in sentences are ungraded, never wrong."""
     rows = json.loads((files("champ_dataset") / "dataset_files" / "v0.json").read_text("utf-8"))["problems"]
     golds = [(name, row["_raw_answer"].replace("@@", "")) for name, row in rows.items()]
     counts = outcomes_of(golds)

@@ -1,4 +1,4 @@
-"""Hostile programs are contained: graded 0 with a reason, the machine unharmed, the next answer graded, nothing left."""
+"""Hostile programs are contained: 0 with a reason, the machine unharmed, the next answer graded, nothing left."""
 
 from __future__ import annotations
 
@@ -207,7 +207,7 @@ def test_no_bubblewrap_is_refused_with_what_to_do(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(view.shutil, "which", lambda *_, **__: None)
     with (
         CodeGraderPool(workers=1) as pool,
-        pytest.raises(RewardError, match="not installed.*code_reward.sandbox=rlimits"),
+        pytest.raises(RewardError, match=r"not installed.*code_reward\.sandbox=rlimits"),
     ):
         pool.grade_many([GOOD])
 

@@ -162,7 +162,8 @@ def config(tmp_path: Path) -> list[str]:
     (tmp_path / "prompts.jsonl").write_text(json.dumps(prompt) + "\n")
     (tmp_path / "config.yaml").write_text(
         f"run: {{dir: {tmp_path / 'run'}}}\ntokenizer: {{dir: {tmp_path / 'tokenizer'}}}\n"
-        f"data: {{prompts: [{tmp_path / 'prompts.jsonl'}]}}\nmodel: {{preset: qwen3-0.6b}}\nreward: {{workers: 2, timeout_seconds: 30}}\n"
+        f"data: {{prompts: [{tmp_path / 'prompts.jsonl'}]}}\nmodel: {{preset: qwen3-0.6b}}\n"
+        "reward: {workers: 2, timeout_seconds: 30}\n"
     )
     return ["--rewards", str(tmp_path / "config.yaml")]
 

@@ -267,13 +267,13 @@ class SandboxProcess:
         except OSError as error:
             raise SandboxError(f"it ended during a {what}: {self._printed() or error}") from error
 
-    def _send(self, message: object) -> None:
+    def _send(self, message: Any) -> None:
         data = marshal.dumps(message, 2)  # version 2: the sandbox's Python may be another one
         self._channel.sendall(LENGTH.pack(len(data)) + data)
 
     def _reply(self, deadline: float, what: str = "start") -> TestResult:
         head = self._read(REPLY.size, deadline, what)
-        limit, status, cpu_seconds, wall_seconds, num_output, num_errors = REPLY.unpack(head)
+        limit, status, num_output, num_errors = REPLY.unpack(head)
         if max(num_output, num_errors) > _MOST_REPLY_BYTES:
             raise SandboxError(f"a reply claims {num_output + num_errors} bytes")
         output, errors = self._read(num_output, deadline, what), self._read(num_errors, deadline, what)

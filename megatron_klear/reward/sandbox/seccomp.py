@@ -98,7 +98,7 @@ def filter_program(machine: str | None = None, *, allow_processes: bool = False)
     machine = machine or platform.machine()
     if machine not in _COLUMN:
         raise UnsupportedMachine(f"no system call table for {machine!r}, only for {', '.join(_COLUMN)}")
-    decisions = {number: (_Op(_RETURN, _ALLOW),) for number in _numbers(_PLAIN, machine).values()}
+    decisions: dict[int, tuple[_Op, ...]] = dict.fromkeys(_numbers(_PLAIN, machine).values(), (_Op(_RETURN, _ALLOW),))
     decisions |= {n: tuple(_checks(name, allow_processes)) for name, n in _numbers(_CHECKED, machine).items()}
     refused = (_Op(_RETURN, _EPERM),)
     ranges: list[tuple[int, tuple[_Op, ...]]] = []

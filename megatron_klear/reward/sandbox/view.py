@@ -58,7 +58,7 @@ def find_interpreter(python: str) -> Interpreter:
     """Ask a Python what it is made of.
 
     Raises:
-        RewardError: it cannot be run, or is older than 3.9.
+        RewardError: it cannot be run, or is older than 3.10.
     """
     try:
         found = subprocess.run(
@@ -67,8 +67,8 @@ def find_interpreter(python: str) -> Interpreter:
         told = json.loads(found.stdout)
     except (OSError, subprocess.SubprocessError, ValueError) as error:
         raise RewardError(f"code_reward.python: {python} cannot be used to run answers: {error}") from error
-    if tuple(told["version"]) < (3, 9):
-        raise RewardError(f"code_reward.python: {python} is Python {told['version']}, must be 3.9 or later")
+    if tuple(told["version"]) < (3, 10):
+        raise RewardError(f"code_reward.python: {python} is Python {told['version']}, must be 3.10 or later")
     mounts = [(told["executable"], told["executable"])]
     # A library is looked for by the name it was linked with, often a symbolic link to the file that is mapped.
     mounts += [(path, path) for path in told["paths"]]
@@ -129,7 +129,7 @@ def explain_refusal(printed: str) -> str:
     """What to do about a bubblewrap that cannot make its namespaces."""
     who = "root" if os.geteuid() == 0 else "a normal user"
     return (
-        f"code_reward.sandbox: bubblewrap cannot make a sandbox here (started by {who}): {printed or 'it said nothing'}. "
+        f"code_reward.sandbox: bubblewrap cannot make a sandbox here, started by {who}: {printed or 'no reason'}. "
         "The kernel must allow user namespaces to unprivileged users (sysctl user.max_namespaces, "
         "kernel.unprivileged_userns_clone, kernel.apparmor_restrict_unprivileged_userns), and a container's own "
         "seccomp and AppArmor profiles must, too (docker run --security-opt seccomp=unconfined --security-opt "

@@ -182,7 +182,7 @@ def _parametrize(names: str | list[str], rows: list[Any]) -> Callable[[Callable[
     def decorate(function: Callable[..., object]) -> Callable[[], None]:
         def test_every_row() -> None:
             for row in rows:
-                function(**dict(zip(keys, row if len(keys) > 1 else [row])))
+                function(**dict(zip(keys, row if len(keys) > 1 else [row], strict=True)))
 
         test_every_row.__name__ = function.__name__
         return test_every_row

@@ -27,15 +27,12 @@ class Ended(NamedTuple):
     Attributes:
         limit: ENDED by itself, or the limit that it was killed for.
         status: exit status, negative for a signal.
-        cpu_seconds, wall_seconds: what it used.
         output: what it wrote to the watched file descriptor.
         errors: the end of what it wrote to stderr.
     """
 
     limit: int
     status: int
-    cpu_seconds: float
-    wall_seconds: float
     output: bytes
     errors: bytes
 
@@ -94,8 +91,7 @@ class Box:
             output_fd, errors_fd: read ends of the pipes that it writes its output and its errors to.
             room: most bytes of either.
         """
-        started = time.monotonic()
-        deadline = started + self.settings["wall_seconds"]
+        deadline = time.monotonic() + self.settings["wall_seconds"]
         output, errors = bytearray(), bytearray()
         limit, error_bytes = ENDED, 0
         pidfd = os.pidfd_open(pid)
@@ -130,7 +126,7 @@ class Box:
             limit = OVER_OUTPUT
         if limit == ENDED and (cpu_seconds > self.settings["cpu_seconds"] or status == -signal.SIGXCPU):
             limit = OVER_CPU
-        return Ended(limit, status, cpu_seconds, time.monotonic() - started, bytes(output[:room]), bytes(errors))
+        return Ended(limit, status, bytes(output[:room]), bytes(errors))
 
     def _enter(self, fds: list[int]) -> None:
         """Turn a fresh child into an untrusted process."""

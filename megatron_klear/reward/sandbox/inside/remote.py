@@ -82,8 +82,7 @@ class Peer:
         if isinstance(value, (bytes, bytearray)):
             return [type(value).__name__, value.decode("latin-1")]
         if isinstance(value, (bool, int, float, str)):  # subclasses become plain
-            base = next(kind for kind in (bool, int, float, str) if isinstance(value, kind))
-            return base.__new__(base, value)  # type: ignore[call-overload]
+            return next(kind(value) for kind in (bool, int, float, str) if isinstance(value, kind))
         if isinstance(value, dict):
             return ["dict", [[self.encode(k), self.encode(v)] for k, v in value.items()]]
         for kind in (list, tuple, set, frozenset, deque):
@@ -132,7 +131,8 @@ class Peer:
             result = self.encode(_OPERATIONS[operation](*operands))
             # Arguments that the call changed in place, so that the caller's own change, too.
             again = [self.encode(operand) for operand in operands] if operation == "call" else encoded
-            changed = [[i, new] for i, (new, old) in enumerate(zip(again, encoded)) if new != old and i > 0]
+            pairs = enumerate(zip(again, encoded, strict=True))
+            changed = [[i, new] for i, (new, old) in pairs if new != old and i > 0]
             self._send("=", [result, changed])
         except BrokenPipeError:
             raise

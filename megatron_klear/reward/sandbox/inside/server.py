@@ -17,8 +17,8 @@ from megatron_klear.reward.sandbox.inside import checks, kernel, programs
 from megatron_klear.reward.sandbox.inside.channel import receive, write
 from megatron_klear.reward.sandbox.inside.children import Box, Ended
 
-REPLY = struct.Struct("<BiddQQ")
-"""Limit, status, CPU seconds, wall seconds, bytes of output, bytes of errors; both follow."""
+REPLY = struct.Struct("<BiQQ")
+"""Limit, status, bytes of output, bytes of errors; both follow."""
 
 BROKEN = 255
 """In place of the limit: the session failed, and the output says how."""
@@ -26,24 +26,10 @@ BROKEN = 255
 _CODE_BYTES = 1 << 24
 """Most that an answer may compile to."""
 
-_WARM = [
-    "bisect",
-    "collections",
-    "copy",
-    "decimal",
-    "fractions",
-    "functools",
-    "heapq",
-    "io",
-    "itertools",
-    "json",
-    "math",
-    "operator",
-    "random",
-    "re",
-    "string",
-    "typing",
-]
+_WARM = (
+    *("bisect", "collections", "copy", "decimal", "fractions", "functools", "heapq", "io", "itertools", "json", "math"),
+    *("operator", "random", "re", "string", "typing"),
+)
 """Imported once here, so that the processes of the tests find them loaded."""
 
 
@@ -57,7 +43,7 @@ def serve(channel_fd: int) -> None:
     gc.collect()
     gc.disable()
     gc.freeze()
-    os.write(channel_fd, REPLY.pack(0, 0, 0.0, 0.0, 0, 0))
+    os.write(channel_fd, REPLY.pack(0, 0, 0, 0))
     while os.read(channel_fd, 1):
         pid = os.fork()
         if pid == 0:
@@ -109,9 +95,9 @@ def _run(box: Box, body: Any, *, output_fd: int, stdin: str | None = None, room:
     fds: list[int | None] = [None, None, None, None]
     opened = []
     if stdin is not None:
-        fds[0] = os.memfd_create("stdin")
-        opened.append(fds[0])
-        with open(fds[0], "wb", closefd=False) as file:
+        given = fds[0] = os.memfd_create("stdin")
+        opened.append(given)
+        with open(given, "wb", closefd=False) as file:
             file.write(stdin.encode("utf-8", "surrogatepass"))
             file.seek(0)
     output, fds[output_fd] = os.pipe()
@@ -157,12 +143,10 @@ def _guarded(run: Any, channel_fd: int, settings: dict[str, Any]) -> NoReturn:
 
 
 def _reply(channel_fd: int, ended: Ended) -> None:
-    head = REPLY.pack(
-        ended.limit, ended.status, ended.cpu_seconds, ended.wall_seconds, len(ended.output), len(ended.errors)
-    )
+    head = REPLY.pack(ended.limit, ended.status, len(ended.output), len(ended.errors))
     write(channel_fd, head + ended.output + ended.errors)
 
 
 def _reply_broken(channel_fd: int, text: str) -> None:
     data = text.encode("utf-8", "replace")
-    write(channel_fd, REPLY.pack(BROKEN, 0, 0.0, 0.0, len(data), 0) + data)
+    write(channel_fd, REPLY.pack(BROKEN, 0, len(data), 0) + data)
