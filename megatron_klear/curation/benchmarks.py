@@ -10,6 +10,7 @@ from typing import Any
 from megatron_klear.curation.text import ngrams, words
 from megatron_klear.data.index.parts import plan_parts, read_part
 from megatron_klear.data.jsonl import JsonObject
+from megatron_klear.data.overlap import text_key
 from megatron_klear.data.problems import Problems
 
 TEXT_KEYS = ("problem", "question", "question_content", "prompt", "text", "input")
@@ -25,7 +26,7 @@ class Overlap:
     Attributes:
         benchmark: name of the benchmark.
         problem: id of its problem, or the line where there is none.
-        ngram: the words; a whole problem where that is shorter than n words.
+        ngram: the words; the whole text of a problem that is shorter than n words.
     """
 
     benchmark: str
@@ -37,12 +38,13 @@ class Overlap:
 class BenchmarkIndex:
     """The n-grams of all benchmarks; it grows with the benchmarks and not with the data.
 
-    A problem of fewer than n words overlaps with a prompt only if the two are equal, word for word.
+    A problem of fewer than n words overlaps with a prompt only if the two are equal but for case, spacing and Unicode
+    variants; words alone would take `4 - 1` for `4 + 1`.
 
     Attributes:
         n: words of an n-gram.
         grams: n-gram -> (benchmark, problem) that had it first.
-        whole: the words of a shorter problem, joined -> the same.
+        whole: key of the text of a shorter problem -> the same.
         whitelist: n-grams that are no overlap.
         problems: problems by benchmark.
     """
@@ -59,7 +61,7 @@ class BenchmarkIndex:
         of = words(text)
         owner = (benchmark, problem)
         if len(of) < self.n:
-            self.whole.setdefault(" ".join(of), owner)
+            self.whole.setdefault(text_key(text), owner)
         for gram in ngrams(of, self.n):
             self.grams.setdefault(gram, owner)
 
@@ -67,8 +69,8 @@ class BenchmarkIndex:
         """What a prompt shares with benchmarks, in the order of the prompt: what counts, and what is whitelisted."""
         of = words(text)
         if len(of) < self.n:
-            joined = " ".join(of)
-            found = {joined: self.whole[joined]} if joined in self.whole else {}
+            owner = self.whole.get(text_key(text))
+            found = {} if owner is None else {text: owner}
         else:
             mine = ngrams(of, self.n)
             if self.grams.keys().isdisjoint(mine):

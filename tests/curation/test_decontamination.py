@@ -66,10 +66,18 @@ def test_unspaced_scripts_give_a_word_per_character() -> None:
 def test_overlap_is_n_words_in_a_row_or_all_of_a_shorter_problem(problem: list[str], prompt: list[str], n: int) -> None:
     index = BenchmarkIndex(n=n)
     index.add("b", "p", " ".join(problem))
-    counting, excused = index.overlaps(", ".join(prompt).upper())
-    expected = problem == prompt if len(problem) < n else share(problem, prompt, n)
+    is_short = len(problem) < n
+    counting, excused = index.overlaps(("  " if is_short else ", ").join(prompt).upper())
+    expected = problem == prompt if is_short else share(problem, prompt, n)
     assert bool(counting) == expected
     assert not excused
+
+
+def test_short_problems_are_told_apart_by_what_stands_between_words() -> None:
+    index = BenchmarkIndex(n=9)
+    index.add("b", "p", "4 - 1 =")
+    assert not index.overlaps("4 + 1 =")[0]
+    assert index.overlaps(" 4  -\t1 =")[0][0].problem == "p"
 
 
 BOILERPLATE = "where m and n are relatively prime positive integers find m plus n"
