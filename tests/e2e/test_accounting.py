@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -141,6 +142,12 @@ def test_mistakes(venv: Path, tmp_path: Path, arguments: tuple[str, ...], words:
     done = profile(venv, tmp_path / "p", *arguments)
     assert done.returncode == 2
     assert words in done.stderr
+
+
+@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
+def test_shellcheck_finds_nothing() -> None:
+    done = subprocess.run(["shellcheck", ROOT / "tools" / "profile.sh"], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stdout
 
 
 def test_wrong_settings_are_told_before_anything_runs(
