@@ -28,6 +28,11 @@ def test_engine_and_trainer_agree_whatever_evaluation_does(
     # tokens differ by more than 0.01.
     assert max(compared) < 100 * 20 * 2**-24, compared
     assert sum("accuracy/heldout" in row for row in rows) == 3
+    # Operations are counted in these two phases: under other names their time would be missing from the rate.
+    updated = [row for row in rows if "loss/total" in row]
+    assert updated
+    for row in updated:
+        assert {"phase_seconds/train", "phase_seconds/old logprobs", "throughput/model_tflops"} <= set(row)
     exported = json.loads((tmp_path / "rl" / "hf" / "config.json").read_text())
     wanted = {"rope_type": "yarn", "factor": 2.5, "original_max_position_embeddings": POSITIONS}
     assert exported["rope_scaling"] == wanted
