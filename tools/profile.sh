@@ -29,8 +29,14 @@ while (($#)); do
             sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "${BASH_SOURCE[0]}"
             exit 0
             ;;
-        --entry) entry=${2:-} && shift 2 || refuse "--entry: expected sft or rl" ;;
-        --processes) processes=${2:-} && shift 2 || refuse "--processes: expected a number" ;;
+        --entry)
+            (($# > 1)) || refuse "--entry: expected sft or rl"
+            entry=$2 && shift 2
+            ;;
+        --processes)
+            (($# > 1)) || refuse "--processes: expected a number"
+            processes=$2 && shift 2
+            ;;
         --torch) tool=torch && shift ;;
         -*) refuse "$1: unknown option (--help lists them)" ;;
         *) break ;;
@@ -79,5 +85,5 @@ nsys profile --trace=cuda,nvtx,osrt --capture-range=cudaProfilerApi --capture-ra
 [[ -f $report.nsys-rep ]] || { echo "profile: nsys wrote no $report.nsys-rep" >&2 && exit 1; }
 echo "$report.nsys-rep (open it with Nsight Systems)"
 for table in nvtx_pushpop_sum cuda_gpu_kern_sum; do
-    nsys stats --quiet --force-export=true --format=column --report "$table" "$report.nsys-rep" | head -n 24
+    nsys stats --quiet --force-export=true --format=column --report "$table" "$report.nsys-rep" | sed -n '1,24p'
 done

@@ -216,12 +216,12 @@ def read_hf_architecture(hf_dir: str | Path) -> Architecture:
 
 
 def read_hf_yarn(hf_dir: str | Path) -> Yarn | None:
-    """The YaRN that `config.json` of a Hugging Face directory asks for, if any.
+    """The YaRN that `config.json` of a Hugging Face directory asks for, if any; None also where there is no such file.
 
     Raises:
-        ConfigError: missing or malformed file.
+        ConfigError: malformed file.
     """
-    return yarn_of_hf_config(_read_hf_config(hf_dir)[1])
+    return yarn_of_hf_config(_read_hf_config(hf_dir)[1]) if (Path(hf_dir) / "config.json").is_file() else None
 
 
 def _read_hf_config(hf_dir: str | Path) -> tuple[Path, dict[str, Any]]:

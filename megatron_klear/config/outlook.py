@@ -33,6 +33,12 @@ def outlook(settings: Settings, *, entry: Entry, world_size: int) -> str:
         f"{settings.model.dtype}",
         "training": _training(settings, entry),
     }
+    if settings.fp8.on:
+        stored = ", weights stored in FP8" if settings.fp8.parameters else ""
+        lines["fp8"] = f"{settings.fp8.recipe} scaling{stored}"
+    yarn = settings.yarn.scaling(arch)
+    if yarn is not None:
+        lines["yarn"] = f"factor {yarn.factor:g} from {yarn.original_positions} positions, {settings.yarn.apply_to}"
     profile = settings.profile
     if profile.tool != "none":
         ranks = ", ".join(map(str, profile.ranks))

@@ -69,6 +69,8 @@ def require_hardware(settings: Settings) -> None:
         kind = pick_layer_spec(settings.model)
     except ConfigError as error:
         problems += error.problems
+    if settings.profile.tool == "nsys" and device.type != "cuda":
+        problems.append("profile.tool: got nsys, which records a GPU, and there is none; set torch")
     if kind == "te":
         problems += _environment_problems(settings)
     if problems:

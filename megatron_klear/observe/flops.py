@@ -62,14 +62,7 @@ def forward_flops(arch: Architecture, lengths: Iterable[int]) -> FlopCount:
         lengths: tokens of each sequence, padding left out.
     """
     lengths = list(lengths)
-    tokens = sum(lengths)
-    # One pair costs head_dim multiply-adds for its score and as many for its weighted value, in every query head.
-    per_pair = 4.0 * arch.num_attention_heads * arch.head_dim
-    return FlopCount(
-        projections=2.0 * tokens * projection_parameters(arch) * arch.num_layers,
-        attention=per_pair * causal_pairs(lengths) * arch.num_layers,
-        head=2.0 * (tokens - len(lengths)) * arch.hidden_size * arch.vocab_size,
-    )
+    return _forward(arch, tokens=sum(lengths), sequences=len(lengths), pairs=causal_pairs(lengths))
 
 
 def training_flops(arch: Architecture, lengths: Iterable[int], trained_tokens: int | None = None) -> FlopCount:
@@ -84,10 +77,36 @@ def training_flops(arch: Architecture, lengths: Iterable[int], trained_tokens: i
         trained_tokens: tokens with a loss; None for all that are predicted.
     """
     lengths = list(lengths)
-    forward = forward_flops(arch, lengths)
-    trained = sum(lengths) - len(lengths) if trained_tokens is None else trained_tokens
+    tokens, sequences = sum(lengths), len(lengths)
+    trained = tokens - sequences if trained_tokens is None else trained_tokens
+    pairs = causal_pairs(lengths)
+    return training_flops_of_sums(arch, tokens=tokens, sequences=sequences, pairs=pairs, trained_tokens=trained)
+
+
+def training_flops_of_sums(
+    arch: Architecture, *, tokens: float, sequences: float, pairs: float, trained_tokens: float
+) -> FlopCount:
+    """`training_flops` from what the sequences add up to, as ranks can sum it.
+
+    Args:
+        arch: sizes of the model.
+        tokens, sequences: how many.
+        pairs: `causal_pairs` of the sequences.
+        trained_tokens: tokens with a loss.
+    """
+    forward = _forward(arch, tokens=tokens, sequences=sequences, pairs=pairs)
     return FlopCount(
         projections=3.0 * forward.projections,
         attention=3.0 * forward.attention,
-        head=forward.head + 4.0 * trained * arch.hidden_size * arch.vocab_size,
+        head=forward.head + 4.0 * trained_tokens * arch.hidden_size * arch.vocab_size,
+    )
+
+
+def _forward(arch: Architecture, *, tokens: float, sequences: float, pairs: float) -> FlopCount:
+    # One pair costs head_dim multiply-adds for its score and as many for its weighted value, in every query head.
+    per_pair = 4.0 * arch.num_attention_heads * arch.head_dim
+    return FlopCount(
+        projections=2.0 * tokens * projection_parameters(arch) * arch.num_layers,
+        attention=per_pair * pairs * arch.num_layers,
+        head=2.0 * (tokens - sequences) * arch.hidden_size * arch.vocab_size,
     )

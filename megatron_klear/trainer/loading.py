@@ -130,7 +130,7 @@ def assembled(reader: SftReader, step: PlannedStep, packs: list[PackedBatch]) ->
     minibatch = Minibatch(
         packs=packs,
         sequence_ids=[reader.data.row_id(row) for row in rows],
-        lengths=reader.data.lengths[step.plan.rows].tolist(),
+        tokens=int(reader.data.lengths[step.plan.rows].sum()),
     )
     return SftBatch(plan=step.plan, minibatch=minibatch)
 

@@ -17,7 +17,7 @@ from megatron_klear.algorithm import ClipRegions, PolicyObjective, clip_regions
 from megatron_klear.config import Architecture, Settings
 from megatron_klear.errors import TrainingError
 from megatron_klear.model import HeadResult
-from megatron_klear.observe.flops import FlopCount, forward_flops, training_flops
+from megatron_klear.observe.flops import FlopCount, causal_pairs, forward_flops, training_flops_of_sums
 from megatron_klear.packing import pack, plan_packs, sequence_multiple, unpack
 from megatron_klear.parallel import cuda_means_cpu
 from megatron_klear.records import FloatArray, PackedBatch, ParallelContext, TrainSequence
@@ -62,12 +62,12 @@ class Minibatch:
     Attributes:
         packs: this data-parallel rank's microbatches, on the device; every rank has equally many.
         sequence_ids: names of the sequences of the whole minibatch.
-        lengths: tokens of each of these sequences.
+        tokens: tokens of the whole minibatch, padding left out.
     """
 
     packs: Sequence[PackedBatch]
     sequence_ids: Sequence[str]
-    lengths: Sequence[int]
+    tokens: int
 
 
 class Trainer:
@@ -142,7 +142,7 @@ class Trainer:
         minibatch = Minibatch(
             packs=packs,
             sequence_ids=[s.sequence_id for s in sequences],
-            lengths=[len(s.token_ids) for s in sequences],
+            tokens=sum(len(s.token_ids) for s in sequences),
         )
         return self.update_packed(minibatch, objective, step=step, temperature=temperature)
 
@@ -158,8 +158,10 @@ class Trainer:
         sums, regions = self._sums(packs, results, objective)
         self._require_finite_losses(packs, results, step)
         lr, grad_norm = self._step(step, minibatch.sequence_ids)
-        tokens, predicted = sum(minibatch.lengths), round(sums["predicted"])
-        self._flops += training_flops(self.arch, minibatch.lengths, trained_tokens=predicted)
+        tokens, predicted = minibatch.tokens, round(sums["predicted"])
+        self._flops += training_flops_of_sums(
+            self.arch, tokens=tokens, sequences=sums["sequences"], pairs=sums["pairs"], trained_tokens=predicted
+        )
         return UpdateReport(
             loss=sums["policy_loss"] + sums["lm_loss"],
             policy_loss=sums["policy_loss"],
@@ -222,9 +224,15 @@ class Trainer:
         self, packs: Sequence[PackedBatch], results: Sequence[HeadResult], objective: PolicyObjective
     ) -> tuple[dict[str, float], ClipRegions]:
         """Statistics of the minibatch summed over microbatches and ranks, the same on every rank."""
-        totals = dict.fromkeys(("policy_loss", "lm_loss", "predicted", "entropy", "slots"), 0.0)
+        names = ("policy_loss", "lm_loss", "predicted", "entropy", "slots", "sequences", "pairs")
+        totals = dict.fromkeys(names, 0.0)
         regions = ClipRegions(torch.zeros(10, dtype=torch.float64))
         totals["slots"] = float(sum(batch.token_ids.numel() for batch in packs))
+        for batch in packs:  # every context parallel rank knows the lengths of all, and is summed over
+            count = len(batch.sequence_ids)
+            lengths = batch.cu_seqlens.diff()[:count].tolist()
+            totals["sequences"] += count / self.context.cp.size
+            totals["pairs"] += causal_pairs(lengths) / self.context.cp.size
         for batch, result in zip(packs, results, strict=bool(results)):
             predicted = (batch.policy_weight != 0) | (batch.lm_weight != 0)
             totals["policy_loss"] += float(result.policy_loss)

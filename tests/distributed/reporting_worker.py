@@ -20,6 +20,7 @@ from megatron_klear.algorithm import REGION_NAMES
 from megatron_klear.conformance import compare, worker
 from megatron_klear.conformance.matrix import Comparison, Layout
 from megatron_klear.conformance.reference import reference_model
+from megatron_klear.observe.flops import training_flops
 from megatron_klear.packing import plan_packs, sequence_multiple
 from megatron_klear.trainer import Trainer, UpdateReport
 
@@ -88,6 +89,10 @@ def check_report_then_compare(
     reference = references.get(layout)
     trainer: Trainer = compare.layout_trainer(layout, sizes, context, reference.weights)
     report = trainer.update(reference.sequences, compare.objective_of(layout), step=1, temperature=layout.temperature)
+    lengths = [len(s.token_ids) for s in reference.sequences]
+    counted, wanted = trainer.take_flops(), training_flops(trainer.arch, lengths, report.predicted_tokens)
+    for part, flops in asdict(wanted).items():
+        np.testing.assert_allclose(asdict(counted)[part], flops, rtol=1e-12, err_msg=part)
     told = asdict(report) | {"regions": report.regions.sums.tolist()}
     everyone: list[Any] = [None] * context.world.size
     dist.all_gather_object(everyone, told)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -101,6 +102,31 @@ def test_without_nsys_it_says_so_and_what_to_do(venv: Path, tmp_path: Path) -> N
     assert "tools/profile.sh --torch examples/quickstart_sft.yaml" in done.stderr
 
 
+def test_what_nsys_is_asked_for(
+    venv: Path, sft_overrides: Callable[[str], list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a program of its name that only notes what it is asked: Nsight Systems itself needs a GPU."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    (folder / "nsys").write_text(
+        f'#!/bin/bash\nprintf "%s\\n" "$@" END >>"{tmp_path}/asked"\n'
+        'for word; do [[ $word == --output=* ]] && touch "${word#--output=}.nsys-rep"; done\n'
+        '[[ $1 == stats ]] && for line in {1..99}; do echo "row $line of $*"; done; exit 0\n'
+    )
+    (folder / "nsys").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
+    overrides = [*sft_overrides("x"), "profile.first_step=4", "profile.num_steps=3"]
+    done = profile(venv, tmp_path / "p", "--processes", "2", "examples/quickstart_sft.yaml", *overrides)
+    assert done.returncode == 0, done.stderr
+    recorded, ranges, kernels, _ = (tmp_path / "asked").read_text().split("END\n")
+    for word in ("profile", "--capture-range=cudaProfilerApi", "--capture-range-end=stop", "--trace=cuda,nvtx,osrt",
+                 "--nproc-per-node", "2", "megatron_klear.train_sft", "profile.tool=nsys", "sft.steps=6"):  # fmt: skip
+        assert word in recorded.splitlines(), word
+    assert "nvtx_pushpop_sum" in ranges
+    assert "cuda_gpu_kern_sum" in kernels
+    assert done.stdout.count("row ") == 2 * 24
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -116,6 +142,12 @@ def test_mistakes(venv: Path, tmp_path: Path, arguments: tuple[str, ...], words:
     done = profile(venv, tmp_path / "p", *arguments)
     assert done.returncode == 2
     assert words in done.stderr
+
+
+@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
+def test_shellcheck_finds_nothing() -> None:
+    done = subprocess.run(["shellcheck", ROOT / "tools" / "profile.sh"], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stdout
 
 
 def test_wrong_settings_are_told_before_anything_runs(

@@ -48,10 +48,12 @@ def test_precision_and_attention_that_this_machine_does_not_have_are_told_before
     unread = tmp_path / "unread.jsonl"
     unread.write_text("not JSON\n")
     asked = ["fp8.recipe=tensorwise", "model.attention=cudnn", "model.dtype=bfloat16", "run.device=auto"]
+    asked.append("profile.tool=nsys")
     sizes = ["model.head_dim=16", "model.num_attention_heads=4", "model.num_query_groups=2"]
     text = refused(
         start, "train_sft", SFT, [*sft_overrides("run"), *asked, *sizes, f"data.sft=[{unread}]"],
         "fp8.recipe: got tensorwise, which needs a GPU", "model.attention: cudnn was asked for",
+        "profile.tool: got nsys, which records a GPU, and there is none; set torch",
     )  # fmt: skip
     assert "unread.jsonl" not in text
 

@@ -30,6 +30,7 @@ def test_kept_for_a_resume_and_measured_anew_elsewhere(
     assert device_rates(tmp_path, context, torch.float32).measured == 1e12
     assert device_rates(tmp_path, context, torch.bfloat16).measured == 2e12, "another data type"
     kept = json.loads((tmp_path / RATE_FILE).read_text())
+    assert kept["processes"] == 1
     (tmp_path / RATE_FILE).write_text(json.dumps({**kept, "processes": 8}))
     assert device_rates(tmp_path, context, torch.bfloat16).measured == 3e12, "another number of devices"
     for broken in ("{", "[]", json.dumps({**kept, "flops_per_second": None})):
