@@ -122,7 +122,7 @@ def _order_rows(settings: Settings, graders: Graders, domains: Sequence[Domain])
             GradeRequest(form, _rewritten(settings, response), FORM_REFERENCE[domain], finish)
             for form, (response, finish) in forms.items()
         ]
-        grades = dict(zip(forms, graders.grade([domain] * len(requests), requests), strict=True))
+        grades = dict(zip(forms, graders.grade_many([(domain, request) for request in requests]), strict=True))
         shown = {form: f"{form} {grade.reward:+.2f} ({grade.outcome})" for form, grade in grades.items()}
         ungraded = [form for form, grade in grades.items() if grade.outcome == "ungraded"]
         wrong, correct = grades["wrong"].reward, grades["correct"].reward
@@ -196,7 +196,7 @@ def _gold_rows(settings: Settings, rows: Sequence[Row], graders: Graders, max_un
             requests.append((row.domain, request))
     if not requests:
         return
-    found = graders.grade([domain for domain, _ in requests], [request for _, request in requests])
+    found = graders.grade_many(requests)
     grades = {request.request_id: grade for (_, request), grade in zip(requests, found, strict=True)}
     for domain in sorted({domain for domain, _ in requests}):
         numbers = [n for n, (_, row) in enumerate(rows) if row.domain == domain]
@@ -248,7 +248,7 @@ def _probe_rows(settings: Settings, graders: Graders, probes: Sequence[Probe], w
         GradeRequest(str(n), _rewritten(settings, probe.response), probe.reference, probe.finish_reason)
         for n, probe in enumerate(probes)
     ]
-    grades = graders.grade([probe.domain for probe in probes], requests)
+    grades = graders.grade_many([(p.domain, request) for p, request in zip(probes, requests, strict=True)])
     faults = [
         f"{probe.name}: {grade.outcome} ({grade.reason}), must be {' or '.join(probe.expected)}"
         for probe, grade in zip(probes, grades, strict=True)
