@@ -130,9 +130,11 @@ def test_on_gpus_that_are_shared_it_starts_in_the_engines_turn_which_lasts_until
     restarting = threading.Thread(target=lambda: asyncio.run(restarts.restart(endpoint, "died")))
     restarting.start()
     try:
+        while len(group.callers) == 2:
+            time.sleep(0.01)
+        assert [caller.name for caller in group.callers] == ["old 1"]
         time.sleep(0.5)
         assert stand_in.done == ["stop 0"]
-        assert [caller.name for caller in group.callers] == ["old 1"]
         turn.give()
         while "start 0" not in stand_in.done:
             time.sleep(0.01)
