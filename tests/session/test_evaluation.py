@@ -26,7 +26,7 @@ def context():
 @pytest.fixture
 def evaluated(tmp_path, context, monkeypatch):
     """Ends a run at a step; returns how often that evaluated."""
-    calls = []
+    calls, handed = [], []
 
     def end(step: int, *, was_done: bool, count: int = 4) -> int:
         before = len(calls)
@@ -45,6 +45,9 @@ def evaluated(tmp_path, context, monkeypatch):
                 mean = 0.25 if count else math.nan
                 return Accuracy(mean=mean, stderr=0.0, count=count, groups=())
 
+            def hand_to_trainer(self):
+                handed.append(len(calls))
+
             def examples(self, groups, step):
                 return []
 
@@ -62,6 +65,8 @@ def evaluated(tmp_path, context, monkeypatch):
             keep_examples=lambda *_: None,
         )
         evaluation.Evaluation(session, SimpleNamespace(prompts=())).at_end()
+        # Fine-tuning goes on after an evaluation, and wants back what the engines have of its memory.
+        assert handed == list(range(1, len(calls) + 1))
         return len(calls) - before
 
     return end

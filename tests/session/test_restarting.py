@@ -129,16 +129,21 @@ def test_on_gpus_that_are_shared_it_starts_in_the_engines_turn_which_lasts_until
     endpoint = restarts.endpoints()[0]
     restarting = threading.Thread(target=lambda: asyncio.run(restarts.restart(endpoint, "died")))
     restarting.start()
-    time.sleep(0.5)
-    assert stand_in.done == ["stop 0"]
-    assert [caller.name for caller in group.callers] == ["old 1"]
-    turn.give()
-    while "start 0" not in stand_in.done:
-        time.sleep(0.01)
-    turn.take(stand_in.ready.set)
-    assert [caller.name for caller in group.callers] == ["old 1", "new 0"]
-    restarting.join(10.0)
-    restarts.close()
+    try:
+        while len(group.callers) == 2:
+            time.sleep(0.01)
+        assert [caller.name for caller in group.callers] == ["old 1"]
+        time.sleep(0.5)
+        assert stand_in.done == ["stop 0"]
+        turn.give()
+        while "start 0" not in stand_in.done:
+            time.sleep(0.01)
+        turn.take(stand_in.ready.set)
+        assert [caller.name for caller in group.callers] == ["old 1", "new 0"]
+    finally:
+        stand_in.ready.set()
+        restarts.close()
+        restarting.join(10.0)
 
 
 def test_a_server_that_cannot_be_proved_stays_out(stand_in: StandIn) -> None:

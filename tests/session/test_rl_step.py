@@ -185,6 +185,9 @@ class Run:
     def publish(self, version: int) -> None:
         self.order.append(f"publish {version}")
 
+    def hand_to_trainer(self) -> None:
+        self.order.append("hand to trainer")
+
     def examples(self, groups: list[ScoredGroup], step: int) -> list[str]:
         return [f"{len(groups)} groups"]
 
@@ -247,10 +250,10 @@ def test_two_steps_give_the_weights_of_the_printed_equations(
         for sign in (advantage > 0, advantage < 0):
             assert np.any(beyond & sign), "a region of Eq. 16 that no token was in"
 
-    step = ["groups {}", "old logprobs", *["train"], "trained {}", "publish {}", "evaluate after {}",
+    step = ["groups {}", "hand to trainer", "old logprobs", "train", "trained {}", "publish {}", "evaluate after {}",
             "examples {}: ['8 groups']", "finish {}"]  # fmt: skip
     first, second = ([text.format(number) for text in step] for number in (1, 2))
-    first.insert(2, "train")
+    first.insert(3, "train")
     assert run.order == ["publish 0", "evaluate at start", *first, *second, "evaluate at end"]
     for number, kept in ((1, 5), (2, 3)):
         logged = run.logged[number]
