@@ -8,6 +8,7 @@ import pytest
 
 SGLANG = ["rollout.engine=sglang"]
 COLOCATED = [*SGLANG, "sglang.placement=colocated"]
+ROUTED = [*SGLANG, "sglang.urls=[http://a:1,http://b:1]", "sglang.router_url=http://r:1"]
 
 
 @pytest.mark.parametrize("entry", ["sft", "rl"])
@@ -66,6 +67,10 @@ def test_the_base_settings_have_no_problem(problems, entry):
         ([*SGLANG, "sglang.venv=nowhere"], 1, "sglang.venv", "no nowhere/bin/python; run tools/setup_sglang.sh"),
         ([*SGLANG, "sglang.urls=[host:80]"], 1, "sglang.urls", "'host:80', must be http://HOST:PORT"),
         ([*SGLANG, "sglang.urls=[http://a:1,http://a:1]"], 1, "sglang.urls", "more than once"),
+        ([*ROUTED, "sglang.urls=[]"], 1, "sglang.router_url", "name the servers behind the router, which get weights"),
+        ([*ROUTED, "sglang.router_url=r:1"], 1, "sglang.router_url", "'r:1', must be http://HOST:PORT"),
+        ([*ROUTED, "scheduling.min_engines=2"], 1, "scheduling.min_engines", "behind sglang.router_url count as one"),
+        ([*SGLANG, "sglang.connect_seconds=9"], 1, "sglang.connect_seconds", "got 9 without sglang.urls"),
         ([*SGLANG, "sglang.server_tp=3"], 1, "model.num_attention_heads", "a multiple of sglang.server_tp = 3"),
         ([*SGLANG, "sglang.port=65535", "sglang.servers=2"], 1, "sglang.port", "2 servers need ports up to 65536"),
         ([*SGLANG, "sglang.quantization=fp8"], 1, "weight_sync.verify", "set logprobs or checksum_or_logprobs"),
@@ -185,7 +190,8 @@ def test_sglangs_settings_are_judged_only_when_it_is_the_engine(problems):
     bad = ["sglang.venv=nowhere", "sglang.quantization=fp8"]
     assert problems(*bad) == []
     assert len(problems(*SGLANG, *bad)) == 2
-    assert problems(*SGLANG, "sglang.urls=[http://a:1,https://b]") == []
+    assert problems(*SGLANG, "sglang.urls=[http://a:1,https://b]", "sglang.connect_seconds=60") == []
+    assert problems(*ROUTED) == []
 
 
 def test_servers_that_take_turns_are_on_the_trainers_machine(problems, tmp_path, monkeypatch):
