@@ -62,7 +62,7 @@ def main(settings: Settings, stop: StopRequest) -> None:
         settings.tokenizer.dir, think_start=settings.tokenizer.think_start, think_end=settings.tokenizer.think_end,
         stop_tokens=settings.rollout.stop_tokens,
     )  # fmt: skip
-    data = open_sft_data(settings)
+    data = open_sft_data(settings, stop)
     heldout = None
     if settings.data.heldout:
         heldout = load_prompts(

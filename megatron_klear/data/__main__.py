@@ -15,11 +15,11 @@ import warnings
 from collections.abc import Sequence
 
 from megatron_klear.config import load_data_settings, row_files
-from megatron_klear.errors import EXIT_BAD_INPUT, EXIT_DONE, KlearError
+from megatron_klear.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_RESUMABLE, KlearError
 
 
 def main(argv: Sequence[str]) -> int:
-    """Make the index and say what is in it; returns the exit status: 0 done, 2 the input or settings are wrong."""
+    """Make the index and say what is in it; returns 0 done, 2 the input or settings are wrong, 75 interrupted."""
     if not argv or argv[0] in ("-h", "--help"):
         print("usage: python -m megatron_klear.data CONFIG.yaml [section.field=value ...]\n")
         print(f"{(__doc__ or '').strip()}\n")
@@ -49,6 +49,9 @@ def main(argv: Sequence[str]) -> int:
     except KlearError as error:
         print(error, file=sys.stderr)
         return error.exit_status
+    except KeyboardInterrupt:
+        print("interrupted; start again to go on with the parts that are not finished", file=sys.stderr)
+        return EXIT_RESUMABLE
     print(f"{source.directory}: {rows.described()}")
     return EXIT_DONE
 

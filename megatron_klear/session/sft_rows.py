@@ -21,20 +21,28 @@ from megatron_klear.data import (
 from megatron_klear.observe.jsonl import JsonLinesFile, keep_through_step, set_aside
 from megatron_klear.observe.replace import replace_file
 from megatron_klear.packing import attention_share, sequence_multiple
+from megatron_klear.session.launch import Preempted, StopRequest
 from megatron_klear.session.session import Session
 
 SEQUENCES_FILE = "sequences.jsonl"
 DROPPED_FILE = "dropped.jsonl"
 
 
-def open_sft_data(settings: Settings) -> SftData:
+def open_sft_data(settings: Settings, stop: StopRequest) -> SftData:
     """Make the index of `data.sft` unless it is there, and open it (a collective).
 
     The first rank makes it with all of its machine's CPUs, while the others wait outside of any collective.
 
     Raises:
         DataError: on every rank, when rows or files cannot be used.
+        Preempted: on the first rank, when it is asked to stop before that is done; what is finished is kept.
     """
+
+    def alive() -> None:
+        first_rank.alive()
+        if stop.received:
+            raise Preempted("stopped while data.sft was tokenized; start again to go on with what is not finished")
+
     context = parallel.start(settings.parallel, device=settings.run.device, seed=settings.run.seed)
     first_rank = parallel.FirstRank(context, silence_seconds=settings.parallel.timeout_seconds)
     tokenizer, data = settings.tokenizer, settings.data
@@ -43,7 +51,7 @@ def open_sft_data(settings: Settings) -> SftData:
     )
     first_rank.run(
         "tokenize data.sft",
-        lambda: prepare_index(source, processes=data.tokenize_processes, alive=first_rank.alive),
+        lambda: prepare_index(source, processes=data.tokenize_processes, alive=alive),
     )
     bins = settings.sft.batch_bins is not None
     return SftData(

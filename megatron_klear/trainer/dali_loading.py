@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from nvidia.dali import fn, types
 from nvidia.dali.pipeline import Pipeline
+from nvidia.dali.plugin.pytorch import feed_ndarray, to_torch_type
 
 from megatron_klear.parallel import end_with_parent
 from megatron_klear.records import PackedBatch
@@ -94,14 +95,10 @@ class DaliLoader:
 
     def _own(self, output: Any) -> torch.Tensor:
         """Our copy of an output; DALI uses its memory again in a later run."""
-        if self._device.type == "cpu":
-            return torch.from_numpy(np.array(output.at(0)))
-        from nvidia.dali.plugin.pytorch import feed_ndarray
-
         found = output[0]
-        dtype = {np.dtype("int64"): torch.int64, np.dtype("int32"): torch.int32, np.dtype("float32"): torch.float32}
-        tensor = torch.empty(tuple(found.shape()), dtype=dtype[np.dtype(found.dtype.name.lower())], device=self._device)
-        feed_ndarray(found, tensor, cuda_stream=torch.cuda.current_stream(self._device))
+        tensor = torch.empty(tuple(found.shape()), dtype=to_torch_type[found.dtype], device=self._device)
+        stream = torch.cuda.current_stream(self._device) if self._device.type == "cuda" else None
+        feed_ndarray(found, tensor, cuda_stream=stream)
         return tensor
 
 

@@ -259,6 +259,27 @@ def test_killed_in_the_middle_it_goes_on_with_the_unfinished_parts(
     assert not (directory / "parts").exists()
 
 
+def test_asked_to_stop_it_keeps_what_is_finished(
+    thinking_tokenizer: Path, write_jsonl: Writer, make_index: Maker, tmp_path: Path
+) -> None:
+    path = write_jsonl(*(row(n) for n in range(40)))
+    source = describe_source(
+        [str(path)], str(thinking_tokenizer), "<think>", "</think>", index_dir=str(tmp_path / "index")
+    )
+    calls = []
+
+    def alive() -> None:
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prepare_index(source, processes=1, alive=alive, part_bytes=1200)
+    finished = sorted(part.name for part in (source.directory / "parts").glob("00000?"))
+    assert finished == ["000000", "000001", "000002"]
+    assert contents(make_index(path)) == contents(make_index(path, index_dir=tmp_path / "whole"))
+
+
 def test_two_that_ask_at_once_make_it_once(
     thinking_tokenizer: Path, write_jsonl: Writer, make_index: Maker, tmp_path: Path
 ) -> None:

@@ -12,9 +12,9 @@ SFT = "examples/quickstart_sft.yaml"
 RL = "examples/quickstart_rl.yaml"
 
 
-def refused(start, entry: str, config: str | Path, overrides, *expected: str) -> str:
-    launch = start(entry, config, overrides, ranks=1)
-    assert launch.wait(120) == [2], launch.output()
+def refused(start, entry: str, config: str | Path, overrides, *expected: str, ranks: int = 1) -> str:
+    launch = start(entry, config, overrides, ranks=ranks)
+    assert launch.wait(120) == [2] * ranks, launch.output()
     text = launch.output()
     assert "Traceback" not in text, text
     for words in expected:
@@ -70,9 +70,15 @@ def test_malformed_line_is_named_by_file_and_line(start, sft_overrides, data, tm
     rows[11] = json.dumps({"id": "x", "messages": []})
     broken = tmp_path / "broken.jsonl"
     broken.write_text("\n".join(rows) + "\n")
-    refused(
-        start, "train_sft", SFT, [*sft_overrides("run"), f"data.sft=[{broken}]"], "broken.jsonl:7", "broken.jsonl:12"
-    )
+    text = refused(
+        start,
+        "train_sft",
+        SFT,
+        [*sft_overrides("run"), f"data.sft=[{broken}]"],
+        "2 of 20 rows cannot be used", "broken.jsonl:7", "broken.jsonl:12", "data.max_reject_share",
+        ranks=2,
+    )  # fmt: skip
+    assert text.count("broken.jsonl:7") == 1, "said once for all ranks"
 
 
 def test_prompt_longer_than_the_limit(start, rl_overrides):

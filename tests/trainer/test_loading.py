@@ -171,3 +171,20 @@ def test_the_setting_chooses(data: SftData, monkeypatch: pytest.MonkeyPatch) -> 
     )
     open_loader(reader, DataSettings(loader="dali", loader_processes=3, prefetch=5), CPU)
     assert asked == [(3, 5)]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("loader", ["plain", "dali"])
+def test_microbatches_on_the_gpu_have_the_same_bytes(data: SftData, loader: str) -> None:
+    layout = PackLayout(token_budget=BUDGET)
+    device = torch.device("cuda", 0)
+    readers = [SftReader(data, sequence_steps(data), layout, num_steps=8) for _ in range(2)]
+    settings = DataSettings(loader=loader, loader_processes=1)  # type: ignore[arg-type]
+    with PlainLoader(readers[0], CPU) as wanted, open_loader(readers[1], settings, device) as found:
+        for one, other in zip(batches(wanted), batches(found), strict=True):
+            torch.cuda.synchronize()
+            for first, second in zip(one.minibatch.packs, other.minibatch.packs, strict=True):
+                assert first.max_seqlen == second.max_seqlen
+                for name, tensor in tensors_of(first).items():
+                    assert tensors_of(second)[name].device == device
+                    assert tensors_of(second)[name].cpu().numpy().tobytes() == tensor.numpy().tobytes(), name

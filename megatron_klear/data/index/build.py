@@ -7,6 +7,7 @@ import json
 import logging
 import multiprocessing
 import os
+import signal
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -50,7 +51,7 @@ def prepare_index(
     Args:
         source: the input and where its index belongs.
         processes: tokenizer processes; None is as many as this process may use CPUs, fewer for little input.
-        alive: called at least every second or so.
+        alive: called every second or so, with one process after every part; what it raises ends the work.
         part_bytes: input per part.
         line_bytes: longest line that is read.
 
@@ -149,6 +150,7 @@ def _do_all(jobs: Sequence[PartJob], processes: int, alive: Callable[[], None]) 
 
 def _start_process() -> None:
     end_with_parent()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which lets parts that are begun be finished
     warnings.filterwarnings("ignore", module=r"megatron\..*")  # of packages that are not there
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # every CPU has a process
     logging.getLogger("transformers").setLevel(logging.ERROR)

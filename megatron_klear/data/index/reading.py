@@ -58,6 +58,7 @@ class SftIndex:
                 f"data.index_dir: {names} in {directory} changed since it was made; remove it to make it anew"
             )
         self._manifest = manifest
+        self._columns: dict[str, Any] = {}
         self.fingerprint: str = manifest["fingerprint"]
         self.lengths: IntArray = np.empty(0, dtype=np.int64)
         self.trained: IntArray = np.empty(0, dtype=np.int64)
@@ -110,7 +111,7 @@ class SftIndex:
 
     def row_id(self, row: int) -> str:
         """The id that the row has in its file."""
-        return str(self._rows["id"][row].as_py())
+        return str(self._column("id")[row].as_py())
 
     def source(self, row: int) -> str:
         """Where the row says it comes from."""
@@ -118,15 +119,18 @@ class SftIndex:
 
     def where(self, row: int) -> str:
         """File and line of a row."""
-        file = self._manifest["files"][self._rows["file"][row].as_py()]
-        return f"{file}:{self._rows['line'][row].as_py()}"
+        file = self._manifest["files"][self._column("file")[row].as_py()]
+        return f"{file}:{self._column('line')[row].as_py()}"
 
     def keys(self) -> Iterator[tuple[str, str]]:
         """(id, text key) of each user message, for `require_disjoint`."""
-        for batch in self._rows.select(["id", "keys"]).to_batches(_ROWS_AT_A_TIME):
-            for row_id, keys in zip(batch["id"].to_pylist(), batch["keys"].to_pylist(), strict=True):
-                for key in keys:
-                    yield row_id, key.hex()
+        import pyarrow.parquet as pq
+
+        with pq.ParquetFile(self.directory / files.ROWS) as table:
+            for batch in table.iter_batches(_ROWS_AT_A_TIME, columns=["id", "keys"]):
+                for row_id, keys in zip(batch["id"].to_pylist(), batch["keys"].to_pylist(), strict=True):
+                    for key in keys:
+                        yield row_id, key.hex()
 
     @cached_property
     def _tokens(self) -> Any:
@@ -147,8 +151,10 @@ class SftIndex:
         every: NDArray[np.int32] = np.concatenate(numbers[:]) if len(numbers) else np.empty(0, dtype=np.int32)
         return every
 
-    @cached_property
-    def _rows(self) -> Any:
-        import pyarrow.parquet as pq
+    def _column(self, name: str) -> Any:
+        """A column of the rows, read when it is first asked for: most runs need the ids only."""
+        if name not in self._columns:
+            import pyarrow.parquet as pq
 
-        return pq.read_table(self.directory / files.ROWS, memory_map=True)
+            self._columns[name] = pq.read_table(self.directory / files.ROWS, columns=[name])[name]
+        return self._columns[name]
