@@ -156,8 +156,15 @@ def make_plan(
         )
         for stage in range(parallel.pp)
     )
-    shared = {"dp": dp, "microbatches": microbatches, "updates": work.updates, "passes": passes}
-    traffic = busiest([stage_traffic(settings, entry, kind, stage=stage, **shared) for stage in range(parallel.pp)])
+    traffic = busiest(
+        [
+            stage_traffic(
+                settings, entry, kind, stage=stage, dp=dp, microbatches=microbatches, updates=work.updates,
+                passes=passes,
+            )
+            for stage in range(parallel.pp)
+        ]
+    )  # fmt: skip
     bubble = (parallel.pp - 1) / (microbatches + parallel.pp - 1)
     time = _step_time(settings, assumed, device, kind, work, traffic, flops, microbatches, gpus)
     return Plan(
