@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -61,7 +62,9 @@ def find_problems(
         inputs: whether the files and directories that settings name must be there, and fit; a plan needs none.
     """
     problems = Problems(broken=broken)
-    architecture = _architecture(settings, problems, inputs)
+    if not inputs:
+        settings = dataclasses.replace(settings, model=without_absent_weights(settings.model))
+    architecture = _architecture(settings, problems)
     _check_layout(settings, world_size, problems)
     if architecture is not None:
         _check_split(settings, architecture, problems)
@@ -79,20 +82,16 @@ def find_problems(
     return problems.texts
 
 
-def _architecture(settings: Settings, problems: Problems, inputs: bool) -> Architecture | None:
+def _architecture(settings: Settings, problems: Problems) -> Architecture | None:
     """Resolve the architecture; None when it is unknown, its problems noted."""
     model = settings.model
     if any(path.startswith("model.") for path in problems.broken):
         return None
     try:
-        if not inputs:
-            return resolve_architecture(without_absent_weights(model))
         if model.hf_dir is not None:
             found = contradictions(model, read_hf_architecture(model.hf_dir))
             if found:
                 raise ConfigError(found)
-            if not any(Path(model.hf_dir).glob("*.safetensors")):
-                problems.add("model.hf_dir", f"no *.safetensors file in {model.hf_dir}")
         return resolve_architecture(model)
     except ConfigError as error:
         problems.texts.extend(error.problems)
@@ -289,7 +288,9 @@ def _check_environment(settings: Settings, entry: Entry, problems: Problems) -> 
 
 def _check_files(settings: Settings, entry: Entry, architecture: Architecture | None, problems: Problems) -> None:
     """Check that every input of the entry is there, and that the run directory may be written."""
-    data = settings.data
+    data, weights = settings.data, settings.model.hf_dir
+    if weights is not None and Path(weights).is_dir() and not any(Path(weights).glob("*.safetensors")):
+        problems.add("model.hf_dir", f"no *.safetensors file in {weights}")
     needed = {"data.sft": data.sft} if entry == "sft" else {"data.prompts": data.prompts}
     for path, files in needed.items():
         if not files:

@@ -265,6 +265,8 @@ def assumptions_in_words(plan: Plan) -> list[str]:
         kinds[plan.kind],
         "tensor parallel, pipeline and, unless parallel.overlap_* says otherwise, data parallel traffic is not hidden",
     ]
+    if getattr(getattr(plan.settings, "fp8", None), "recipe", "none") != "none":
+        lines.append("fp8.recipe is left aside: memory and time are those of bfloat16")
     if plan.entry == "rl":
         lines.append("every group of a step is trained on; the time to generate responses is not predicted")
     return lines
