@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -67,13 +68,14 @@ def find_problems(
         inputs: whether the files and directories that settings name must be there, and fit; a plan needs none.
     """
     problems = Problems(broken=broken)
-    architecture = _architecture(settings, problems, inputs)
+    if not inputs:
+        settings = dataclasses.replace(settings, model=without_absent_weights(settings.model))
+    architecture = _architecture(settings, problems)
     _check_layout(settings, world_size, problems)
     if architecture is not None:
         _check_split(settings, architecture, problems)
         _check_lengths(settings, architecture, entry, problems)
-        model = settings.model if inputs else without_absent_weights(settings.model)
-        in_weights = None if model.hf_dir is None else read_hf_yarn(model.hf_dir)
+        in_weights = None if settings.model.hf_dir is None else read_hf_yarn(settings.model.hf_dir)
         check_yarn(settings, architecture, entry, in_weights, problems)
     _check_backends(settings, problems)
     check_precision(settings, architecture, problems)
@@ -99,20 +101,16 @@ def find_data_problems(settings: Settings, *, broken: frozenset[str]) -> list[st
     return problems.texts
 
 
-def _architecture(settings: Settings, problems: Problems, inputs: bool) -> Architecture | None:
+def _architecture(settings: Settings, problems: Problems) -> Architecture | None:
     """Resolve the architecture; None when it is unknown, its problems noted."""
     model = settings.model
     if any(path.startswith("model.") for path in problems.broken):
         return None
     try:
-        if not inputs:
-            return resolve_architecture(without_absent_weights(model))
         if model.hf_dir is not None:
             found = contradictions(model, read_hf_architecture(model.hf_dir))
             if found:
                 raise ConfigError(found)
-            if not any(Path(model.hf_dir).glob("*.safetensors")):
-                problems.add("model.hf_dir", f"no *.safetensors file in {model.hf_dir}")
         return resolve_architecture(model)
     except ConfigError as error:
         problems.texts.extend(error.problems)
@@ -374,7 +372,9 @@ def _check_environment(settings: Settings, entry: Entry, problems: Problems) -> 
 
 def _check_files(settings: Settings, entry: Entry, architecture: Architecture | None, problems: Problems) -> None:
     """Check that every input of the entry is there, and that the run directory may be written."""
-    data = settings.data
+    data, weights = settings.data, settings.model.hf_dir
+    if weights is not None and Path(weights).is_dir() and not any(Path(weights).glob("*.safetensors")):
+        problems.add("model.hf_dir", f"no *.safetensors file in {weights}")
     if entry == "sft":
         _check_sft_files(settings, problems)
     elif not data.prompts:

@@ -156,8 +156,15 @@ def make_plan(
         )
         for stage in range(parallel.pp)
     )
-    shared = {"dp": dp, "microbatches": microbatches, "updates": work.updates, "passes": passes}
-    traffic = busiest([stage_traffic(settings, entry, kind, stage=stage, **shared) for stage in range(parallel.pp)])
+    traffic = busiest(
+        [
+            stage_traffic(
+                settings, entry, kind, stage=stage, dp=dp, microbatches=microbatches, updates=work.updates,
+                passes=passes,
+            )
+            for stage in range(parallel.pp)
+        ]
+    )  # fmt: skip
     bubble = (parallel.pp - 1) / (microbatches + parallel.pp - 1)
     time = _step_time(settings, assumed, device, kind, work, traffic, flops, microbatches, gpus)
     return Plan(
@@ -258,6 +265,8 @@ def assumptions_in_words(plan: Plan) -> list[str]:
         kinds[plan.kind],
         "tensor parallel, pipeline and, unless parallel.overlap_* says otherwise, data parallel traffic is not hidden",
     ]
+    if getattr(getattr(plan.settings, "fp8", None), "recipe", "none") != "none":
+        lines.append("fp8.recipe is left aside: memory and time are those of bfloat16")
     if plan.entry == "rl":
         lines.append("every group of a step is trained on; the time to generate responses is not predicted")
     return lines

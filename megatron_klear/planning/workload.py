@@ -68,9 +68,12 @@ def workload(settings: Settings, entry: Entry, mean_tokens: float | None = None)
     lengths = lognormal_lengths(mean, longest)
     square = sum(length * length for length in lengths) / len(lengths)
     if entry == "sft":
+        count = settings.sft.batch_sequences
+        bins: int | None = getattr(settings.sft, "batch_bins", None)
+        if bins is not None:  # full microbatches in place of sequences
+            count = max(1, round(bins * settings.packing.token_budget * SLOTS_USED / mean))
         return Workload(
-            sequences=settings.sft.batch_sequences, mean_tokens=mean, mean_square=square, updates=1, scored=False,
-            longest=longest,
+            sequences=count, mean_tokens=mean, mean_square=square, updates=1, scored=False, longest=longest,
         )  # fmt: skip
     return Workload(
         sequences=settings.rl.prompts_per_step * settings.rollout.responses_per_prompt,
