@@ -116,7 +116,7 @@ def _read_probes(file: str) -> list[Probe]:
         for fault in faults:
             problems.add(where, fault)
         if not faults:
-            expected: list[Outcome] = [value["expected"]] if isinstance(value["expected"], str) else value["expected"]
+            expected: list[Any] = [value["expected"]] if isinstance(value["expected"], str) else value["expected"]
             name, finish = str(value.get("name", where)), value.get("finish_reason", "stop")
             probes.append(
                 Probe(name, value["domain"], value["response"], _text(value["reference"]), tuple(expected), finish)

@@ -29,7 +29,7 @@ def test_every_field_has_a_help_text_and_every_number_a_bound_or_a_reason(path):
     item = FIELDS[path]
     assert len(item.help) > 10
     assert item.help.endswith(".")
-    unbounded = {"reward.correct", "reward.wrong", "reward.malformed"}
+    unbounded = {f"{section}.{n}" for section in ("reward", "code_reward") for n in ("correct", "wrong", "malformed")}
     if item.kind.startswith(("integer", "number")) and path not in unbounded:
         assert item.bound
     if item.kind.startswith("integer") and path != "run.seed":

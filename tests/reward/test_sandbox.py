@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -171,6 +172,22 @@ with CodeGraderPool(workers=1, limits=STRICT_LIMITS) as pool:
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert [REFUSED in line or "memory limit" in line for line in lines] == [True] * len(names), done.stdout
+
+
+def test_a_process_with_many_open_files_leaks_none_of_them(bubblewrap: str, secret: Path) -> None:
+    """Its sockets then have high numbers, beyond what select() takes, and must be closed in a test all the same."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 4096), hard))
+    held = [os.open(os.devnull, os.O_RDONLY) for _ in range(1500)]
+    try:
+        for mode in ("bubblewrap", "rlimits"):
+            with CodeGraderPool(workers=1, sandbox=mode, limits=STRICT_LIMITS) as pool:
+                grades = attack(pool, ["inherited files", "write to every file descriptor"], secret)
+            assert {n: g.reason for n, g in grades.items() if "line 1 is 'contained'" not in g.reason} == {}
+    finally:
+        for fd in held:
+            os.close(fd)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_a_killed_sandbox_is_replaced_and_its_answer_graded(bubblewrap: str) -> None:

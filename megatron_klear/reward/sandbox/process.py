@@ -8,7 +8,6 @@ import logging
 import marshal
 import os
 import pwd
-import select
 import signal
 import socket
 import subprocess
@@ -47,7 +46,11 @@ _MODULES = ("channel", "kernel", "children", "programs", "remote", "checks", "se
 _BOOT = """
 import marshal, os, sys, types
 sys.path = [p for p in sys.path if p]
-channel = int(sys.argv[1])
+channel = 3  # whatever number the parent had left for it: what is to be closed later has a number below a known one
+if int(sys.argv[1]) != channel:
+    os.dup2(int(sys.argv[1]), channel, inheritable=False)
+    os.close(int(sys.argv[1]))
+os.closerange(channel + 1, 4096)
 def read(size):
     data = b""
     while len(data) < size:
@@ -269,6 +272,7 @@ class SandboxProcess:
 
     def _send(self, message: Any) -> None:
         data = marshal.dumps(message, 2)  # version 2: the sandbox's Python may be another one
+        self._channel.settimeout(START_SECONDS)
         self._channel.sendall(LENGTH.pack(len(data)) + data)
 
     def _reply(self, deadline: float, what: str = "start") -> TestResult:
@@ -308,9 +312,11 @@ class SandboxProcess:
     def _read(self, size: int, deadline: float, what: str) -> bytes:
         data = bytearray()
         while len(data) < size:
-            if not select.select([self._channel], [], [], max(0.0, deadline - time.monotonic()))[0]:
-                raise SandboxError(f"no answer from the sandbox during a {what}")
-            part = self._channel.recv(min(size - len(data), 1 << 20))
+            self._channel.settimeout(max(0.001, deadline - time.monotonic()))
+            try:
+                part = self._channel.recv(min(size - len(data), 1 << 20))
+            except TimeoutError as error:
+                raise SandboxError(f"no answer from the sandbox during a {what}") from error
             if not part:
                 raise SandboxError(f"it ended during a {what}: {self._printed() or 'it said nothing'}")
             data += part

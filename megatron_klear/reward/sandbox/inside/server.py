@@ -38,6 +38,8 @@ def serve(channel_fd: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     kernel.hide_memory()
     settings = receive(channel_fd)
+    if not settings["isolated"]:
+        kernel.die_with_parent()
     for name in [*_WARM, *settings["warm_modules"]]:
         importlib.import_module(name)
     gc.collect()
@@ -66,6 +68,8 @@ def _open_session(channel_fd: int, settings: dict[str, Any]) -> None:
 
 def _session(channel_fd: int, settings: dict[str, Any]) -> None:
     """Run one answer's tests, one message each; an empty message ends it."""
+    if not settings["isolated"]:
+        kernel.die_with_parent()
     sources = receive(channel_fd)
     box = Box({**settings, **sources.pop("limits")})
     compiled, ended = _compile(box, sources)
