@@ -127,6 +127,10 @@ setup(
         # Only compared with: the trainer (benchmarks/cpu_vs_trl.py) and, on a GPU, the fused head.
         "benchmark": ["trl"],
         "benchmark-head": ["cut-cross-entropy", "liger-kernel", "quack-kernels[cu13]"],
+        # Curation over several machines (run.engine=ray).
+        "ray": ["ray[data]"],
+        # Only compared with: the stages of curation (benchmarks/curation.py).
+        "benchmark-curation": ["polars", "scikit-learn"],
         # Needs a CUDA toolkit to build; see the Dockerfile.
         "gpu": ["transformer-engine[pytorch]", "flash-attn", "nvidia-dali-cuda130"],
     },

@@ -106,8 +106,9 @@ def _documents(
             problem = rng.choice(problems[rng.choice(BENCHMARKS)])
             start = rng.randint(0, len(problem) - 17)
             at = rng.randint(0, len(own))
-            # Eight words, a stranger, eight words.
-            own[at:at] = [*problem[start : start + 8], "stranger", *problem[start + 9 : start + 17]]
+            # Eight words twice, with strangers around: a neighbour could by chance be the ninth.
+            shared = [*problem[start : start + 8], "stranger", *problem[start + 9 : start + 17]]
+            own[at:at] = ["stranger", *shared, "stranger"]
             planted.innocent.add(row_id)
         # Plain spaces: what is duplicated later is respelled from these words.
         if len(kept) < 2000:

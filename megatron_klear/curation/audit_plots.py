@@ -35,7 +35,7 @@ def audit_charts(records: Sequence[StageRecord], titles: Mapping[str, str]) -> l
         _chart(
             "funnel",
             "Rows after each stage",
-            "What is left of the input.",
+            "What is left of the input; a row to fine-tune on is one response.",
             [(titles[r.name], r.audit.rows_out, BLUE) for r in records],
             wide=True,
         )
