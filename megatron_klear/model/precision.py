@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from typing import Any
 
@@ -69,6 +70,11 @@ def require_hardware(settings: Settings) -> None:
         kind = pick_layer_spec(settings.model)
     except ConfigError as error:
         problems += error.problems
+    if settings.model.attention == "flash":
+        if device.type != "cuda":
+            problems.append("model.attention: got flash, which needs a GPU, and there is none; set auto or sdpa")
+        elif importlib.util.find_spec("flash_attn") is None:
+            problems.append("model.attention: got flash, and flash-attn is not installed; set auto, cudnn or sdpa")
     if settings.profile.tool == "nsys" and device.type != "cuda":
         problems.append("profile.tool: got nsys, which records a GPU, and there is none; set torch")
     if kind == "te":

@@ -113,6 +113,19 @@ def test_environment_variables_that_contradict_the_settings_are_named(monkeypatc
     ]
 
 
+def test_flash_attention_that_is_not_there_is_told(monkeypatch: Any) -> None:
+    settings = Settings(
+        run=RunSettings(dir="unused"), tokenizer=TokenizerSettings(dir="unused"),
+        model=ModelSettings(preset="qwen3-8b", attention="flash"),
+    )  # fmt: skip
+    with pytest.raises(ConfigError, match=r"model\.attention: got flash, which needs a GPU"):
+        require_hardware(settings)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(precision, "pick_layer_spec", lambda model: "local")
+    with pytest.raises(ConfigError, match="flash-attn is not installed"):
+        require_hardware(settings)
+
+
 def test_the_optimizer_starts_from_loaded_weights_where_they_are_stored_in_fp8(monkeypatch: Any) -> None:
     stored = torch.nn.Parameter(torch.zeros(3))
     stored._high_precision_init_val = torch.full((3,), 9.0)
