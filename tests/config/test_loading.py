@@ -14,6 +14,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from megatron_klear.config import RunSettings, Settings, TokenizerSettings, dump_settings, judge_plan, load_settings
+from megatron_klear.config.curation import CURATION
 from megatron_klear.config.described import TRAINING, Schema
 from megatron_klear.config.evaluating import EVALUATION
 from megatron_klear.config.loading import _known_keys, _read, _validated
@@ -200,7 +201,7 @@ def test_every_shipped_settings_file_is_well_formed():
         # A layout is laid over a stage of the recipe beside it.
         stage = path.parent.parent / ("sft.yaml" if path.name.startswith("sft") else "math.yaml")
         files = (stage, str(path)) if path.parent.name == "layouts" else (path,)
-        schema: Schema[Any] = EVALUATION if path.parent.name == "evaluation" else TRAINING
+        schema: Schema[Any] = {"evaluation": EVALUATION, "curation": CURATION}.get(path.parent.name, TRAINING)
         settings, _ = _validated(schema, _known_keys(schema, _read(files[0], files[1:]), problems), problems)
         assert problems == [], path
         assert settings is not None
