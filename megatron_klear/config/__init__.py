@@ -11,7 +11,7 @@ from megatron_klear.config.architecture import (
     resolve_architecture,
 )
 from megatron_klear.config.command_line import parse_command_line, parse_tool_arguments
-from megatron_klear.config.data import BIN_MULTIPLE, DataSettings, dali_installed, row_files
+from megatron_klear.config.data import BIN_MULTIPLE, INDEX_FOLDER, DataSettings, dali_installed, row_files
 from megatron_klear.config.described import settings_help
 from megatron_klear.config.loading import dump_settings, judge_plan, load_data_settings, load_settings
 from megatron_klear.config.precision import Fp8Settings
@@ -37,6 +37,7 @@ from megatron_klear.config.serving import SchedulingSettings
 
 __all__ = [
     "BIN_MULTIPLE",
+    "INDEX_FOLDER",
     "PRESETS",
     "AlgorithmSettings",
     "Architecture",

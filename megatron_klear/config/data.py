@@ -13,6 +13,9 @@ from pydantic.dataclasses import dataclass
 
 from megatron_klear.config.fields import SECTION, Positive, Tokens, Unit
 
+INDEX_FOLDER = "klear_index"
+"""Where the tokens of `data.sft` lie, beside its first file; patterns do not reach into it."""
+
 _ROW_FILES = (".jsonl", ".parquet")
 
 BIN_MULTIPLE = 32
@@ -72,7 +75,8 @@ def row_files(entries: Sequence[str]) -> list[str]:
         if Path(entry).is_dir():
             files += sorted(str(file) for file in Path(entry).iterdir() if file.suffix in _ROW_FILES)
         elif glob.has_magic(entry) and not Path(entry).exists():
-            files += sorted(glob.glob(entry, recursive=True)) or [entry]
+            found = sorted(file for file in glob.glob(entry, recursive=True) if INDEX_FOLDER not in Path(file).parts)
+            files += found or [entry]
         else:
             files.append(entry)
     return files

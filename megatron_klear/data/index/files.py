@@ -20,6 +20,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_klear.config import INDEX_FOLDER
 from megatron_klear.errors import DataError
 
 FORMAT = 1
@@ -78,7 +79,7 @@ def describe_source(
         if file.suffix in (".json", ".jinja", ".txt", ".model"):
             digest.update(f"{file.name}\0".encode())
             digest.update(file.read_bytes())
-    root = Path(index_dir) if index_dir is not None else Path(files[0]).parent / "klear_index"
+    root = Path(index_dir) if index_dir is not None else Path(files[0]).parent / INDEX_FOLDER
     return IndexSource(
         files=tuple(files),
         tokenizer_dir=tokenizer_dir,
