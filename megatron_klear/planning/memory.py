@@ -181,7 +181,7 @@ def stage_memory(
     publish = 2.0 * settings.weight_sync.bucket_bytes if served else 0.0
     passing = activations + max(workspace, chunk)
     reserved = (RESERVED_BYTES if kind != "cpu" else 0.0) + FRAGMENTED_SHARE * passing
-    engine = _engine(settings, entry, state, room)
+    engine = _engine(settings, entry, state, None if room is None else room - publish - RESERVED_BYTES)
     return StageMemory(
         stage=stage,
         state=state,
@@ -214,6 +214,7 @@ class _Engine:
 
 
 def _engine(settings: Settings, entry: str, state: TrainerState, room: float | None) -> _Engine:
+    """What an engine takes where trainer and engine have `room` bytes together; None for no bound."""
     if entry != "rl":
         return _Engine()
     local, colocated = settings.rollout.engine == "local", is_colocated(settings)
@@ -233,7 +234,7 @@ def _engine(settings: Settings, entry: str, state: TrainerState, room: float | N
         away, host = state.total, host + state.weights
     trainer = float(state.total - away)
     # SGLang's cache takes what is left; less than one longest response would not do.
-    left = wanted if room is None else room - trainer - weights - RESERVED_BYTES
+    left = wanted if room is None else float(int(room - trainer - weights))
     cache = max(longest * per_token, min(wanted, left))
     return _Engine(weights=weights, cache=cache, trainer=trainer, host=host)
 
