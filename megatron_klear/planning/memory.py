@@ -180,8 +180,9 @@ def stage_memory(
     served = entry == "rl" and settings.rollout.engine == "sglang"
     publish = 2.0 * settings.weight_sync.bucket_bytes if served else 0.0
     passing = activations + max(workspace, chunk)
-    reserved = (RESERVED_BYTES if kind != "cpu" else 0.0) + FRAGMENTED_SHARE * passing
-    engine = _engine(settings, entry, state, None if room is None else room - publish - RESERVED_BYTES)
+    libraries = RESERVED_BYTES if kind != "cpu" else 0.0
+    reserved = libraries + FRAGMENTED_SHARE * passing
+    engine = _engine(settings, entry, state, None if room is None else room - publish - libraries)
     return StageMemory(
         stage=stage,
         state=state,
@@ -194,7 +195,7 @@ def stage_memory(
         kv_cache=engine.cache,
         reserved=reserved,
         while_training=state.total + passing + reserved + (engine.weights if engine.stays else 0.0),
-        while_generating=engine.trainer + publish + engine.weights + engine.cache + RESERVED_BYTES
+        while_generating=engine.trainer + publish + engine.weights + engine.cache + libraries
         if engine.weights
         else state.total + publish + reserved,
         host_at_save=_host_at_save(settings, stage, dp),
