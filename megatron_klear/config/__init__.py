@@ -12,7 +12,7 @@ from megatron_klear.config.architecture import (
 )
 from megatron_klear.config.command_line import parse_command_line
 from megatron_klear.config.described import settings_help
-from megatron_klear.config.loading import dump_settings, judge_plan, load_settings
+from megatron_klear.config.loading import dump_settings, load_settings
 from megatron_klear.config.schema import (
     AlgorithmSettings,
     CheckpointSettings,
@@ -57,7 +57,6 @@ __all__ = [
     "SftSettings",
     "TokenizerSettings",
     "dump_settings",
-    "judge_plan",
     "load_settings",
     "padded_vocab_size",
     "parse_command_line",

@@ -15,7 +15,6 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import TypeAdapter, ValidationError
 from yaml import YAMLError
 
-from megatron_klear.config.architecture import resolve_architecture, without_absent_weights
 from megatron_klear.config.checks import find_problems
 from megatron_klear.config.described import FIELDS, SECTIONS, describe_value
 from megatron_klear.config.schema import Entry, Settings
@@ -42,57 +41,15 @@ def load_settings(path: str | Path, overrides: Sequence[str] = (), *, entry: Ent
     Raises:
         ConfigError: with every problem found, each starting with the dotted path of the setting.
     """
-    settings, problems = _judged(path, overrides, entry, world_size, inputs=True)
-    if problems or settings is None:
-        raise ConfigError(problems)
-    return with_sizes(settings)
-
-
-def judge_plan(
-    path: str | Path, overrides: Sequence[str] = (), *, entry: Entry, world_size: int
-) -> tuple[Settings, list[str]]:
-    """Settings for planning a run elsewhere: the files that they name need not be on this machine.
-
-    Args:
-        path, overrides, entry, world_size: as in `load_settings`.
-
-    Returns:
-        Settings with all sizes of the model filled in, and why they cannot work together, if they cannot.
-
-    Raises:
-        ConfigError: there is nothing to plan with: unreadable files, unknown settings, bad values, no architecture.
-    """
-    settings, problems = _judged(path, overrides, entry, world_size, inputs=False)
-    if settings is None:
-        raise ConfigError(problems)
-    try:
-        return with_sizes(settings), problems
-    except ConfigError as error:
-        raise ConfigError(list(dict.fromkeys([*problems, *error.problems]))) from None
-
-
-def with_sizes(settings: Settings) -> Settings:
-    """The same settings with all sizes of the model filled in, so that no file is read for them again.
-
-    Raises:
-        ConfigError: the model section does not determine an architecture.
-    """
-    sizes = dataclasses.asdict(resolve_architecture(without_absent_weights(settings.model)))
-    return dataclasses.replace(settings, model=dataclasses.replace(settings.model, **sizes))
-
-
-def _judged(
-    path: str | Path, overrides: Sequence[str], entry: Entry, world_size: int, *, inputs: bool
-) -> tuple[Settings | None, list[str]]:
-    """Settings, None where a value is bad by itself and no files are asked for, and every problem once."""
     problems: list[str] = []
     tree = _known_keys(_read(Path(path), overrides), problems)
     settings, broken = _validated(tree, problems)
-    unplannable = bool(problems) and not inputs
     if settings is not None:
-        found = find_problems(settings, entry=entry, world_size=world_size, broken=broken, inputs=inputs)
-        problems.extend(found)
-    return None if unplannable else settings, list(dict.fromkeys(problems))
+        problems.extend(find_problems(settings, entry=entry, world_size=world_size, broken=broken))
+    if problems or settings is None:
+        raise ConfigError(list(dict.fromkeys(problems)))
+    sizes = dataclasses.asdict(settings.architecture)
+    return dataclasses.replace(settings, model=dataclasses.replace(settings.model, **sizes))
 
 
 def dump_settings(settings: Settings) -> str:
