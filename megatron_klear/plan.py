@@ -13,7 +13,8 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
-from megatron_klear.config import Entry, Settings, judge_plan
+from megatron_klear.config import Entry, Settings
+from megatron_klear.config.plan_settings import judge_plan
 from megatron_klear.errors import EXIT_BAD_INPUT, EXIT_DONE, ConfigError
 from megatron_klear.planning import (
     DEVICES,

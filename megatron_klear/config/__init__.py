@@ -13,7 +13,7 @@ from megatron_klear.config.architecture import (
 from megatron_klear.config.command_line import parse_command_line, parse_tool_arguments
 from megatron_klear.config.data import BIN_MULTIPLE, INDEX_FOLDER, DataSettings, dali_installed, row_files
 from megatron_klear.config.described import settings_help
-from megatron_klear.config.loading import dump_settings, judge_plan, load_data_settings, load_settings
+from megatron_klear.config.loading import dump_settings, load_data_settings, load_settings
 from megatron_klear.config.precision import Fp8Settings
 from megatron_klear.config.rewards import CodeRewardSettings, RewardSettings
 from megatron_klear.config.schema import (
@@ -63,7 +63,6 @@ __all__ = [
     "TokenizerSettings",
     "dali_installed",
     "dump_settings",
-    "judge_plan",
     "load_data_settings",
     "load_settings",
     "padded_vocab_size",

@@ -15,7 +15,6 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import TypeAdapter, ValidationError
 from yaml import YAMLError
 
-from megatron_klear.config.architecture import resolve_architecture, without_absent_weights
 from megatron_klear.config.checks import find_data_problems, find_problems
 from megatron_klear.config.described import TRAINING, Schema, SettingsT, describe_value
 from megatron_klear.config.schema import Entry, Settings
@@ -45,43 +44,8 @@ def load_settings(path: str | Path, overrides: Sequence[str] = (), *, entry: Ent
     def together(settings: Settings, broken: frozenset[str]) -> list[str]:
         return find_problems(settings, entry=entry, world_size=world_size, broken=broken)
 
-    return with_sizes(load_schema(TRAINING, path, overrides, together))
-
-
-def judge_plan(
-    path: str | Path, overrides: Sequence[str] = (), *, entry: Entry, world_size: int
-) -> tuple[Settings, list[str]]:
-    """Settings for planning a run elsewhere: the files that they name need not be on this machine.
-
-    Args:
-        path, overrides, entry, world_size: as in `load_settings`.
-
-    Returns:
-        Settings with all sizes of the model filled in, and why they cannot work together, if they cannot.
-
-    Raises:
-        ConfigError: there is nothing to plan with: unreadable files, unknown settings, bad values, no architecture.
-    """
-    bad_values: list[str] = []
-    tree = _known_keys(TRAINING, _read(Path(path), overrides), bad_values)
-    settings, broken = _validated(TRAINING, tree, bad_values)
-    problems = find_problems(settings, entry=entry, world_size=world_size, broken=broken, inputs=False)
-    problems = list(dict.fromkeys([*bad_values, *problems]))
-    if bad_values:
-        raise ConfigError(problems)
-    try:
-        return with_sizes(settings), problems
-    except ConfigError as error:
-        raise ConfigError(list(dict.fromkeys([*problems, *error.problems]))) from None
-
-
-def with_sizes(settings: Settings) -> Settings:
-    """The same settings with all sizes of the model filled in, so that no file is read for them again.
-
-    Raises:
-        ConfigError: the model section does not determine an architecture.
-    """
-    sizes = dataclasses.asdict(resolve_architecture(without_absent_weights(settings.model)))
+    settings = load_schema(TRAINING, path, overrides, together)
+    sizes = dataclasses.asdict(settings.architecture)
     return dataclasses.replace(settings, model=dataclasses.replace(settings.model, **sizes))
 
 

@@ -255,7 +255,7 @@ def assumptions_in_words(plan: Plan) -> list[str]:
         "cpu": "Megatron's local layers on a CPU",
     }
     lines = [
-        f"{device.title}: {device.flops / 1e12:,.1f} TFLOP/s dense bfloat16 ({device.source})",
+        f"{device.title}: {device.flops / 1e12:,.4g} TFLOP/s dense bfloat16 ({device.source})",
         f"links {device.link_rate / 1e9:,.0f} GB/s in a node of {device.per_node}, "
         f"{device.network_rate / 1e9:,.0f} GB/s between nodes, one way; {assumed.link_efficiency:.0%} of that and of "
         f"memory's {device.memory_rate / 1e12:,.2f} TB/s is reached",
@@ -265,7 +265,7 @@ def assumptions_in_words(plan: Plan) -> list[str]:
         kinds[plan.kind],
         "tensor parallel, pipeline and, unless parallel.overlap_* says otherwise, data parallel traffic is not hidden",
     ]
-    if getattr(getattr(plan.settings, "fp8", None), "recipe", "none") != "none":
+    if plan.settings.fp8.recipe != "none":
         lines.append("fp8.recipe is left aside: memory and time are those of bfloat16")
     if plan.entry == "rl":
         lines.append("every group of a step is trained on; the time to generate responses is not predicted")

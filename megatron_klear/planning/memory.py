@@ -149,7 +149,7 @@ def whole_model_bytes(settings: Settings) -> int:
 
 def is_colocated(settings: Settings) -> bool:
     """Whether SGLang's servers take turns with the trainer on its GPUs."""
-    return settings.rollout.engine == "sglang" and getattr(settings.sglang, "placement", "separate") == "colocated"
+    return settings.rollout.engine == "sglang" and settings.sglang.placement == "colocated"
 
 
 def stage_memory(
@@ -180,8 +180,9 @@ def stage_memory(
     served = entry == "rl" and settings.rollout.engine == "sglang"
     publish = 2.0 * settings.weight_sync.bucket_bytes if served else 0.0
     passing = activations + max(workspace, chunk)
-    reserved = (RESERVED_BYTES if kind != "cpu" else 0.0) + FRAGMENTED_SHARE * passing
-    engine = _engine(settings, entry, state, room)
+    libraries = RESERVED_BYTES if kind != "cpu" else 0.0
+    reserved = libraries + FRAGMENTED_SHARE * passing
+    engine = _engine(settings, entry, state, None if room is None else room - publish - libraries)
     return StageMemory(
         stage=stage,
         state=state,
@@ -194,7 +195,7 @@ def stage_memory(
         kv_cache=engine.cache,
         reserved=reserved,
         while_training=state.total + passing + reserved + (engine.weights if engine.stays else 0.0),
-        while_generating=engine.trainer + publish + engine.weights + engine.cache + RESERVED_BYTES
+        while_generating=engine.trainer + publish + engine.weights + engine.cache + libraries
         if engine.weights
         else state.total + publish + reserved,
         host_at_save=_host_at_save(settings, stage, dp),
@@ -214,6 +215,7 @@ class _Engine:
 
 
 def _engine(settings: Settings, entry: str, state: TrainerState, room: float | None) -> _Engine:
+    """What an engine takes where trainer and engine have `room` bytes together; None for no bound."""
     if entry != "rl":
         return _Engine()
     local, colocated = settings.rollout.engine == "local", is_colocated(settings)
@@ -229,11 +231,11 @@ def _engine(settings: Settings, entry: str, state: TrainerState, room: float | N
         return _Engine(weights=weights, cache=wanted, trainer=float(state.total), stays=True)
     away = state.gradients + state.optimizer
     host = float(state.optimizer)
-    if getattr(settings.sglang, "offload_weights", False):
+    if settings.sglang.offload_weights:
         away, host = state.total, host + state.weights
     trainer = float(state.total - away)
     # SGLang's cache takes what is left; less than one longest response would not do.
-    left = wanted if room is None else room - trainer - weights - RESERVED_BYTES
+    left = wanted if room is None else float(int(room - trainer - weights))
     cache = max(longest * per_token, min(wanted, left))
     return _Engine(weights=weights, cache=cache, trainer=trainer, host=host)
 

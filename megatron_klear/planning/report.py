@@ -32,7 +32,8 @@ def print_plan(console: Console, plan: Plan) -> None:
         verdict = "fits" if plan.fits else "DOES NOT FIT"
         _say(console, f"{verdict}: {plan.peak / _GB:.1f} of {limit / _GB:.0f} GB on the fullest device")
     host = max(stage.host_at_save for stage in plan.stages)
-    _say(console, f"host memory while a checkpoint is gathered: {host / _GB:.1f} GB for each rank that gathers")
+    divisor, unit = _unit(host)
+    _say(console, f"host memory while a checkpoint is gathered: {host / divisor:.1f} {unit} for each rank that gathers")
     if moved := max(stage.host_while_generating for stage in plan.stages):
         _say(console, f"host memory while engines generate: {moved / _GB:.1f} GB per rank for what makes room for them")
     console.print(traffic_table(plan))
@@ -40,8 +41,8 @@ def print_plan(console: Console, plan: Plan) -> None:
     work = plan.work
     _say(
         console,
-        f"a step: {work.sequences:,} sequences, {work.tokens / 1e6:,.1f}M tokens, {work.updates} "
-        f"{'update' if work.updates == 1 else 'updates'} of {plan.microbatches} microbatches per data-parallel rank; "
+        f"a step: {work.sequences:,} sequences, {work.tokens:,.0f} tokens, {_count(work.updates, 'update')} of "
+        f"{_count(plan.microbatches, 'microbatch', 'es')} per data-parallel rank; "
         f"pipeline bubble {plan.bubble_share:.0%}",
     )
     _say(
@@ -54,7 +55,7 @@ def print_plan(console: Console, plan: Plan) -> None:
 
 
 def memory_table(plan: Plan) -> Table:
-    """One line per pipeline stage, in GB (10^9 bytes) on its worst rank; columns without content left out."""
+    """One line per pipeline stage, on its worst rank (a GB is 10^9 bytes); columns without content left out."""
     columns: dict[str, list[float]] = {
         "weights": [stage.state.weights for stage in plan.stages],
         "gradients": [stage.state.gradients for stage in plan.stages],
@@ -70,21 +71,22 @@ def memory_table(plan: Plan) -> Table:
         "generating": [stage.while_generating for stage in plan.stages] if plan.entry == "rl" else [],
     }
     shown = {name: values for name, values in columns.items() if any(values)}
-    table = Table(title="memory of the worst rank, GB (the larger of workspace and head chunk counts)")
+    divisor, unit = _unit(plan.peak)
+    table = Table(title=f"memory of the worst rank, {unit} (the larger of workspace and head chunk counts)")
     table.add_column("stage")
     table.add_column("in flight", justify="right")
     for name in shown:
         table.add_column(name, justify="right")
     for index, stage in enumerate(plan.stages):
         table.add_row(
-            str(stage.stage), str(stage.in_flight), *(f"{values[index] / _GB:.2f}" for values in shown.values())
+            str(stage.stage), str(stage.in_flight), *(f"{values[index] / divisor:.2f}" for values in shown.values())
         )
     return table
 
 
 def traffic_table(plan: Plan) -> Table:
     """Bytes that the busiest rank sends in a step."""
-    traffic, table = plan.traffic, Table(title="sent by the busiest rank in a step, GB")
+    traffic = plan.traffic
     cells = {
         "sequence parallel" if traffic.sequence else "tensor parallel": traffic.tensor,
         "context parallel": traffic.context,
@@ -92,9 +94,11 @@ def traffic_table(plan: Plan) -> Table:
         "data parallel": traffic.data,
         **({"publish to engines": traffic.publish} if traffic.publish else {}),
     }
+    divisor, unit = _unit(*cells.values())
+    table = Table(title=f"sent by the busiest rank in a step, {unit}")
     for name in cells:
         table.add_column(name, justify="right")
-    table.add_row(*(f"{value / _GB:,.1f}" for value in cells.values()))
+    table.add_row(*(f"{value / divisor:,.1f}" for value in cells.values()))
     return table
 
 
@@ -175,6 +179,15 @@ def _stage_as_json(stage: StageMemory) -> dict[str, Any]:
     values = dataclasses.asdict(stage)
     state = values.pop("state")
     return {**values, **state, "peak": stage.peak}
+
+
+def _count(number: int, word: str, ending: str = "s") -> str:
+    return f"{number} {word}{'' if number == 1 else ending}"
+
+
+def _unit(*values: float) -> tuple[float, str]:
+    """A unit in which the largest of some numbers of bytes is short."""
+    return (1e9, "GB") if max(values, default=0.0) >= 1e9 else (1e6, "MB")
 
 
 def _say(console: Console, text: str) -> None:

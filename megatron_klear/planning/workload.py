@@ -69,7 +69,7 @@ def workload(settings: Settings, entry: Entry, mean_tokens: float | None = None)
     square = sum(length * length for length in lengths) / len(lengths)
     if entry == "sft":
         count = settings.sft.batch_sequences
-        bins: int | None = getattr(settings.sft, "batch_bins", None)
+        bins = settings.sft.batch_bins
         if bins is not None:  # full microbatches in place of sequences
             count = max(1, round(bins * settings.packing.token_budget * SLOTS_USED / mean))
         return Workload(

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from megatron_klear.config import RunSettings, Settings, TokenizerSettings, dump_settings, judge_plan, load_settings
+from megatron_klear.config import RunSettings, Settings, TokenizerSettings, dump_settings, load_settings
 from megatron_klear.config.curation import CURATION
 from megatron_klear.config.described import TRAINING, Schema
 from megatron_klear.config.evaluating import EVALUATION
@@ -239,22 +239,3 @@ def test_a_file_laid_over_that_cannot_be_used_is_named(problems, tmp_path):
     assert "cannot read the settings file" in problems(f"{tmp_path}/absent.yml")[0]
     (tmp_path / "typo.yaml").write_text("optimiser: {lr: 1.0}\n")
     assert "optimiser: unknown section; did you mean optimizer?" in problems(f"{tmp_path}/typo.yaml")
-
-
-def test_a_plan_needs_no_files_but_every_other_problem_is_told(config_file):
-    elsewhere = ["model.hf_dir=/nowhere/8b", "data.sft=[/nowhere/a.jsonl]", "tokenizer.dir=/nowhere/8b"]
-    settings, problems = judge_plan(config_file, elsewhere, entry="sft", world_size=4)
-    assert problems == []
-    assert settings.model.num_layers == 4
-    with pytest.raises(ConfigError, match=r"model\.hf_dir"):
-        load_settings(config_file, elsewhere, entry="sft", world_size=4)
-    settings, problems = judge_plan(
-        config_file, [*elsewhere, "parallel.tp=8", "parallel.pp=3"], entry="sft", world_size=4
-    )
-    assert sorted(problem.split(":")[0] for problem in problems) == [
-        "model.num_attention_heads", "model.num_layers", "model.num_query_groups", "parallel",
-    ]  # fmt: skip
-    with pytest.raises(ConfigError, match=r"parallel\.tp: got 0"):
-        judge_plan(config_file, ["parallel.tp=0"], entry="sft", world_size=4)
-    with pytest.raises(ConfigError, match=r"model\.preset: no architecture"):
-        judge_plan(config_file, ["model.preset=null", "model.hf_dir=/nowhere/8b"], entry="sft", world_size=4)

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import yaml
 
-from megatron_klear.config import Entry, Settings, judge_plan
+from megatron_klear.config import Entry, Settings
+from megatron_klear.config.plan_settings import judge_plan
 
 EIGHT_B: dict[str, dict[str, Any]] = {
     "run": {"dir": "runs/x"},

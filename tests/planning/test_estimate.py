@@ -9,7 +9,7 @@ import pytest
 
 from megatron_klear.config import Settings
 from megatron_klear.observe.flops import forward_flops, training_flops
-from megatron_klear.planning import DEVICES, Assumptions, best_layouts, make_plan
+from megatron_klear.planning import DEVICES, Assumptions, best_layouts, make_plan, memory
 from megatron_klear.planning.estimate import step_flops
 from megatron_klear.planning.memory import kv_bytes_per_token, whole_model_bytes
 from megatron_klear.planning.workload import Workload, lognormal_lengths, workload
@@ -121,6 +121,26 @@ def test_an_engine_in_the_training_process_takes_a_copy_and_its_cache(settings_f
     assert plan.stages[0].engine_weights == 2 * PARAMETERS
     assert plan.stages[0].kv_cache == 2 * 32768 * 147_456
     assert make_plan(settings, entry="sft", gpus=8, device_name="h100").stages[0].engine_weights == 0.0
+
+
+def test_engines_that_take_turns_find_optimizer_and_gradients_away(
+    settings_for: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The cache takes what is left of the device, not more than is asked for, and never less than one response."""
+    monkeypatch.setattr(memory, "is_colocated", lambda settings: True)
+    shared = ("rollout.engine=sglang", "parallel.tp=4", "parallel.sequence_parallel=true", "sglang.server_tp=2")
+    plan = make_plan(settings_for(*shared, entry="rl"), entry="rl", gpus=8, device_name="h100")
+    stage = plan.stages[0]
+    assert stage.engine_weights == PARAMETERS
+    assert stage.kv_cache == pytest.approx(80e9 - stage.state.weights - PARAMETERS - stage.publish - 3e9)
+    assert stage.host_while_generating == stage.state.optimizer
+    assert stage.while_generating == pytest.approx(80e9)
+    assert stage.while_generating <= 80e9
+    few = make_plan(
+        settings_for(*shared, "rollout.batch_responses=1", entry="rl"), entry="rl", gpus=8, device_name="h100"
+    )
+    assert few.stages[0].kv_cache == 32768 * 147_456 / 2
+    assert few.stages[0].while_training == stage.while_training < stage.state.total + 70e9
 
 
 def test_the_host_that_gathers_a_checkpoint_holds_the_optimizers_state(settings_for: Make) -> None:
