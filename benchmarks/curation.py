@@ -26,6 +26,7 @@ from typing import Any
 import yaml
 from curation_inputs import BENCHMARKS, NGRAM, Planted, write_inputs
 
+PARTS = ("throughput", "engines", "memory")
 MEASURED = ("read", "dedup", "decontaminate", "export")
 
 
@@ -189,6 +190,9 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--largest", type=int, default=200_000)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "curation.json")
+    parser.add_argument(
+        "--parts", nargs="+", choices=PARTS, default=PARTS, help="what to measure; the rest stays as it is"
+    )
     parser.add_argument("--contestant", choices=CONTESTANTS)
     parser.add_argument("--directory", type=Path)
     options, overrides = parser.parse_known_args()
@@ -197,24 +201,25 @@ def main() -> int:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         print(json.dumps(result | {"peak_mebibytes": peak}))
         return 0
+    found = json.loads(options.out.read_text(encoding="utf-8")) if options.out.exists() else {}
     with tempfile.TemporaryDirectory() as name:
         scratch = Path(name)
-        speed = throughput(options.documents, options.words, options.rounds, scratch)
-        workers = engines(scratch)
-        growth = memory(options.largest, scratch)
+        if "throughput" in options.parts or "engines" in options.parts:
+            found["throughput"] = throughput(options.documents, options.words, options.rounds, scratch)
+        if "engines" in options.parts:
+            found["engines_seconds"] = engines(scratch)
+        if "memory" in options.parts:
+            found["memory"] = memory(options.largest, scratch)
     machine = {
         "machine": platform.machine(),
         "cpus": os.cpu_count(),
         "load_average": os.getloadavg()[1],
         "python": platform.python_version(),
     }
-    options.out.write_text(
-        json.dumps({**machine, "throughput": speed, "engines_seconds": workers, "memory": growth}, indent=1) + "\n",
-        encoding="utf-8",
-    )
+    options.out.write_text(json.dumps({**found, **machine}, indent=1) + "\n", encoding="utf-8")
     print(f"written to {options.out}")
-    exact = speed["found_every_planted_row_and_no_other"]
-    return 0 if exact and all(row["found_every_planted_row_and_no_other"] for row in growth) else 1
+    judged = [found["throughput"], *found.get("memory", [])] if "throughput" in found else found["memory"]
+    return 0 if all(part["found_every_planted_row_and_no_other"] for part in judged) else 1
 
 
 if __name__ == "__main__":

@@ -100,7 +100,7 @@ def _documents(
             continue
         if kind < 0.125 and kept:
             own = list(rng.choice(kept))
-            own[rng.randrange(len(own))] = "otherwise"
+            own[rng.randrange(len(own))] = f"otherwise{number}"  # of its own: two changed alike would be equal
             planted.innocent.add(row_id)
         elif kind < 0.15:
             problem = rng.choice(problems[rng.choice(BENCHMARKS)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sqlite3
 from collections.abc import Callable
@@ -15,7 +16,8 @@ from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 from benchmarks.curation_inputs import row
 from megatron_klear.config.sampler import SamplerSettings
 from megatron_klear.errors import CheckpointError, ConfigError
-from megatron_klear.rollout.open_sampler import directory_fingerprint, open_sampler
+from megatron_klear.rollout.open_sampler import _own_names, _servers_fingerprint, directory_fingerprint, open_sampler
+from megatron_klear.rollout.sglang import EngineFacts
 
 RunCuration = Callable[..., Any]
 TEMPLATE = """
@@ -135,3 +137,29 @@ def test_curation_draws_grades_and_labels_and_draws_nothing_twice(run_curation: 
     again = run_curation(rows, **settings)
     assert [r["messages"][-1]["content"] for r in again.rows] == texts
     assert (count("responses-teacher.sqlite"), count("responses-sampler.sqlite")) == (15, 10)
+
+
+def facts(**more: Any) -> EngineFacts:
+    given = {"version": "0.5.23", "device": "cuda", "tp": 1, "dtype": "auto", "quantization": None, "incremental": True,
+             "context_length": 100, "model_path": "teacher", "weight_version": "default"}  # fmt: skip
+    return EngineFacts(**(given | more))
+
+
+def test_servers_are_known_by_what_they_say_of_their_model() -> None:
+    settings = SamplerSettings(hf_dir="m", engine="sglang", urls=("http://a:1", "http://b:1"))
+    prints = {
+        _servers_fingerprint([facts(**change)] * 2, settings, "teacher")
+        for change in ({}, {"model_path": "other"}, {"weight_version": "7"}, {"quantization": "fp8"}, {"dtype": "half"})
+    }
+    prints.add(_servers_fingerprint([facts()] * 2, dataclasses.replace(settings, weights_name="second"), "teacher"))
+    assert len(prints) == 6
+    assert _servers_fingerprint([facts(tp=4)] * 2, settings, "teacher") in prints
+    with pytest.raises(ConfigError, match=r"teacher.urls: http://b:1 serves \['other'"):
+        _servers_fingerprint([facts(), facts(model_path="other")], settings, "teacher")
+
+
+def test_messages_of_the_shared_client_name_the_settings_of_the_sampler() -> None:
+    text = "sglang.urls: engine 0: its context is 10 (data.max_prompt_tokens, rollout.max_response_tokens)"
+    assert _own_names(text, "teacher") == (
+        "teacher.urls: engine 0: its context is 10 (teacher.max_prompt_tokens, teacher.max_response_tokens)"
+    )

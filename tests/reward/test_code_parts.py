@@ -108,7 +108,7 @@ def test_the_schema_is_declared() -> None:
 
 
 def test_what_is_expected_never_travels() -> None:
-    """Not in the messages of programs and calls; a test's process alone is told an assertion (sandbox/inside/checks)."""
+    """Not in the messages of programs and calls; the process of a test alone is told an assertion (sandbox/inside)."""
     stdin = {"kind": "stdin", "tests": [{"input": "1", "output": "SECRET"}]}
     call = {"kind": "call", "function": "f", "tests": [{"args": [1], "output": "SECRET"}]}
     for reference in (stdin, call):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,8 +16,10 @@ from megatron_klear.conformance.compare import architecture
 from megatron_klear.conformance.matrix import SLACK
 from megatron_klear.conformance.reference import reference_model
 from megatron_klear.records import Prompt, RolloutGroup
-from megatron_klear.rollout import SamplingParams
+from megatron_klear.rollout import ProgressCallback, RolloutProgress, SamplingParams
+from megatron_klear.rollout.cached import CachedSampler
 from megatron_klear.rollout.endpoint import GenerationRequest
+from megatron_klear.rollout.response_cache import ResponseCache
 from megatron_klear.rollout.sglang import Expected, SglangEngine
 from megatron_klear.weight_sync import EngineGroup, TensorTransport
 from megatron_klear.weight_sync.buckets import bucketed, converted
@@ -134,3 +137,33 @@ def test_a_context_is_filled_to_its_last_token(engines: dict[str, SglangEngine])
     )  # an interrupted response that wants its last token
     endpoint = engines["float32"].engines[0].endpoint
     assert len(engines["float32"]._loop.run(endpoint.generate(request)).token_ids) == 1
+
+
+def test_responses_of_a_server_are_kept_one_by_one_and_drawn_once(
+    engines: dict[str, SglangEngine], tmp_path: Path
+) -> None:
+    sampling = SamplingParams(temperature=1.0, top_p=1.0, max_response_tokens=40, stop_token_ids=(7,))
+
+    def sample(cache: ResponseCache, on_progress: ProgressCallback | None = None) -> tuple[CachedSampler, list[Any]]:
+        sampler = CachedSampler(engines["float32"], cache, model="m", sampling=sampling, seed=5)
+        return sampler, list(sampler.sample(prompts(), num_responses=6, on_progress=on_progress))
+
+    def interrupt(progress: RolloutProgress) -> None:
+        if progress.finished_responses >= 3:
+            raise KeyboardInterrupt
+
+    with ResponseCache(tmp_path / "c") as cache:
+        with pytest.raises(KeyboardInterrupt):
+            sample(cache, interrupt)
+        kept = len(cache)
+        assert 3 <= kept < 24
+    with ResponseCache(tmp_path / "c") as cache:
+        sampler, groups = sample(cache)
+        assert (sampler.found, sampler.drawn, len(cache)) == (kept, 24 - kept, 24)
+        exact = expected_logprobs(groups[2], 4, "float64", 1.0)
+        np.testing.assert_allclose(groups[2].rollouts[4].rollout_logprobs, exact, atol=1e-4)
+        sampler, again = sample(cache)
+        assert (sampler.found, sampler.drawn) == (24, 0)
+    assert [r.response_ids.tolist() for g in groups for r in g.rollouts] == [
+        r.response_ids.tolist() for g in again for r in g.rollouts
+    ]
