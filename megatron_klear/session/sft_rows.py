@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from typing import Self
 
+import torch.distributed as dist
+
 from megatron_klear import parallel
 from megatron_klear.config import BIN_MULTIPLE, Settings, row_files
 from megatron_klear.data import (
@@ -53,6 +55,8 @@ def open_sft_data(settings: Settings, stop: StopRequest) -> SftData:
         "tokenize data.sft",
         lambda: prepare_index(source, processes=data.tokenize_processes, alive=alive),
     )
+    # Whoever finds the rows unusable below may leave at once: nobody still waits for word from the first rank.
+    dist.barrier()
     bins = settings.sft.batch_bins is not None
     return SftData(
         SftIndex(source.directory),
