@@ -117,7 +117,8 @@ def test_what_is_expected_never_travels() -> None:
 
 
 def test_tests_of_a_file_are_its_functions_and_methods() -> None:
-    code = "def helper(): pass\ndef test_a(): pass\nclass TestB:\n    def setup_method(self): pass\n    def test_c(self): pass\n"
+    code = "def helper(): pass\ndef test_a(): pass\n"
+    code += "class TestB:\n    def setup_method(self): pass\n    def test_c(self): pass\n"
     problem = parse_problem(json.dumps({"kind": "pytest", "code": code}))
     assert [m["test"] for m in problem.messages()] == [
         "test_a()",

@@ -116,9 +116,9 @@ class Wrong(Graders):
     def __init__(self, true: Graders, fault: str) -> None:
         self._true, self._fault = true, fault
 
-    def grade(self, domains: Any, requests: Any) -> list[Grade]:
-        grades = self._true.grade(domains, requests)
-        return [self._changed(request, grade) for request, grade in zip(requests, grades, strict=True)]
+    def grade_many(self, requests: Any) -> list[Grade]:
+        grades = self._true.grade_many(requests)
+        return [self._changed(request, grade) for (_, request), grade in zip(requests, grades, strict=True)]
 
     def _changed(self, request: GradeRequest, grade: Grade) -> Grade:
         if self._fault == "cut off above wrong" and request.finish_reason == "length":
