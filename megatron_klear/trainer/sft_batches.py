@@ -26,6 +26,7 @@ class PackLayout:
         token_budget: tokens of a microbatch over its context-parallel group.
         dp_rank, dp_size, cp_rank, cp_size: place in the layout.
         tp_size: tensor parallel size under sequence parallelism, else 1.
+        token_multiple: what the tokens of a rank must be a multiple of, see `packing.pack`.
         share: attention's share of the cost, see `packing.attention_share`.
     """
 
@@ -35,6 +36,7 @@ class PackLayout:
     cp_rank: int = 0
     cp_size: int = 1
     tp_size: int = 1
+    token_multiple: int = 1
     share: float = 0.0
 
     @classmethod
@@ -47,6 +49,7 @@ class PackLayout:
             cp_rank=context.cp.rank,
             cp_size=context.cp.size,
             tp_size=context.tp.size if settings.parallel.sequence_parallel else 1,
+            token_multiple=settings.fp8.multiple,
             share=attention_share(settings.architecture),
         )
 
@@ -107,7 +110,13 @@ class SftReader:
                 )
             )
         layout = self.layout
-        return pack(sequences, cp_rank=layout.cp_rank, cp_size=layout.cp_size, tp_size=layout.tp_size)
+        return pack(
+            sequences,
+            cp_rank=layout.cp_rank,
+            cp_size=layout.cp_size,
+            tp_size=layout.tp_size,
+            token_multiple=layout.token_multiple,
+        )
 
     def _microbatches(self, plan: StepPlan) -> list[list[int]]:
         layout, lengths = self.layout, self.data.lengths[plan.rows]

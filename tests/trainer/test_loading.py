@@ -173,6 +173,17 @@ def test_the_setting_chooses(data: SftData, monkeypatch: pytest.MonkeyPatch) -> 
     assert asked == [(3, 5)]
 
 
+def test_microbatches_are_padded_to_what_fp8_products_need(data: SftData) -> None:
+    layout = PackLayout(token_budget=BUDGET, cp_size=2, tp_size=2, token_multiple=16)
+    reader = SftReader(data, sequence_steps(data), layout, num_steps=2)
+    read = 0
+    while (step := reader.next_step()) is not None:
+        for number in range(len(step.microbatches)):
+            assert len(reader.read(step, number).token_ids) % (2 * 16) == 0  # a rank's tokens, sharded by tp once more
+            read += 1
+    assert read
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("loader", ["plain", "dali"])
 def test_microbatches_on_the_gpu_have_the_same_bytes(data: SftData, loader: str) -> None:
