@@ -295,9 +295,13 @@ def test_two_that_ask_at_once_make_it_once(
     source = describe_source(
         [str(path)], str(thinking_tokenizer), "<think>", "</think>", index_dir=str(tmp_path / "index")
     )
-    prepare_index(source, processes=1, alive=alive)
+    beside_the_other: list[bool] = []
+    original = tokenize._make_part
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokenize, "_make_part", lambda job: beside_the_other.append(first.is_alive()) or original(job))
+        prepare_index(source, processes=1, alive=alive)
     first.join()
-    assert len(beats) >= 2, "it waited for the other, and took over when that died"
+    assert beside_the_other == [False], "it waited for the other, and took over when that died"
     assert len(SftIndex(source.directory)) == 10
 
 

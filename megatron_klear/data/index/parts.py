@@ -14,8 +14,8 @@ from megatron_klear.data.problems import Problems
 PART_BYTES = 64 << 20
 """Input of a part: what is lost at most, per process, when tokenizing is killed."""
 
-LINE_BYTES = 64 << 20
-"""Longest line that is read at all; 2,000 times the longest chain of thought."""
+LINE_BYTES = 8 << 20
+"""Longest line that is read at all; some sixty times the text of 32K tokens."""
 
 _COLUMNS = ("id", "messages", "source")
 _REQUIRED = ("id", "messages")
