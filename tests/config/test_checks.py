@@ -45,7 +45,12 @@ def test_the_base_settings_have_no_problem(problems, entry):
         (["code_reward.wrong=1"], 1, "code_reward.wrong", "code_reward.correct"),
         (["code_reward.malformed=0.5"], 1, "code_reward.malformed", "code_reward.wrong"),
         (["code_reward.wall_seconds=1"], 1, "code_reward.wall_seconds", "code_reward.cpu_seconds"),
-        (["code_reward.allow_processes=true", "code_reward.sandbox=rlimits"], 1, "code_reward.allow_processes", "bubble"),
+        (
+            ["code_reward.allow_processes=true", "code_reward.sandbox=rlimits"],
+            1,
+            "code_reward.allow_processes",
+            "bubble",
+        ),
         (["code_reward.extra_paths=[nowhere]"], 1, "code_reward.extra_paths", "nowhere is no folder"),
         (["model.attention=flash", "model.dtype=float32"], 1, "model.attention", "bfloat16"),
         (["model.attention=te", "model.layer_spec=local"], 1, "model.attention", "layer_spec"),
