@@ -108,7 +108,7 @@ def test_the_schema_is_declared() -> None:
 
 
 def test_what_is_expected_never_travels() -> None:
-    """Not in the messages of programs and calls; the process of a test alone is told an assertion (sandbox/inside)."""
+    """Not in the messages of programs and calls; a test's process alone is told an assertion (inside/checks)."""
     stdin = {"kind": "stdin", "tests": [{"input": "1", "output": "SECRET"}]}
     call = {"kind": "call", "function": "f", "tests": [{"args": [1], "output": "SECRET"}]}
     for reference in (stdin, call):
@@ -117,8 +117,8 @@ def test_what_is_expected_never_travels() -> None:
 
 
 def test_tests_of_a_file_are_its_functions_and_methods() -> None:
-    code = "def helper(): pass\ndef test_a(): pass\n"
-    code += "class TestB:\n    def setup_method(self): pass\n    def test_c(self): pass\n"
+    methods = "    def setup_method(self): pass\n    def test_c(self): pass\n"
+    code = f"def helper(): pass\ndef test_a(): pass\nclass TestB:\n{methods}"
     problem = parse_problem(json.dumps({"kind": "pytest", "code": code}))
     assert [m["test"] for m in problem.messages()] == [
         "test_a()",
