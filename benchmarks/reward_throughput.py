@@ -174,7 +174,7 @@ def plot(result: dict[str, Any], file: Path) -> None:
     axes.set_title(
         f"{result['responses']:,} responses x {TESTS} tests on {result['cores']} cores", loc="left", fontsize=10
     )
-    axes.legend(frameon=False)
+    axes.legend(loc="upper right", facecolor="white", edgecolor="none", framealpha=1.0)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(file, dpi=120)
 
