@@ -13,7 +13,7 @@ CONTEXT_MARGIN = 8
 """Tokens of its context that SGLang does not fill: it refuses or cuts short what comes closer (6 in 0.5.23)."""
 
 CPU_ARGUMENTS = ("--device", "cpu", "--attention-backend", "torch_native")
-CPU_PLUGIN = Path(__file__).with_name("cpu_plugin")
+CPU_PLUGIN, CPU_PLUGIN_NAME = Path(__file__).with_name("cpu_plugin"), "klear_repeatable"
 """SGLang's plugin that gives it deterministic inference on a CPU."""
 
 
@@ -103,6 +103,8 @@ def server_environment(settings: SglangSettings, index: int, *, on_cpu: bool) ->
         if settings.deterministic:
             # A sum that threads share is cut by their number; what is compiled differs by the shapes it was made for.
             environment |= {"PYTHONPATH": str(CPU_PLUGIN), "OMP_NUM_THREADS": "1", "TORCH_COMPILE_DISABLE": "1"}
+            # The plugin of SGLang's environment computes whole batches at once, where sums depend on their company.
+            environment["SGLANG_PLUGINS"] = CPU_PLUGIN_NAME
         return environment
     if settings.placement == "colocated":
         # What is meant for the trainer's allocator (expandable segments) and what gives memory up do not go together.

@@ -9,7 +9,7 @@ import pytest
 
 from megatron_klear.config.serving import SglangSettings
 from megatron_klear.errors import ConfigError
-from megatron_klear.rollout.sglang.command import server_command, server_environment
+from megatron_klear.rollout.sglang.command import CPU_PLUGIN, server_command, server_environment
 
 
 @pytest.fixture
@@ -59,6 +59,9 @@ def test_a_deterministic_cpu_server_gets_the_plugin_and_one_thread(venv: str, mo
     assert "--enable-deterministic-inference" not in arguments(venv)
     found = server_environment(SglangSettings(deterministic=True), 0, on_cpu=True)
     assert (found["OMP_NUM_THREADS"], found["TORCH_COMPILE_DISABLE"]) == ("1", "1")
+    # No other plugin: that of SGLang's environment lets a token's sums depend on its company.
+    entry_points = (CPU_PLUGIN / "klear_sglang_repeatable-1.dist-info" / "entry_points.txt").read_text()
+    assert f"{found['SGLANG_PLUGINS']} = klear_sglang_repeatable:register" in entry_points.splitlines()
     names = [p.name for p in Path(found["PYTHONPATH"]).iterdir()]
     assert {"klear_sglang_repeatable.py", "klear_sglang_repeatable-1.dist-info"} <= set(names)
     assert "PYTHONPATH" not in server_environment(SglangSettings(), 0, on_cpu=True)
