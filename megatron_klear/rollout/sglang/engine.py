@@ -41,7 +41,7 @@ class EndpointPool:
         self._retries = retries
         self.failures = 0
         self.version: int | None = None
-        """Of the weights that all tokens must come from; None does not look."""
+        """Of the weights in use: tokens come from these, or from others in use since a call began; None does not look."""
         self._numbers = itertools.count()
 
     async def generate(
@@ -93,7 +93,7 @@ class EndpointPool:
         self, prompt: Prompt, index: int, sampling: SamplingParams, seed: int, place: int, progress: _Progress
     ) -> Rollout:
         """One response; parts that were interrupted are continued, and failures tried again."""
-        key = (prompt.prompt_id, index)
+        key, oldest = (prompt.prompt_id, index), self.version
         parts: list[GeneratedPart] = []
         failures = 0
         try:
@@ -106,7 +106,7 @@ class EndpointPool:
                     if part.finish_reason == "abort" and not len(part.token_ids):
                         name = self.endpoints[place].name
                         raise EndpointError(f"{name}: gave request {request.request_id} back untouched", retry=True)
-                    self._require_version(self.endpoints[place].name, part)
+                    self._require_version(self.endpoints[place].name, part, oldest)
                 except EndpointError as error:
                     self.failures += 1
                     failures += 1
@@ -128,9 +128,12 @@ class EndpointPool:
             if parts and parts[-1].finish_reason != "abort":
                 progress.finish(key)
 
-    def _require_version(self, name: str, part: GeneratedPart) -> None:
-        others = sorted({version for version, _ in part.policy_versions} - {self.version})
-        if self.version is not None and others:
+    def _require_version(self, name: str, part: GeneratedPart, oldest: int | None) -> None:
+        """Refuse tokens of weights that were in use neither when the call began nor since."""
+        if self.version is None or oldest is None:
+            return
+        others = sorted({version for version, _ in part.policy_versions if not oldest <= version <= self.version})
+        if others:
             raise EndpointError(
                 f"{name}: sampled with weights of version {others[0]}, and version {self.version} is in use", retry=True
             )
