@@ -41,7 +41,7 @@ class EndpointPool:
         self._retries = retries
         self.failures = 0
         self.version: int | None = None
-        """Of the weights in use: tokens come from these, or from others in use since a call began; None does not look."""
+        """Of the weights in use; tokens come from these, or others in use since a call began. None does not look."""
         self._numbers = itertools.count()
 
     async def generate(
