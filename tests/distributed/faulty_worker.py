@@ -54,8 +54,8 @@ def averaged_over_ranks() -> Any:
     """Megatron's default scaling of gradients by the number of data-parallel ranks."""
     original = qwen3.transformer_config
 
-    def config(*arguments: Any) -> Any:
-        made = original(*arguments)
+    def config(*arguments: Any, **named: Any) -> Any:
+        made = original(*arguments, **named)
         made.calculate_per_token_loss = False
         return made
 
