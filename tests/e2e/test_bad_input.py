@@ -100,13 +100,20 @@ def test_heldout_problem_that_is_trained_on(start, rl_overrides, data):
     refused(start, "train_rl", RL, [*rl_overrides("run"), f"data.heldout=[{data / 'prompts.jsonl'}]"], "data.heldout")
 
 
-def test_code_problems_have_no_grader_yet(start, rl_overrides, data, tmp_path):
+def test_code_problems_whose_tests_cannot_be_used_are_refused_by_name(start, rl_overrides, data, tmp_path):
     rows = [json.loads(line) for line in (data / "prompts.jsonl").read_text().splitlines()]
     for row in rows:
         row["domain"], row["reference"] = "code", '[{"input": "1", "output": "1"}]'
     code = tmp_path / "code.jsonl"
     code.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    refused(start, "train_rl", RL, [*rl_overrides("run"), f"data.prompts=[{code}]"], "data.prompts", "grader")
+    refused(
+        start,
+        "train_rl",
+        RL,
+        [*rl_overrides("run"), f"data.prompts=[{code}]"],
+        "data.prompts: the tests of",
+        rows[0]["id"],
+    )
 
 
 @pytest.mark.parametrize("entry", ["train_sft", "train_rl"])
