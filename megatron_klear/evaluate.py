@@ -10,6 +10,7 @@ import argparse
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -101,6 +102,11 @@ def grade_file(options: argparse.Namespace) -> int:
     out.mkdir(parents=True, exist_ok=True)
     rejects = Rejects(f"the generations {options.grade}", out / REJECTS_FILE)
     made = matched(read_generations(options.grade, rejects), benchmarks, rejects)
+    if options.prompt_opens_think:
+        made = {
+            name: [replace(item, response=options.think_start + item.response) for item in items]
+            for name, items in made.items()
+        }
     if not any(made.values()):
         rejects.raise_if_any()
         raise DataError([f"GENERATIONS: {options.grade} holds no responses"])
@@ -171,6 +177,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--sandbox", choices=("bubblewrap", "rlimits"), default="bubblewrap",
         help="what code runs in (default: bubblewrap; rlimits alone lets it read files)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--prompt-opens-think", action="store_true",
+        help="the chat template ends prompts with the opening tag, so that responses begin inside the thinking part",
     )  # fmt: skip
     parser.add_argument(
         "--require-think", action="store_true",

@@ -45,6 +45,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         print(error, file=sys.stderr)
         return EXIT_BAD_INPUT
+    if settings.fp8.recipe != "none" and DEVICES[options.gpu].fp8_flops is None:
+        title = DEVICES[options.gpu].title
+        problems.append(f"fp8.recipe: got {settings.fp8.recipe}, and {title} has no FP8; set none, or another --gpu")
     assumed = Assumptions(efficiency=options.efficiency, mean_tokens=options.mean_tokens)
     if problems:
         print(ConfigError(problems), file=sys.stderr)

@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # The engines of one node, as a task of the job step that tools/slurm_job.sh starts:
 #   slurm_engines.sh COUNT TP PORT COMMAND...     COUNT servers of TP GPUs each, listening on PORT, PORT + 1, ...
-# A server that ends is started again, KLEAR_ENGINE_RESTARTS times at most: the trainer goes on meanwhile with the others,
-# and gives a server that comes back the current weights. SIGTERM ends them all.
+# A server that ends is started again, KLEAR_ENGINE_RESTARTS times at most: the trainer generates meanwhile with the others,
+# and the next publish brings its weights. A publish needs them all: one that falls into the restart ends the run, which
+# can be resumed. SIGTERM ends them all.
 set -uo pipefail
 count=$1 tp=$2 port=$3
 shift 3

@@ -135,7 +135,7 @@ run_step() {
 # Refuses bad settings with status 2 before any node is kept busy, and finds out where the run keeps its logs.
 check_settings() {
     local found status=0 log=''
-    found=$(run_step check "${train_nodes[0]}" -- env WORLD_SIZE="$world_size" \
+    found=$(run_step check "${train_nodes[0]}" -- env WORLD_SIZE="$world_size" LOCAL_WORLD_SIZE="$ranks" \
         python -m "megatron_klear.$entry" --check "$@" "${engine_settings[@]}") || status=$?
     if ((status)); then
         say "the check of the settings ended with status $status (2: refused); nothing was started"

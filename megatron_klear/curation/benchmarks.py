@@ -16,7 +16,7 @@ from megatron_klear.data.problems import Problems
 TEXT_KEYS = ("problem", "question", "question_content", "prompt", "text", "input")
 """Where a published benchmark has its problem, apart from `messages`; the first of them that is there counts."""
 
-_COLUMNS = ("id", "question_id", "task_id", "messages", *TEXT_KEYS)
+_COLUMNS = ("id", "question_id", "task_id", "messages", "meta", *TEXT_KEYS)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,12 +119,14 @@ def _take(value: JsonObject, where: str, benchmark: str, index: BenchmarkIndex, 
 
 
 def problem_text(value: JsonObject) -> str | None:
-    """The problem of a benchmark's row: what its messages ask, or the first of `TEXT_KEYS` with a text."""
+    """The problem of a benchmark's row: what its messages ask, or the first of `TEXT_KEYS`, also in `meta` (AIME)."""
     messages = value.get("messages")
     if isinstance(messages, list):
         asked = [m.get("content") for m in messages if isinstance(m, dict) and m.get("role") == "user"]
         texts = [text for text in asked if isinstance(text, str) and text.strip()]
         if texts:
             return "\n\n".join(texts)
-    found = (value.get(key) for key in TEXT_KEYS)
+    meta = value.get("meta")
+    places = [value, meta] if isinstance(meta, dict) else [value]
+    found = (place.get(key) for place in places for key in TEXT_KEYS)
     return next((text for text in found if isinstance(text, str) and text.strip()), None)

@@ -47,8 +47,14 @@ class SelectStage(Stage):
         for name in ("device", "batch_prompts"):
             del settings[name]
         path = self._settings.path
-        files = [] if path is None else [Path(path)] if Path(path).is_file() else sorted(Path(path).iterdir())
-        status = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+        files = (
+            []
+            if path is None
+            else [Path(path), Path(path).with_suffix(".ids")]
+            if Path(path).is_file()
+            else sorted(Path(path).iterdir())
+        )
+        status = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.exists()]
         return {**settings, "seed": self._seed, "files": status}
 
     def start(self, inputs: Sequence[Path], directory: Path, advance: Advance) -> None:

@@ -91,7 +91,8 @@ def _read(
 def parse_sft_row(where: str, value: JsonObject) -> SftRow | list[str]:
     """An object of a file as an SFT row, or everything that is wrong with it."""
     row_id, messages, wrong = id_and_messages(value, "assistant")
-    source = value.get("source", "")
+    source = value.get("source")
+    source = "" if source is None else source  # what a row leaves out is null in Parquet
     if not isinstance(source, str):
         wrong.append(f"source must be a string, got {json_type(source)}")
     return wrong or SftRow(row_id=row_id, messages=messages, source=source, where=where)

@@ -29,6 +29,7 @@ def matched(
         for row in benchmark.rows:
             homes[row.row_id].append(benchmark.name)
     found: dict[str, list[Generation]] = {benchmark.name: [] for benchmark in benchmarks}
+    taken: set[tuple[str, str, int]] = set()
     for made in generations:
         places = homes.get(made.problem_id, [])
         if made.benchmark:
@@ -39,7 +40,10 @@ def matched(
             rejects.add(where, f"{of} has no problem {made.problem_id!r}; known are {', '.join(sorted(known))}")
         elif len(places) > 1:
             rejects.add(where, f"several benchmarks have this problem ({', '.join(places)}): name one as `benchmark`")
+        elif (places[0], made.problem_id, made.index) in taken:
+            rejects.add(where, f"benchmark {places[0]!r} has this response already; number responses by `index`")
         else:
+            taken.add((places[0], made.problem_id, made.index))
             found[places[0]].append(made)
     return found
 

@@ -20,6 +20,13 @@ from megatron_klear.data.jsonl import JsonObject
 _LARGEST_BYTES = 2**30
 """Of unpacked tests; the largest published ones are some hundred MB."""
 
+_MODULES = (
+    "string", "re", "datetime", "collections", "heapq", "bisect", "copy", "math", "random", "statistics", "itertools",
+    "functools", "operator", "io", "sys", "json", "typing",
+)  # fmt: skip
+_IMPORTS = "".join(f"import {name}\nfrom {name} import *\n" for name in _MODULES) + "from builtins import *\n"
+"""What LiveCodeBench's own harness gives every answer: starter code names List and others without importing them."""
+
 _STDIN_INSTRUCTION = (
     "Write a Python program that solves the problem. It reads the input from standard input and writes the answer to "
     "standard output. Put the whole program into one fenced block, ```python ... ```, after your reasoning."
@@ -71,12 +78,14 @@ def livecodebench_row(value: JsonObject) -> JsonObject | list[str]:
 
 
 def _programs(tests: list[dict[str, str]]) -> dict[str, Any]:
-    return {"kind": "stdin", "tests": [{"input": test["input"], "output": test["output"]} for test in tests]}
+    asked = [{"input": test["input"], "output": test["output"]} for test in tests]
+    return {"kind": "stdin", "preamble": _IMPORTS, "tests": asked}
 
 
 def _calls(function: str, tests: list[dict[str, str]]) -> dict[str, Any]:
     return {
         "kind": "call",
+        "preamble": _IMPORTS,
         "function": function,
         "tests": [
             {
@@ -116,7 +125,7 @@ def _fault(test: Any) -> str:
             for text in [*test["input"].split("\n"), test["output"]]:
                 if text.strip():
                     json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             return f"its arguments and result must be JSON values, one per line ({error})"
         if not test["output"].strip():
             return "it has no result"

@@ -76,8 +76,8 @@ def summarize(
         name: of the benchmark.
         problem_ids: all its problems, those without a response included.
         judged: responses to these problems.
-        ks: values of k for pass@k; empty takes powers of two up to the fewest responses that a problem has. A problem
-            with fewer responses than k takes no part in pass@k.
+        ks: values of k for pass@k; empty takes powers of two up to the fewest graded responses of a problem, so that
+            all problems with any take part in each. With fewer than k a problem takes no part in pass@k.
         seed: of the bootstrap.
     """
     by_problem: dict[str, list[Judged]] = defaultdict(list)
@@ -85,6 +85,7 @@ def summarize(
         by_problem[item.generation.problem_id].append(item)
     counts = {problem: _count(by_problem.get(problem, [])) for problem in problem_ids}
     numbers = [len(items) for items in by_problem.values()] or [0]
+    fewest_graded = min((count.num_graded for count in counts.values() if count.num_graded), default=0)
     rewards = [item.grade.reward for item in judged if item.grade.outcome != "ungraded"]
     lengths = [item.generation.num_tokens for item in judged if item.generation.num_tokens is not None]
     found = Counter(item.grade.outcome for item in judged)
@@ -96,7 +97,7 @@ def summarize(
         num_responses=len(judged),
         responses_per_problem=(min(numbers), max(numbers)),
         avg=avg_at_n(counts, seed=seed),
-        pass_at_k=pass_at(counts, ks or default_ks(min(numbers)), seed=seed),
+        pass_at_k=pass_at(counts, ks or default_ks(fewest_graded), seed=seed),
         mean_reward=float(np.mean(rewards)) if rewards else math.nan,
         outcomes={outcome: found[outcome] for outcome in OUTCOMES},
         share_cut=cut / len(judged) if judged else math.nan,
@@ -146,7 +147,7 @@ def results_table(results: Sequence[BenchmarkResult]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for title in ("benchmark", "problems", "metric", "%", "95 % interval", "also", "%", "95 % interval"):
         table.add_column(title, justify="left" if title in ("benchmark", "metric", "also") else "right")
-    for title in ("responses", "cut at limit", "mean tokens", "ungraded"):
+    for title in ("responses", "cut at limit", "mean tokens", "malformed", "ungraded"):
         table.add_column(title, justify="right")
     for result in results:
         problems = str(result.num_problems)
@@ -157,7 +158,8 @@ def results_table(results: Sequence[BenchmarkResult]) -> Table:
             result.name, problems, result.label, percent(result.avg.mean), interval(result.avg),
             *(("", "", "") if best is None or most == 1 else (f"pass@{most}", percent(best.mean), interval(best))),
             f"{result.num_responses:,}", f"{percent(result.share_cut)} %",
-            "-" if result.tokens is None else f"{result.tokens[0]:,.0f}", str(result.outcomes["ungraded"]),
+            "-" if result.tokens is None else f"{result.tokens[0]:,.0f}",
+            *(str(result.outcomes[name]) for name in ("malformed", "ungraded")),
         )  # fmt: skip
     return table
 

@@ -130,6 +130,9 @@ class Machines:
         opened.settimeout(None)
         connection = _lasting(opened)
         try:
+            # The kernel takes calls to a process that is stopped, too.
+            if not connection.poll(_CONNECT_SECONDS):
+                raise TimeoutError(f"it takes the call and says nothing for {_CONNECT_SECONDS:g} s")
             answer_challenge(connection, self._key)
             deliver_challenge(connection, self._key)
         except BaseException:

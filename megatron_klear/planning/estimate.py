@@ -160,7 +160,7 @@ def make_plan(
         [
             stage_traffic(
                 settings, entry, kind, stage=stage, dp=dp, microbatches=microbatches, updates=work.updates,
-                passes=passes,
+                passes=passes, machines=-(-gpus // device.per_node),
             )
             for stage in range(parallel.pp)
         ]

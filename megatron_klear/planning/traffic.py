@@ -102,7 +102,7 @@ def context_bytes(settings: Settings, w: Widths, kind: LayerKind, passes: Passes
 
 def stage_traffic(
     settings: Settings, entry: Entry, kind: LayerKind, *, stage: int, dp: int, microbatches: int, updates: int,
-    passes: Passes,
+    passes: Passes, machines: int = 1,
 ) -> Traffic:  # fmt: skip
     """What a rank of one pipeline stage sends in one step.
 
@@ -115,6 +115,7 @@ def stage_traffic(
         microbatches: of one update, on each data-parallel rank; all full.
         updates: optimizer updates of the step.
         passes: of one microbatch.
+        machines: on each of which `sglang.servers` are started.
     """
     parallel, w = settings.parallel, widths(settings)
     first, last = stage == 0, stage == parallel.pp - 1
@@ -125,7 +126,9 @@ def stage_traffic(
     pipeline = many * between * ((0 if last else passes.forward) + (0 if first else passes.backward))
     tied = [p.numel for p in stage_parameters(settings, stage) if p.tied_across_stages]
     served = entry == "rl" and settings.rollout.engine == "sglang"
-    engines = len(settings.sglang.urls) or settings.sglang.servers
+    engines = len(settings.sglang.urls) or settings.sglang.servers * machines
+    if settings.sglang.placement == "colocated":
+        engines = 0  # handles of memory on the same GPU
     return Traffic(
         tensor=tensor,
         sequence=tensor if parallel.sequence_parallel else 0.0,

@@ -81,7 +81,7 @@ def _equal(expected: Any, got: Any, tolerance: float) -> bool:
     if isinstance(expected, bool) or isinstance(got, bool) or expected is None or got is None:
         return expected is got
     if isinstance(expected, (int, float)) and isinstance(got, (int, float)):
-        if isinstance(expected, int) and isinstance(got, int):
+        if isinstance(expected, int):
             return expected == got
         try:
             return expected == got or _close(float(expected), float(got), tolerance)

@@ -81,12 +81,19 @@ class MachineGraders:
             list(threads.map(work, [*range(count)] * _CALLS_PER_MACHINE))
         # What a machine gave back after the others had finished.
         for at, some in left:
-            if len(problems) == _CALLS_PER_MACHINE * count:
-                raise RewardError("no machine can grade: " + "; ".join(sorted(set(problems))))
-            assert self._pool is not None
-            grades[at : at + len(some)] = self._pool.grade_many(some)
+            grades[at : at + len(some)] = self._anywhere(some, problems)
         assert all(grade is not None for grade in grades)
         return [grade for grade in grades if grade is not None]
+
+    def _anywhere(self, requests: Sequence[Any], problems: list[str]) -> list[Grade]:
+        """Grades by the first machine that can; why others cannot is added to `problems`."""
+        for machine in range(self._machines.count):
+            try:
+                found: list[Grade] = self._machines.call(machine, "grade", requests)
+                return found
+            except (RewardError, RolloutError) as error:
+                problems.append(f"machine {machine}: {error}")
+        raise RewardError("no machine can grade: " + "; ".join(sorted(set(problems))))
 
     def close(self) -> None:
         """End this machine's workers; a second call does nothing."""

@@ -359,7 +359,7 @@ class ServedEngine:
         kind = settings.weight_sync.transport
         near = all(_is_this_machine(caller.url) for caller in engines.callers)
         if kind == "auto":
-            kind = "tensor" if near else "distributed"
+            kind = "tensor" if near or settings.sglang.placement == "colocated" else "distributed"
         keeps = settings.weight_sync.keep_on_disk and self._fleets is not None
         files = WeightFiles(
             self.session.root / "weights", self._hf_config(layout.dtype), keep=2 if kind == "disk" else 1
@@ -372,7 +372,9 @@ class ServedEngine:
         if self._sharing is not None:
             made = SharedTransport(engines, self._sharing, self._ranks_of)
         elif kind == "distributed":
-            made = DistributedTransport(engines, tp=layout.tp, device=torch.device(layout.device))
+            made = DistributedTransport(
+                engines, tp=layout.tp, device=torch.device(layout.device), keep_group=self._fleets is not None
+            )
         else:
             fits = near and shared_memory_bytes() > 3 * settings.weight_sync.bucket_bytes
             made = TensorTransport(engines, tp=layout.tp, by_value=not fits)

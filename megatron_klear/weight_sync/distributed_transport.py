@@ -34,9 +34,12 @@ class DistributedTransport:
         engines: who receives them.
         tp: their tensor parallel size.
         device: of the buckets; NCCL on a GPU, gloo on a CPU.
+        keep_group: false makes the group anew for every set: a server of others may be another process since, at the
+            same address, that was never in it.
     """
 
-    def __init__(self, engines: EngineGroup, *, tp: int, device: torch.device) -> None:
+    def __init__(self, engines: EngineGroup, *, tp: int, device: torch.device, keep_group: bool = True) -> None:
+        self._keep_group = keep_group
         self._engines, self._tp, self._device = engines, tp, device
         self._session = UpdateSession(engines)
         self._group: dist.ProcessGroup | None = None
@@ -90,6 +93,8 @@ class DistributedTransport:
     def finish(self) -> None:
         """Wait for the last bucket and close the session."""
         self._session.end()
+        if not self._keep_group:
+            self.close()
 
     def close(self) -> None:
         """Leave the group; a second call does nothing."""

@@ -105,6 +105,7 @@ def test_livecodebench_programs_have_public_and_packed_private_tests(tmp_path: P
     assert (found.row_id, found.domain) == ("abc1_a", "code")
     assert "standard input" in found.messages[0]["content"]
     tests = json.loads(found.reference)
+    assert "from typing import *" in tests.pop("preamble")
     assert tests == {"kind": "stdin", "tests": [{"input": "1\n", "output": "2\n"}] * 2}
 
 
@@ -119,7 +120,9 @@ def test_livecodebench_calls_have_a_function_and_json_arguments(tmp_path: Path) 
         ),
     )  # fmt: skip
     assert "def has(self, xs, y):" in found.messages[0]["content"]
-    assert json.loads(found.reference) == {
+    reference = json.loads(found.reference)
+    assert "from typing import *" in reference.pop("preamble")  # starter code names List without importing it
+    assert reference == {
         "kind": "call", "function": "has", "tests": [{"args": [[1, 2], "a"], "output": True}] * 2,
     }  # fmt: skip
 

@@ -156,3 +156,15 @@ def test_a_machine_that_ends_is_named(told: dict[tuple[int, str], Any]) -> None:
 
 def test_a_stranger_is_turned_away(told: dict[tuple[int, str], Any]) -> None:
     assert "FAILURE" in told[0, "told"]["stranger"]
+
+
+def test_a_machine_that_takes_a_call_and_says_nothing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the kernel does for a process that is stopped."""
+    monkeypatch.setattr("megatron_klear.parallel.machines._CONNECT_SECONDS", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        caller = Machines.__new__(Machines)
+        caller._key, caller._places = b"k" * 32, [("", 0), ("127.0.0.1", silent.getsockname()[1])]
+        with pytest.raises(
+            RolloutError, match=r"machine 1 \(127.0.0.1\) did not grade: TimeoutError: it takes the call"
+        ):
+            caller.call(1, "grade")

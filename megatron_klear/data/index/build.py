@@ -66,6 +66,8 @@ def prepare_index(
         with _locked(source.directory / ".lock", alive):
             if not manifest.is_file():
                 parts = _planned(source, part_bytes)
+                if not parts:
+                    raise DataError(f"data.sft: no rows at all in {', '.join(source.files)}")
                 jobs = [PartJob(number=i, part=p, source=source, line_bytes=line_bytes) for i, p in enumerate(parts)]
                 merge_parts(jobs, _do_all(jobs, processes or _worthwhile_processes(parts), alive), alive)
     except OSError as error:

@@ -23,8 +23,11 @@ from pathlib import Path
 from megatron_klear.config import INDEX_FOLDER
 from megatron_klear.errors import DataError
 
-FORMAT = 1
+FORMAT = 2
 """Raised whenever the same rows would be written otherwise."""
+
+_END_BYTES = 1 << 16
+"""Of either end of an input file that its key takes in."""
 
 CONVERSATIONS, SOURCES, ROWS, REJECTS, MANIFEST = (
     "conversations",
@@ -62,8 +65,9 @@ def describe_source(
 ) -> IndexSource:
     """Say where the index of these files belongs.
 
-    The key takes in each file's name, size and time of change, the content of the tokenizer's files (its chat template
-    is one of them), the think markers and the format's version.
+    The key takes in each file's name, size, time of change and both ends (files of many directories may have the same
+    names, and archives and buckets the same times), the content of the tokenizer's files (its chat template is one of
+    them), the think markers and the format's version.
 
     Raises:
         DataError: an input file cannot be seen.
@@ -72,9 +76,14 @@ def describe_source(
     for name in files:
         try:
             status = Path(name).stat()
+            with Path(name).open("rb") as stream:
+                head = stream.read(_END_BYTES)
+                stream.seek(max(0, status.st_size - _END_BYTES))
+                tail = stream.read(_END_BYTES)
         except OSError as error:
             raise DataError(f"data.sft: {name} cannot be read: {error.strerror}") from error
         digest.update(f"{Path(name).name}\0{status.st_size}\0{status.st_mtime_ns}\0".encode())
+        digest.update(hashlib.blake2b(head + tail, digest_size=16).digest())
     for file in sorted(Path(tokenizer_dir).iterdir()):
         if file.suffix in (".json", ".jinja", ".txt", ".model"):
             digest.update(f"{file.name}\0".encode())

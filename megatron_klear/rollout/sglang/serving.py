@@ -110,8 +110,10 @@ class SglangEngine:
     def use_version(self, version: int) -> None:
         """Note that weights of this version have been published to all servers; none but these may be sampled from."""
         self._pool.version = version
-        for engine in self.engines:
-            engine.endpoint.use_version(version)
+        # The router's endpoint is one of the pool's and of no engine: its requests name the version, too.
+        for endpoint in {*(engine.endpoint for engine in self.engines), *self._pool.endpoints}:
+            if isinstance(endpoint, SglangEndpoint):
+                endpoint.use_version(version)
 
     def generate(
         self,

@@ -45,7 +45,7 @@ def check_answer() -> None:
     def run() -> None:
         sys.set_int_max_str_digits(0)
         sys.modules["pytest"] = _pytest()
-        peer = Peer(FROM_PEER_FD, TO_PEER_FD)
+        peer = Peer(FROM_PEER_FD, TO_PEER_FD, guarded=True)
         module = types.ModuleType("tests")
         sys.modules["tests"] = module
         module.__dict__.update(_names_of_the_answer(peer))

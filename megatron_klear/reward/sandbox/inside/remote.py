@@ -12,6 +12,7 @@ import json
 import operator
 import os
 import struct
+import types
 from collections import deque
 from collections.abc import Callable
 from decimal import Decimal
@@ -35,9 +36,11 @@ class Peer:
 
     Args:
         read_fd, write_fd: pipes from and to the other side.
+        guarded: the other side may use what it was handed, and nothing that lies behind that.
     """
 
-    def __init__(self, read_fd: int, write_fd: int) -> None:
+    def __init__(self, read_fd: int, write_fd: int, *, guarded: bool = False) -> None:
+        self._guarded = guarded
         self._reader, self._write_fd = os.fdopen(read_fd, "rb"), write_fd
         self._kept: list[Any] = []
         self._numbers: dict[int, int] = {}
@@ -128,6 +131,8 @@ class Peer:
         operation, encoded = content
         try:
             operands = [self.decode(operand) for operand in encoded]
+            if self._guarded:
+                _refuse_reach(operation, operands, encoded)
             result = self.encode(_OPERATIONS[operation](*operands))
             # Arguments that the call changed in place, so that the caller's own change, too.
             again = [self.encode(operand) for operand in operands] if operation == "call" else encoded
@@ -252,6 +257,30 @@ _OPERATIONS: dict[str, Callable[..., Any]] = {
     "isinstance": isinstance,
     **{name: getattr(operator, name) for name in (*_BETWEEN_REMOTES, *_COMPARISONS)},
 }
+
+
+_INNER = (
+    types.ModuleType, types.FrameType, types.CodeType, types.TracebackType, types.GeneratorType, types.CoroutineType,
+    types.AsyncGeneratorType,
+)  # fmt: skip
+"""What has attributes without underscores that lead into the interpreter."""
+
+
+def _refuse_reach(operation: str, operands: list[Any], encoded: list[Any]) -> None:
+    """Let an answer use what a test handed to it, and nothing that lies behind it.
+
+    From any object `__class__` and what follows lead to everything in the process, the verdict's pipe included.
+
+    Raises:
+        PermissionError: the object is none of the tests', or the attribute not a public one.
+    """
+    first = encoded[0] if encoded else None
+    if not (isinstance(first, list) and first[:1] == ["there"]):
+        raise PermissionError("not an object of the tests")
+    if operation in ("get", "set") and (
+        isinstance(operands[0], _INNER) or type(operands[1]) is not str or operands[1].startswith("_")
+    ):
+        raise PermissionError("not a public attribute")
 
 
 def _replace(old: Any, new: Any) -> None:
