@@ -35,7 +35,8 @@ for one in classes:
             break
     except Exception:
         pass
-names = dict((k, v) for k, v in ask("get", there(ask("get", there(one), "__init__")), "__globals__")[1] if isinstance(k, str))
+found = ask("get", there(ask("get", there(one), "__init__")), "__globals__")[1]
+names = dict((k, v) for k, v in found if isinstance(k, str))
 ask("call", there(names["write"]), 5, ["bytes", "passed"], ["dict", []])
 ask("call", there(names["_exit"]), 0, ["dict", []])
 """
