@@ -109,6 +109,15 @@ def server_environment(settings: SglangSettings, index: int, *, on_cpu: bool) ->
     if settings.placement == "colocated":
         # What is meant for the trainer's allocator (expandable segments) and what gives memory up do not go together.
         environment = {name: value for name, value in environment.items() if not name.endswith("_ALLOC_CONF")}
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "0"))
+    if settings.placement == "separate" and settings.first_gpu < ranks and settings.memory_fraction is None:
+        raise ConfigError(
+            [
+                f"sglang.first_gpu: got {settings.first_gpu}, and GPUs 0 to {ranks - 1} of this machine are the "
+                f"trainer's; set at least {ranks}, start fewer ranks, set sglang.placement=colocated, or say with "
+                "sglang.memory_fraction how much of a shared GPU the servers may take"
+            ]
+        )
     first = settings.first_gpu + index * settings.server_tp
     return environment | {"CUDA_VISIBLE_DEVICES": _gpus(os.environ, first, settings.server_tp)}
 

@@ -53,6 +53,16 @@ def test_settings_become_arguments(venv: str) -> None:
     assert "--device" not in found
 
 
+def test_a_server_is_not_put_on_the_trainers_gpus_unknowingly(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    with pytest.raises(ConfigError, match=r"sglang.first_gpu: got 0, and GPUs 0 to 3 .* set at least 4"):
+        server_environment(SglangSettings(), 0, on_cpu=False)
+    for fine in ({"first_gpu": 4}, {"memory_fraction": 0.3}, {"placement": "colocated"}):
+        server_environment(SglangSettings(**fine), 0, on_cpu=False)  # type: ignore[arg-type]
+    server_environment(SglangSettings(), 0, on_cpu=True)
+
+
 def test_a_deterministic_cpu_server_gets_the_plugin_and_one_thread(venv: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "4")
     assert "--enable-deterministic-inference" in arguments(venv, deterministic=True)
