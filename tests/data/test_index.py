@@ -385,3 +385,38 @@ def test_the_command_line(
         [sys.executable, "-m", "megatron_klear.data", "-h"], capture_output=True, text=True, check=True
     )
     assert "python -m megatron_klear.data CONFIG.yaml" in shown.stdout
+
+
+def test_files_alike_in_name_size_and_time_have_indexes_of_their_own(
+    make_index: Maker, write_jsonl: Writer, tmp_path: Path
+) -> None:
+    """As archives and buckets that set times leave them."""
+    found = []
+    for number in (1, 2):
+        made = write_jsonl({**row(1), "id": f"r{number}"})
+        path = tmp_path / f"set{number}" / "rows.jsonl"
+        path.parent.mkdir()
+        made.rename(path)
+        os.utime(path, ns=(10**18, 10**18))
+        found.append(make_index(path))
+    first, second = found
+    assert (tmp_path / "set1" / "rows.jsonl").stat().st_size == (tmp_path / "set2" / "rows.jsonl").stat().st_size
+    assert first.directory != second.directory
+    assert contents(first)["rows.parquet"] != contents(second)["rows.parquet"]
+
+
+def test_rows_without_a_source_are_used_from_parquet_too(make_index: Maker, tmp_path: Path) -> None:
+    rows = [row(number) for number in range(10)]
+    for without in rows[1:]:
+        without["source"] = None
+    index = make_index(write_parquet(tmp_path / "rows.parquet", rows))
+    assert (index.directory / "rejects.jsonl").read_text() == ""
+    assert len(index) == 10
+
+
+def test_a_parquet_file_without_row_groups_is_an_empty_data_set(make_index: Maker, tmp_path: Path) -> None:
+    path = tmp_path / "empty.parquet"
+    with pq.ParquetWriter(path, pa.Table.from_pylist([row(0)]).schema):
+        pass
+    with pytest.raises(DataError, match=r"data.sft: no rows at all in .*empty\.parquet"):
+        make_index(path)
