@@ -127,7 +127,8 @@ def test_a_real_router_passes_answers_and_refusals_as_they_are(
         for body in bodies:
             assert body["sampling_params"]["sampling_seed"] == 5
             assert body["sampling_params"]["stop_token_ids"] == [9]
-            assert body["extra_key"] == "version 3", "what keeps prefixes of other weights apart must not get lost"
+            # What keeps prefixes of other weights, also of an earlier life of the trainer, apart must not get lost.
+            assert body["extra_key"].startswith("version 3 of ")
             assert body["return_logprob"] is True
             assert body["rid"] == "r1"
         assert [body for path, body in stand_in.seen if path == "/abort_request"] == [
