@@ -120,6 +120,7 @@ class AssertProblem(_Problem):
         for where, code in (("setup", self.setup), *((f"tests.{i}", test) for i, test in enumerate(self.tests))):
             if not _parsed(code, where).body and where != "setup":
                 raise ValueError(f"{where}: holds no code")
+            _require_plain_tests(code, where)
 
     def messages(self) -> list[dict[str, str]]:
         """What the sandbox is told of each test: the process of the answer is told nothing of it."""
@@ -138,6 +139,7 @@ class PytestProblem(_Problem):
     code: str
 
     def __post_init__(self) -> None:
+        _require_plain_tests(self.code, "code")
         if not self._calls():
             raise ValueError("code: defines no function test_... and no class Test... with one")
 
@@ -155,10 +157,43 @@ class PytestProblem(_Problem):
             if isinstance(item, ast.FunctionDef) and item.name.startswith("test"):
                 calls.append(f"{item.name}()")
             elif isinstance(item, ast.ClassDef) and item.name.startswith("Test"):
-                names = [f.name for f in item.body if isinstance(f, ast.FunctionDef)]
-                setup = "_test.setup_method(); " if "setup_method" in names else ""
-                calls += [f"_test = {item.name}(); {setup}_test.{n}()" for n in names if n.startswith("test")]
+                calls += _calls_of_class(item)
         return calls
+
+
+def _calls_of_class(item: ast.ClassDef) -> list[str]:
+    """One call for each test method; a case of unittest runs it with its own setUp and tearDown."""
+    methods = {f.name: f for f in item.body if isinstance(f, ast.FunctionDef)}
+    tests = [name for name in methods if name.startswith("test")]
+    if any(ast.unparse(base).rpartition(".")[2] == "TestCase" for base in item.bases):
+        judged = "assert _result.wasSuccessful(), (_result.errors + _result.failures)[0][1]"
+        return [f"_result = {item.name}({name!r}).run(); {judged}" for name in tests]
+    if "setup_method" not in methods:
+        return [f"_test = {item.name}(); _test.{name}()" for name in tests]
+    given = "_test.{}" if len(methods["setup_method"].args.args) > 1 else ""
+    return [f"_test = {item.name}(); _test.setup_method({given.format(name)}); _test.{name}()" for name in tests]
+
+
+def _yields(node: ast.AST) -> bool:
+    """Whether a function is a generator; those defined within it do not count."""
+    inner = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
+    return any(
+        isinstance(child, (ast.Yield, ast.YieldFrom)) or (not isinstance(child, inner) and _yields(child))
+        for child in ast.iter_child_nodes(node)
+    )
+
+
+def _require_plain_tests(code: str, where: str) -> None:
+    """Refuse tests whose call runs nothing of them.
+
+    Raises:
+        ValueError: a test is a coroutine or a generator.
+    """
+    for item in ast.walk(_parsed(code, where)):
+        is_test = isinstance(item, (ast.FunctionDef, ast.AsyncFunctionDef)) and item.name.startswith("test")
+        if is_test and (_yields(item) or isinstance(item, ast.AsyncFunctionDef)):
+            name = getattr(item, "name", "")
+            raise ValueError(f"{where}: {name} is async or yields, so that calling it asserts nothing")
 
 
 CodeProblem = StdinProblem | CallProblem | AssertProblem | PytestProblem

@@ -68,6 +68,15 @@ def _shareable(public: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+_MODULES_OF_TESTS = frozenset(
+    {
+        *("cmath", "collections", "copy", "functools", "itertools", "json", "math", "operator", "os", "random", "re"),
+        *("statistics", "sys"),
+    }
+)
+"""What tests use without importing it: an answer's own `math` must not judge itself."""
+
+
 def _names_of_the_answer(peer: Peer) -> dict[str, Any]:
     """What tests may use of the answer; never anything in place of a builtin, which would change what tests mean."""
     names = {}
@@ -75,7 +84,8 @@ def _names_of_the_answer(peer: Peer) -> dict[str, Any]:
         if hasattr(builtins, name):
             continue
         if kind == "value":
-            names[name] = value
+            if name not in _MODULES_OF_TESTS:
+                names[name] = value
         elif value.split(".")[0] in sys.stdlib_module_names:
             names[name] = __import__(value, fromlist=["*"])
     return names
@@ -116,9 +126,11 @@ def _unittest_case(case: type) -> Callable[[], None]:
 def _method(case: type, name: str) -> Callable[[], None]:
     def run() -> None:
         instance = case()
+        method = getattr(instance, name)
         if hasattr(instance, "setup_method"):
-            instance.setup_method()
-        getattr(instance, name)()
+            wanted = instance.setup_method.__func__.__code__.co_argcount - 1
+            instance.setup_method(*[method][:wanted])
+        method()
 
     return run
 
@@ -176,13 +188,13 @@ class _Approx:
         return bool(expected == actual or abs(expected - actual) <= max(self._rel * abs(expected), self._abs))
 
 
-def _parametrize(names: str | list[str], rows: list[Any]) -> Callable[[Callable[..., object]], Callable[[], None]]:
+def _parametrize(names: str | list[str], rows: list[Any]) -> Callable[[Callable[..., object]], Callable[..., None]]:
     keys = [name.strip() for name in names.split(",")] if isinstance(names, str) else list(names)
 
-    def decorate(function: Callable[..., object]) -> Callable[[], None]:
-        def test_every_row() -> None:
+    def decorate(function: Callable[..., object]) -> Callable[..., None]:
+        def test_every_row(**others: Any) -> None:  # those of a decorator above
             for row in rows:
-                function(**dict(zip(keys, row if len(keys) > 1 else [row], strict=True)))
+                function(**dict(zip(keys, row if len(keys) > 1 else [row], strict=True)), **others)
 
         test_every_row.__name__ = function.__name__
         return test_every_row

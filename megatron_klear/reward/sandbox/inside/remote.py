@@ -206,6 +206,9 @@ class Remote:
     def __bool__(self) -> bool:
         return bool(self._peer.request("bool", self))
 
+    def __contains__(self, item: object) -> bool:
+        raise TypeError("whether the answer's own object holds something is for the answer to say: compare its items")
+
     def __iter__(self) -> Any:
         iterator = self._peer.request("iter", self)
         return iterator if isinstance(iterator, Remote) else iter(iterator)
