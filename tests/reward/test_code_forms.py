@@ -1,4 +1,4 @@
-"""Forms of pytest and assert problems: each test runs, as its author meant it, and only what the author wrote judges."""
+"""Forms of pytest and assert problems: each test runs as its author meant it, and nothing else is the judge."""
 
 from __future__ import annotations
 
