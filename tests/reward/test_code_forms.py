@@ -70,6 +70,6 @@ def test_a_generator_within_a_test_is_none() -> None:
 def test_an_answer_does_not_bring_what_judges_it(pool: CodeGraderPool) -> None:
     lying = "class math:\n    isclose = staticmethod(lambda a, b: True)\ndef add(a, b):\n    return 0\n"
     assert outcome(pool, lying, kind="assert", tests=["assert math.isclose(add(1, 2), 3)"]) == "wrong"
-    endless = "class P:\n    def __iter__(self):\n        return iter(range(10**9))\n    def __len__(self):\n        return 4\n"
-    endless += "def primes(n):\n    return P()\n"
+    endless = "class P:\n    def __iter__(self):\n        return iter(range(10**9))\n"
+    endless += "    def __len__(self):\n        return 4\ndef primes(n):\n    return P()\n"
     assert outcome(pool, endless, kind="assert", tests=["assert 5 in primes(10)"]) == "wrong"
