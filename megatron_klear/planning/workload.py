@@ -15,7 +15,7 @@ SPREAD = 1.0
 """Standard deviation of the logarithm of a sequence's length: chains of thought have a long tail."""
 
 SLOTS_USED = 0.98
-"""Share of packed positions that hold a token, as benchmarks/packing_efficiency.py finds for such lengths."""
+"""Share of packed positions that hold a token; benchmarks/packing_plan.py finds 0.998 with bins of a whole epoch."""
 
 MEAN_SHARE = 10_000 / 32_768
 """Mean length over the longest, where no mean is given: about 10K tokens for the paper's 32K."""
