@@ -129,8 +129,8 @@ setup(
         "benchmark-head": ["cut-cross-entropy", "liger-kernel", "quack-kernels[cu13]"],
         # Curation over several machines (run.engine=ray).
         "ray": ["ray[data]"],
-        # Only compared with: the stages of curation (benchmarks/curation.py).
-        "benchmark-curation": ["polars", "scikit-learn"],
+        # Only compared with: the stages of curation (benchmarks/curation.py) and its engine (curation_engines.py).
+        "benchmark-curation": ["polars", "scikit-learn", "datatrove"],
         # Needs a CUDA toolkit to build; see the Dockerfile.
         "gpu": ["transformer-engine[pytorch]", "flash-attn", "nvidia-dali-cuda130"],
     },

@@ -26,7 +26,7 @@ from typing import Any
 import yaml
 from curation_inputs import BENCHMARKS, NGRAM, Planted, write_inputs
 
-PARTS = ("throughput", "engines", "memory")
+PARTS = ("throughput", "memory")
 MEASURED = ("read", "dedup", "decontaminate", "export")
 
 
@@ -162,26 +162,6 @@ def memory(largest: int, scratch: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def engines(scratch: Path) -> dict[str, float]:
-    """Seconds by the clock in one process, in two, and in two of a Ray cluster on this machine; reading not counted."""
-    directory, seconds = scratch / "throughput", {}
-    asked = {"one process": ["run.workers=1"], "two processes": ["run.workers=2"]}
-    try:
-        import ray  # noqa: F401
-
-        asked["Ray, two workers"] = ["run.engine=ray", "run.workers=2"]
-    except ImportError:
-        print("Ray is not installed (extra ray): not measured")
-    print("\ndecontaminate and export, files of 1,000 rows")
-    for name, overrides in asked.items():
-        subprocess.run(["rm", "-rf", str(directory / "run")], check=True)
-        result = measured("pipeline", directory, "run.rows_per_file=1000", *overrides)
-        rest = result["clock"] - result["read"] - result["dedup"]
-        seconds[name] = round(rest, 1)
-        print(f"  {name:<20}{rest:>8.1f} s by the clock, start of processes included")
-    return seconds
-
-
 def main() -> int:
     """Measure, print, write; exit status 1 if a planted row was missed or another dropped."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
@@ -204,10 +184,8 @@ def main() -> int:
     found = json.loads(options.out.read_text(encoding="utf-8")) if options.out.exists() else {}
     with tempfile.TemporaryDirectory() as name:
         scratch = Path(name)
-        if "throughput" in options.parts or "engines" in options.parts:
+        if "throughput" in options.parts:
             found["throughput"] = throughput(options.documents, options.words, options.rounds, scratch)
-        if "engines" in options.parts:
-            found["engines_seconds"] = engines(scratch)
         if "memory" in options.parts:
             found["memory"] = memory(options.largest, scratch)
     machine = {

@@ -6,6 +6,8 @@ Lengths are those of long chains of thought: log-normal with a mean of about 10,
 the share of all bins' tokens that are real ones (padding to multiples of 32 counts as waste). Work is that of Qwen3-8B:
 matrix products linear in the tokens, causal attention quadratic in each sequence's length; per step, the spread is the
 rank with the most over the rank with the least, minus 1. The last step of an epoch is left out: it has what is left.
+Every rank plans, so a machine needs the memory as many times as it has ranks; what a process holds anyway (torch,
+lengths) is told apart from what planning takes.
 
 The second table has steps of a fixed number of sequences, each packed by itself for its ranks (sft.batch_sequences and
 RL): there, the share of positions that the model computes which are real tokens, as microbatches end where tokens do.
@@ -16,7 +18,6 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import resource
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_klear.config import BIN_MULTIPLE, PRESETS
+from megatron_klear.observe.memory import host_peak_bytes, read_memory, reset_peaks
 from megatron_klear.packing import (
     EpochBins,
     attention_share,
@@ -112,7 +114,7 @@ def by_step(lengths: NDArray[np.int64], sequences: int, dp: int, cp: int, steps:
     for number in range(steps):
         some = lengths[number * sequences : (number + 1) * sequences]
         start = time.perf_counter()
-        packed = plan_packs(some, token_budget=BUDGET * cp, dp_size=dp, multiple=sequence_multiple(cp))
+        packed = plan_packs(some, token_budget=BUDGET * cp, dp_size=dp, multiple=sequence_multiple(cp), share=SHARE)
         seconds.append(time.perf_counter() - start)
         work = [sum(sequence_cost(some[list(m)], SHARE).sum() for m in rank) for rank in packed.microbatches]
         slots.append(some.sum() / packed.tokens.sum())
@@ -135,23 +137,25 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "packing_plan.json")
     options = parser.parse_args()
     lengths = draw_lengths(options.sequences, options.seed)
+    reset_peaks()
+    resident = read_memory().host_used_bytes
     before, cpu_before = time.perf_counter(), time.process_time()
     planned = plan(lengths, 128, options.seed)
     seconds, cpu_seconds = time.perf_counter() - before, time.process_time() - cpu_before
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = host_peak_bytes()
     num_bins = len(planned.starts) - 1
     used = float(lengths.sum()) / (num_bins * BUDGET)
     print(
         f"{len(lengths)} sequences, mean {lengths.mean():.0f} tokens, {np.mean(lengths == BUDGET):.1%} cut at {BUDGET}"
         f": {num_bins} bins, {used:.2%} of slots used,\nplanned in {seconds:.1f} s ({cpu_seconds:.1f} s of one core), "
-        f"peak of the process {peak / 1e6:.0f} MB\n"
+        f"peak of the process {peak / 1e6:.0f} MB, of which planning took {(peak - resident) / 1e6:.0f} MB\n"
     )
     rows = spreads(lengths, planned, (8, 16, 32)) + spreads(lengths, plan(lengths, 64, options.seed), (8, 16))
     print("whole epoch packed (sft.batch_bins)\n bins/step   dp   spread mean    worst   sequences/step")
     for row in rows:
         deviation = f"{row.sequences_per_step:.0f} +- {row.sequences_deviation:.1%}"
         print(f"{row.bins_per_step:>10}{row.dp:>5}{row.mean:>14.2%}{row.worst:>9.2%}{deviation:>17}")
-    cases = [(128, 1, 1), (128, 8, 1), (128, 8, 2), (512, 8, 1), (2048, 8, 1), (2048, 32, 1)]
+    cases = [(128, 1, 1), (128, 8, 1), (128, 8, 2), (128, 16, 1), (128, 32, 1), (512, 8, 1), (2048, 32, 1)]
     steps = [by_step(lengths, count, dp, cp, 20 if count > 1000 else 50) for count, dp, cp in cases]
     print("\nsteps packed by themselves\n sequences   dp   cp   slots used   spread   ms/plan")
     for one in steps:
@@ -175,6 +179,7 @@ def main() -> int:
         "plan_seconds": seconds,
         "plan_cpu_seconds": cpu_seconds,
         "peak_bytes": peak,
+        "planning_bytes": peak - resident,
         "epoch": [asdict(row) for row in rows],
         "by_step": [asdict(one) for one in steps],
     }

@@ -1,13 +1,15 @@
 """How far plans are from a device: memory of activations, and time of an update, for every recompute policy.
 
     python benchmarks/planner_error.py [--preset qwen3-8b] [--layers 4] [--tokens 32768] [--rounds 5]
+                                       [--fp8 tensorwise [--fp8-parameters]]
 
 One process trains a model with the preset's widths and `--layers` layers on one full microbatch of two sequences per
 update. On a GPU the peak of torch's allocator above weights, gradients and optimizer is compared with the plan's
-activations, workspace and head chunk; on a CPU, which keeps no such account, the storages that autograd keeps are, by
-torch's saved-tensor hooks. Time is compared with the plan's at the data sheet's rate and the assumed efficiency; a CPU
-has no data sheet, so there it is the process's CPU time at the rate of a large product, both measured here. The share
-of the measured product rate that an update reaches is printed, too: small models are far from it on any device.
+activations, workspace and head chunk, and copies of weights in FP8; on a CPU, which keeps no such account, the storages
+that autograd keeps are, by torch's saved-tensor hooks. Time is compared with the plan's at the data sheet's rate and
+the assumed efficiency; a CPU has no data sheet, so there it is the process's CPU time at the rate of a large product,
+both measured here. The share of the measured product rate that an update reaches is printed, too: small models are far
+from it on any device.
 
 Prints a table, and writes it as JSON to benchmarks/results/planner_error_DEVICE.json.
 """
@@ -19,9 +21,10 @@ import dataclasses
 import json
 import platform
 import statistics
+import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -30,6 +33,7 @@ from megatron_klear import parallel
 from megatron_klear.algorithm import PolicyObjective
 from megatron_klear.config import (
     PRESETS,
+    Fp8Settings,
     ModelSettings,
     OptimizerSettings,
     PackingSettings,
@@ -38,6 +42,8 @@ from megatron_klear.config import (
     SftSettings,
     TokenizerSettings,
 )
+from megatron_klear.config.precision import Recipe
+from megatron_klear.errors import ConfigError
 from megatron_klear.model import HeadRequest, build_qwen3, forward_microbatch
 from megatron_klear.packing import pack
 from megatron_klear.planning import DEVICES, Assumptions, make_plan
@@ -80,7 +86,9 @@ def product_rate(context: ParallelContext) -> float:
     return 2.0 * size**3 / best
 
 
-def settings_of(preset: str, layers: int, tokens: int, recompute: str, *, on_cpu: bool) -> Settings:
+def settings_of(
+    preset: str, layers: int, tokens: int, recompute: str, *, on_cpu: bool, fp8: Fp8Settings | None = None
+) -> Settings:
     """The preset with fewer layers; float32 and Megatron's own layers on a CPU, the defaults on a GPU."""
     sizes = dataclasses.asdict(dataclasses.replace(PRESETS[preset], num_layers=layers))
     sizes["max_position_embeddings"] = max(tokens, sizes["max_position_embeddings"])
@@ -92,6 +100,7 @@ def settings_of(preset: str, layers: int, tokens: int, recompute: str, *, on_cpu
         packing=PackingSettings(token_budget=tokens),
         sft=SftSettings(steps=1, batch_sequences=SEQUENCES),
         optimizer=OptimizerSettings(lr=1e-6),
+        fp8=fp8 or Fp8Settings(),
     )
 
 
@@ -135,7 +144,7 @@ def kept_bytes(trainer: Trainer) -> float:
 def measure(settings: Settings, context: ParallelContext, rate: float, rounds: int) -> dict[str, float]:
     """Predicted and measured memory and time of one policy."""
     on_cpu, name = context.device.type == "cpu", device_name(context)
-    model = build_qwen3(settings.architecture, settings.model, settings.parallel, context)
+    model = build_qwen3(settings.architecture, settings.model, settings.parallel, context, fp8=settings.fp8)
     trainable = make_trainable(model, settings.optimizer, settings.parallel, total_updates=rounds + 2)
     trainer = Trainer(trainable, settings.architecture, settings, context)
     kind, w, recompute = layer_kind(settings, name), widths(settings), settings.model.recompute
@@ -158,7 +167,7 @@ def measure(settings: Settings, context: ParallelContext, rate: float, rounds: i
         predicted += index_bytes(w, kind, recompute, first_stage=True) + head_bytes(w, kind)
         measured = kept_bytes(trainer)
     else:
-        predicted = stage.activations + max(stage.workspace, stage.head_chunk)
+        predicted = stage.fp8_copies + stage.activations + max(stage.workspace, stage.head_chunk)
         torch.cuda.reset_peak_memory_stats()
         trainer.update(sequences(settings), PolicyObjective(), step=1)
         measured = torch.cuda.max_memory_allocated() - float(trainer_state(settings, stage=0, dp=1).total)
@@ -172,7 +181,7 @@ def measure(settings: Settings, context: ParallelContext, rate: float, rounds: i
     }
 
 
-def run(preset: str, layers: int, tokens: int, rounds: int) -> dict[str, Any]:
+def run(preset: str, layers: int, tokens: int, rounds: int, fp8: Fp8Settings | None = None) -> dict[str, Any]:
     """All policies on this device, with a table."""
     context = parallel.start(parallel_settings())
     on_cpu, rate = context.device.type == "cpu", product_rate(context)
@@ -180,7 +189,7 @@ def run(preset: str, layers: int, tokens: int, rounds: int) -> dict[str, Any]:
           f"{'of product rate':>17s}")  # fmt: skip
     rows = {}
     for recompute in POLICIES:
-        row = measure(settings_of(preset, layers, tokens, recompute, on_cpu=on_cpu), context, rate, rounds)
+        row = measure(settings_of(preset, layers, tokens, recompute, on_cpu=on_cpu, fp8=fp8), context, rate, rounds)
         memory, seconds = (row[f"predicted_{u}"] / row[f"measured_{u}"] - 1 for u in ("bytes", "seconds"))
         rows[recompute] = row | {"bytes_error": memory, "seconds_error": seconds}
         print(f"{recompute:10s}{row['predicted_bytes'] / 1e6:9.1f} MB{row['measured_bytes'] / 1e6:9.1f} MB"
@@ -195,6 +204,7 @@ def run(preset: str, layers: int, tokens: int, rounds: int) -> dict[str, Any]:
         "torch": torch.__version__,
         "product_flops_per_second": rate,
         "arguments": {"preset": preset, "layers": layers, "tokens": tokens, "rounds": rounds},
+        "fp8": dataclasses.asdict(fp8 or Fp8Settings()),
         "rows": rows,
     }
 
@@ -210,10 +220,17 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=32768, help="of a microbatch")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--fp8", choices=get_args(Recipe), default="none", help="recipe (fp8.recipe); on a GPU")
+    parser.add_argument("--fp8-parameters", action="store_true", help="weights stored in FP8 (fp8.parameters)")
     arguments = parser.parse_args()
-    found = run(arguments.preset, arguments.layers, arguments.tokens, arguments.rounds)
+    fp8 = Fp8Settings(recipe=arguments.fp8, parameters=arguments.fp8_parameters)
+    try:
+        found = run(arguments.preset, arguments.layers, arguments.tokens, arguments.rounds, fp8)
+    except ConfigError as error:
+        sys.exit(str(error))
     RESULTS.mkdir(exist_ok=True)
-    place = RESULTS / f"planner_error_{found['layers_of']}.json"
+    kind = f"_{fp8.recipe}{'_parameters' if fp8.parameters else ''}" if fp8.on else ""
+    place = RESULTS / f"planner_error_{found['layers_of']}{kind}.json"
     place.write_text(json.dumps(found, indent=1) + "\n")
     parallel.stop()
 

@@ -5,7 +5,7 @@
 Starts one real SGLang server with a Qwen3 of the 8B's widths and fewer layers and words, as memory allows, and
 publishes to it by each transport, in turn, round by round. A publish is timed from pausing the engine to letting it go
 on, checksums included (they are timed by themselves too). The plain copy is the same tensors copied once in memory.
-Prints a table, and writes it as JSON to benchmarks/results/publish_throughput.json.
+Prints a table, and writes it as JSON to benchmarks/results/publish_throughput.json (`--out`).
 """
 
 from __future__ import annotations
@@ -31,11 +31,13 @@ from megatron_klear.parallel import FirstRank
 from megatron_klear.records import ParallelContext
 from megatron_klear.rollout.sglang import Expected, ServerFleet, SglangEngine
 from megatron_klear.weight_sync import (
+    BucketSharing,
     DiskTransport,
     DistributedTransport,
     EngineGroup,
     EngineLayout,
     Publisher,
+    SharedTransport,
     TensorTransport,
     Transport,
     WeightFiles,
@@ -44,6 +46,8 @@ from megatron_klear.weight_sync.checksums import ExpectedChecksums
 
 RESULT = Path(__file__).with_name("results") / "publish_throughput.json"
 LONGEST = 128
+SHARED = "shared (each rank's own)"
+"""What a colocated run takes: on a GPU handles of the trainer's memory, on a CPU files of shared memory."""
 
 
 def architecture(layers: int, vocab: int) -> Architecture:
@@ -83,11 +87,13 @@ class Publishing:
         self.layout = EngineLayout(tp=facts.tp, device="cuda" if facts.device == "cuda" else "cpu", dtype="bfloat16")
         self.group = EngineGroup([engine.engines[0].caller], 600.0)
         device = torch.device(self.layout.device)
+        self.sharing = BucketSharing(context)
         self.transports: dict[str, Transport] = {
             "disk": DiskTransport(self.group, WeightFiles(directory, hf_config(arch), keep=2)),
             "distributed": DistributedTransport(self.group, tp=facts.tp, device=device),
             "tensor (shared memory)": TensorTransport(self.group, tp=facts.tp, by_value=False),
             "tensor (by value)": TensorTransport(self.group, tp=facts.tp, by_value=True),
+            SHARED: SharedTransport(self.group, self.sharing, lambda caller: [0]),
         }
         generator = torch.Generator().manual_seed(0)
         self.weights = {
@@ -114,6 +120,7 @@ class Publishing:
             bucket_bytes=self.bucket_bytes,
             pause_mode="retract",
             verify_mode="checksum",
+            sharing=self.sharing if name == SHARED else None,
         )
         return publisher.publish(self.stream(), version=self.version).seconds
 
@@ -163,8 +170,9 @@ def report(publishing: Publishing, seconds: dict[str, list[float]], arguments: a
             "of_plain_copy": round(copy / median, 4),
         }
         print(f"{name:24s} {median:8.3f} s {size / median / 1e9:8.3f} GB/s {copy / median:8.1%} of a plain copy")
+    given = {name: value for name, value in vars(arguments).items() if name != "out"}
     machine = {"processor": platform.processor() or platform.machine(), "threads": torch.get_num_threads()}
-    return {"bytes": size, "arguments": vars(arguments), "machine": machine, "torch": torch.__version__, "rows": rows}
+    return {"bytes": size, "arguments": given, "machine": machine, "torch": torch.__version__, "rows": rows}
 
 
 def main() -> None:
@@ -175,10 +183,12 @@ def main() -> None:
     parser.add_argument("--bucket-mb", type=int, default=256)
     parser.add_argument("--venv", default=".venv-sglang", help="SGLang's environment")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--out", type=Path, default=RESULT, help="where the JSON goes")
     arguments = parser.parse_args()
     context = parallel.start(ParallelSettings(), device=arguments.device)
     arch = architecture(arguments.layers, arguments.vocab)
-    settings = SglangSettings(venv=arguments.venv)
+    # A GPU holds both: this process's weights and the server.
+    settings = SglangSettings(venv=arguments.venv, memory_fraction=0.5 if arguments.device == "cuda" else None)
     with tempfile.TemporaryDirectory() as folder:
         fleet = ServerFleet(
             settings, hf_config(arch), Path(folder), dtype="bfloat16", on_cpu=arguments.device == "cpu",
@@ -192,8 +202,8 @@ def main() -> None:
             for transport in publishing.transports.values():
                 transport.close()
             engine.close()
-    RESULT.parent.mkdir(exist_ok=True)
-    RESULT.write_text(json.dumps(result, indent=1) + "\n")
+    arguments.out.parent.mkdir(exist_ok=True)
+    arguments.out.write_text(json.dumps(result, indent=1) + "\n")
     parallel.stop()
 
 

@@ -10,8 +10,9 @@ from typing import Any
 
 from megatron_klear.rollout.ledger import LedgerReader
 
-MEASURED = ("time", "phase_seconds/", "memory/", "throughput/", "manager/")
-"""What a clock or the machine decides; every other number of a step must be the same."""
+MEASURED = ("time", "phase_seconds/", "memory/", "throughput/", "manager/", "engines/", "requests/")
+"""What a clock, the machine or a fault decides (which engines were lost, what was asked again); every other number of a
+step must be the same."""
 
 
 def step_rows(run: Path) -> dict[int, list[dict[str, Any]]]:

@@ -1,6 +1,7 @@
 """An asynchronous run with real SGLang servers on two cores, while engines, trainer and disk fail at random.
 
     python benchmarks/soak.py --minutes 30 [--kills 20] [--seed 0] [--servers 1] [--work DIR] [--venv .venv-sglang]
+    python benchmarks/soak.py --transport distributed [...]
     python benchmarks/soak.py --fixed-order --minutes 10 [...]
 
 Two trainer ranks train a tiny model from what the rollout manager draws, with partial rollouts. Meanwhile, at random
@@ -9,13 +10,13 @@ stopped (SIGSTOP) for longer than `scheduling.stall_seconds` and goes on (SIGCON
 port are dropped for as long (iptables, where there is root to use it), so that its connections time out while it lives;
 or a life of the trainer may not write files beyond a small size (RLIMIT_FSIZE), as on a full disk. A trainer that has
 ended is started again. In the end the run is finished undisturbed, and the ledger is asked how often each prompt was
-trained.
+trained, and whether all of the walk over the data was, but for what may be in flight.
 
 With --fixed-order the run is synchronous, prompts are trained in the order of the data, and tokens follow from seeds
 (`sglang.deterministic`). A second run of as many steps is then left in peace, and both are compared bit by bit.
 
 Writes benchmarks/results/soak.json, or soak_fixed_order.json; exit status 1 when a prompt was not trained exactly once,
-a process is left, or the two runs differ.
+or was skipped, a process is left, or the two runs differ.
 """
 
 from __future__ import annotations
@@ -38,28 +39,20 @@ from importlib.metadata import version
 from pathlib import Path
 
 import psutil
+import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.run_comparison import compare, is_equal  # noqa: E402
+from benchmarks.soak_ledger import NOT_ONCE, TIMES, is_whole, walk_of_ledger  # noqa: E402
 
 RESULTS = Path(__file__).with_name("results")
 FAULTS = {
     "server killed": 0.45, "trainer killed": 0.25, "server stopped": 0.1, "network silent": 0.1, "disk full": 0.1,
 }  # fmt: skip
 STALL_SECONDS, STOPPED_SECONDS = 20.0, 35.0
-PER_STEP = 8
-NOT_ONCE = """
-SELECT g.epoch, g.prompt_id, SUM(e.event = 'trained') - SUM(e.event = 'rolled back') AS times
-FROM groups g JOIN events e USING (group_id) GROUP BY g.group_id HAVING times != (g.state = 'trained')
-"""
-TIMES = """
-SELECT times, COUNT(*) FROM (
-  SELECT SUM(e.event = 'trained') - SUM(e.event = 'rolled back') AS times
-  FROM groups g JOIN events e USING (group_id) WHERE g.state = 'trained' GROUP BY g.epoch, g.prompt_id
-) GROUP BY times
-"""
+PER_STEP, EVERY_STEPS, STALENESS = 8, 3, 3
 
 
 class Trainer:
@@ -298,7 +291,7 @@ def _iptables(action: str, rule: list[str]) -> bool:
 def settings(work: Path, venv: Path, servers: int, *, fixed_order: bool) -> list[str]:
     """Overrides that shrink the quickstart, and make it asynchronous, or repeatable."""
     data = work / "data"
-    scheduling = ["scheduling.mode=async", "scheduling.max_staleness=3", "scheduling.order=completion"]
+    scheduling = ["scheduling.mode=async", f"scheduling.max_staleness={STALENESS}", "scheduling.order=completion"]
     if fixed_order:
         scheduling = ["scheduling.mode=sync", "scheduling.order=fixed", "sglang.deterministic=true"]
     return [
@@ -306,7 +299,7 @@ def settings(work: Path, venv: Path, servers: int, *, fixed_order: bool) -> list
         "reward.workers=2", "reward.malformed=-2.0", "reward.require_think=false", "observe.tensorboard=false",
         "observe.report=false", f"tokenizer.dir={data / 'tokenizer'}",
         f"data.prompts=[{data / 'prompts.jsonl'}]", "data.heldout=[]", "evaluation.at_end=false",
-        "checkpoint.start_from=null", "checkpoint.every_steps=3", "checkpoint.keep=2",
+        "checkpoint.start_from=null", f"checkpoint.every_steps={EVERY_STEPS}", "checkpoint.keep=2",
         f"rl.prompts_per_step={PER_STEP}",
         "rl.minibatch_prompts=4", "rollout.responses_per_prompt=4", "rollout.max_response_tokens=72",
         "optimizer.schedule=constant", "optimizer.warmup_steps=0", "rollout.engine=sglang", f"sglang.venv={venv}",
@@ -342,8 +335,25 @@ def report(soak: Soak, minutes: float, seed: int, servers: int, statuses: list[i
         "times_trained": times,
         "rolled_back_and_trained_again": rolled_back,
         "not_trained_exactly_once": not_once,
+        "walk": walk(trainer),
         "server_processes_left": len(trainer.servers()),
     }
+
+
+def walk(trainer: Trainer) -> dict[str, object]:
+    """How the ledger compares with the walk over the data.
+
+    A killed life may have reserved ahead of steps that the next one has to train again, up to a checkpoint's distance.
+    """
+    used = yaml.safe_load((trainer.run / "config.yaml").read_text())
+    ahead = STALENESS if used["scheduling"]["mode"] == "async" else 0
+    return walk_of_ledger(
+        trainer.run / "ledger.sqlite",
+        [json.loads(line)["id"] for line in (trainer.work / "data" / "prompts.jsonl").read_text().splitlines()],
+        seed=used["run"]["seed"],
+        per_step=PER_STEP,
+        most_in_flight=(EVERY_STEPS + ahead + 1) * PER_STEP,
+    )
 
 
 def left_in_peace(work: Path, overrides: list[str], steps: int) -> Trainer:
@@ -385,6 +395,7 @@ def main() -> int:
     parser.add_argument("--servers", type=int, default=1)
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "soak")
     parser.add_argument("--venv", type=Path, default=Path(os.environ.get("KLEAR_SGLANG_VENV", ROOT / ".venv-sglang")))
+    parser.add_argument("--transport", default="auto", help="weight_sync.transport: auto, disk, distributed, tensor")
     parser.add_argument("--fixed-order", action="store_true", help="repeatable, compared with an undisturbed run")
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
@@ -400,6 +411,7 @@ def main() -> int:
     )  # fmt: skip
     venv = given.venv.resolve()
     overrides = settings(work, venv, given.servers, fixed_order=given.fixed_order)
+    overrides.append(f"weight_sync.transport={given.transport}")
     soak = Soak(Trainer(work, overrides), random.Random(given.seed))
     trainer = soak.trainer
     try:
@@ -414,7 +426,8 @@ def main() -> int:
     finally:
         trainer.kill([0, 1])
     time.sleep(2.0)
-    told = origin(venv) | report(soak, given.minutes, given.seed, given.servers, statuses)
+    told = origin(venv) | {"transport": given.transport}
+    told |= report(soak, given.minutes, given.seed, given.servers, statuses)
     same = True
     if given.fixed_order:
         peaceful = left_in_peace(work, overrides, trainer.step())
@@ -424,6 +437,7 @@ def main() -> int:
     out.write_text(json.dumps(told, indent=1) + "\n")
     print(json.dumps(told, indent=1))
     sound = told["every_step_has_its_prompts"] and set(told["times_trained"]) == {"1"}  # type: ignore[call-overload]
+    sound = sound and is_whole(told["walk"])  # type: ignore[arg-type]
     clean = not told["not_trained_exactly_once"] and not told["server_processes_left"] and statuses == [0, 0]
     return 0 if sound and clean and same else 1
 

@@ -7,6 +7,7 @@ Starting again on the same `run.dir` resumes: what was finished is verified and 
 
 from __future__ import annotations
 
+import errno
 import logging
 import signal
 import sys
@@ -25,17 +26,10 @@ _PURPOSE = "Curate data: exact dedup, 9-gram decontamination, then the paper's r
 def main(settings: CurationSettings) -> None:
     """Curate, and say what came of it."""
     from megatron_klear.curation import curate
-    from megatron_klear.session.run_lock import RunLock
+    from megatron_klear.session.run_lock import alone_in
 
-    root = Path(settings.run.dir)
-    root.mkdir(parents=True, exist_ok=True)
-    lock = RunLock(root)
-    if lock.holder:
-        raise KlearError(f"run.dir = {root} is in use by {lock.holder}; end that run or choose another directory")
-    try:
+    with alone_in(Path(settings.run.dir), "run.dir"):
         result = curate(settings)
-    finally:
-        lock.release()
     for stage in result.stages:
         print(f"{stage.name:<14}{stage.audit.rows_in:>12,} rows in{stage.audit.rows_out:>12,} out")
     print(f"curation: rows={result.rows} files={len(result.files)} report={result.report}")
@@ -59,6 +53,10 @@ def run(argv: Sequence[str]) -> int:
         print(error, file=sys.stderr)
         return error.exit_status
     except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            text = f"run.dir = {settings.run.dir}: no space is left ({error}); free some and start again on it"
+            print(f"{text}, what is finished is kept", file=sys.stderr)
+            return EXIT_FAILED
         print(f"a file cannot be read or written: {error}", file=sys.stderr)
         return EXIT_FAILED
     except Exception:

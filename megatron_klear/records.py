@@ -7,7 +7,7 @@ holds torch tensors (it is what the model eats).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -80,11 +80,14 @@ class Grade:
         outcome: `ungraded` means the grader failed, never that the answer is wrong.
         reward: what the policy is trained on; meaningless (0.0) when ungraded.
         reason: a short text for people.
+        tests: fingerprint of the tests that a code answer was scored by: their number, content, order and limits.
+            Empty where none were run. No part of what makes two grades equal.
     """
 
     outcome: Outcome
     reward: float
     reason: str = ""
+    tests: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -61,10 +61,12 @@ def _list(reader: LedgerReader, options: argparse.Namespace) -> None:
 
     console = make_console(sys.stdout)
     chosen = _chosen(options)
+    limit = options.limit
+    asked = limit + 1 if limit >= 0 else limit  # one more tells whether that is all
     if options.responses:
-        print_responses(console, reader.response_rows(chosen, options.limit))
+        print_responses(console, list(reader.response_rows(chosen, asked, newest_first=True)), limit)
     else:
-        print_groups(console, reader.group_rows(chosen, options.limit), reader.states(), options.limit)
+        print_groups(console, reader.group_rows(chosen, asked), reader.states(), limit)
 
 
 def _show(reader: LedgerReader, options: argparse.Namespace) -> None:
@@ -72,7 +74,7 @@ def _show(reader: LedgerReader, options: argparse.Namespace) -> None:
     from megatron_klear.rollout.ledger.showing import print_group
     from megatron_klear.rollout.ledger.text import run_decoder
 
-    rows = reader.group_rows(GroupFilter(prompt_id=options.prompt_id, epoch=options.epoch), limit=1)
+    rows = reader.group_rows(GroupFilter(whole_id=options.prompt_id, epoch=options.epoch), limit=1)
     if not rows:
         known = ", ".join(row.prompt_id for row in reader.group_rows(GroupFilter(), limit=5))
         raise DataError([f"PROMPT_ID: no group of prompt {options.prompt_id}; some that there are: {known or 'none'}"])
@@ -95,7 +97,8 @@ def _export(reader: LedgerReader, options: argparse.Namespace) -> None:
 
 
 def _chosen(options: argparse.Namespace) -> GroupFilter:
-    return GroupFilter(**{name: getattr(options, name) for name in GroupFilter.__dataclass_fields__})
+    names = GroupFilter.__dataclass_fields__.keys() & vars(options).keys()
+    return GroupFilter(**{name: getattr(options, name) for name in names})
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -108,7 +111,9 @@ def _parser() -> argparse.ArgumentParser:
 
     listing = actions.add_parser("list", help="a table of groups, or with --responses of responses")
     listing.add_argument("--responses", action="store_true", help="one line per response")
-    listing.add_argument("--limit", type=int, default=40, metavar="N", help="most lines, newest groups first (40)")
+    listing.add_argument(
+        "--limit", type=int, default=40, metavar="N", help="most lines, newest groups first (40; -1: all)"
+    )
     listing.set_defaults(action=_list)
 
     showing = actions.add_parser("show", help="one group with the text of its responses")

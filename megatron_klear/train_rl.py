@@ -19,15 +19,21 @@ if TYPE_CHECKING:
 
 def train(session: Session, prompts: PromptData, cursor: DataCursor, heldout: PromptData | None) -> None:
     """The RL step in the paper's order."""
+    from megatron_klear.session.closing import told_at_once
     from megatron_klear.session.evaluation import Evaluation
     from megatron_klear.session.groups import step_groups
+    from megatron_klear.session.left_out import left_out_sample
     from megatron_klear.session.metrics import rollout_metrics, update_metrics
-    from megatron_klear.session.off_policy import off_policy
+    from megatron_klear.session.off_policy import left_out_mismatch, off_policy
     from megatron_klear.session.policy import filtered, minibatches, objective, old_logprobs
     from megatron_klear.trainer import policy_minibatch
 
     settings = session.settings
-    with Evaluation(session, heldout) as evaluation, step_groups(session, prompts, evaluation.rollouts) as ledger:
+    with (
+        Evaluation(session, heldout) as evaluation,
+        step_groups(session, prompts, evaluation.rollouts) as ledger,
+        told_at_once(),
+    ):
         rollouts = evaluation.rollouts
         with ledger.publishing(session.step):
             rollouts.publish(version=session.step)
@@ -38,7 +44,10 @@ def train(session: Session, prompts: PromptData, cursor: DataCursor, heldout: Pr
             rollouts.hand_to_trainer()  # the memory of GPUs that engines share
             kept = [] if settings.scheduling.rollout_only else filtered(groups, settings.algorithm)  # Section 5.2.5
             old = old_logprobs(session, kept)  # pi_old, by the trainer
-            weights, mismatch = off_policy(session, kept, old, published=step - 1, attested=rollouts.attested)
+            weights, mismatch = off_policy(session, kept, old, published=step - 1, proof=rollouts.proof)
+            others = left_out_sample(groups, kept, step=step)
+            theirs = old_logprobs(session, others, phase="left out logprobs")
+            rest = left_out_mismatch(session, others, theirs, published=step - 1, proof=rollouts.proof)
             reports = []
             for minibatch in minibatches(kept, settings.rl):  # several updates per rollout batch
                 weighted = policy_minibatch(minibatch, old, settings.algorithm, weights)  # Eqs. 7, 13, 14
@@ -50,28 +59,28 @@ def train(session: Session, prompts: PromptData, cursor: DataCursor, heldout: Pr
                     )
             session.trainer.advance_schedule_to(step * session.updates_per_step)
             ledger.trained(step)
-            with ledger.publishing(step):
-                rollouts.publish(version=step)
-            with ledger.sharing_engines():
-                evaluation.when_due(step)
+            with ledger.publishing(step) as goes_on:
+                if goes_on:
+                    rollouts.publish(version=step)
+            if goes_on:  # else the step is the last one of this life, and the next one evaluates
+                with ledger.sharing_engines():
+                    evaluation.when_due(step)
             session.keep_examples(rollouts.examples(groups, step), step)
-            session.finish_step(step, {**rollout_metrics(groups, kept), **mismatch, **update_metrics(reports)})
+            session.finish_step(step, {**rollout_metrics(groups, kept), **rest, **mismatch, **update_metrics(reports)})
         with ledger.sharing_engines():
             evaluation.at_end()
 
 
 def main(settings: Settings, stop: StopRequest) -> None:
     """Read the data, open the session, train, report."""
-    from megatron_klear.data import DataCursor, load_chat_tokenizer, load_prompts, require_disjoint
+    from megatron_klear.data import DataCursor, load_prompts, require_disjoint
     from megatron_klear.model.precision import require_hardware
     from megatron_klear.session.grading import require_gradable
     from megatron_klear.session.session import Session
+    from megatron_klear.session.tokenizer import run_tokenizer
 
     require_hardware(settings)
-    chat = load_chat_tokenizer(
-        settings.tokenizer.dir, think_start=settings.tokenizer.think_start, think_end=settings.tokenizer.think_end,
-        stop_tokens=settings.rollout.stop_tokens,
-    )  # fmt: skip
+    chat = run_tokenizer(settings)
 
     def load(files: tuple[str, ...], setting: str) -> PromptData:
         data = load_prompts(

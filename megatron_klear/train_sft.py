@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 def train(session: Session, data: SftData, steps: Steps, heldout: PromptData | None) -> None:
     """Rows -> weights 1/N -> packs -> forward, fused loss, backward -> update, until the last step."""
     from megatron_klear.algorithm import PolicyObjective
+    from megatron_klear.session.closing import told_at_once
     from megatron_klear.session.evaluation import Evaluation
     from megatron_klear.session.metrics import update_metrics
     from megatron_klear.session.sft_rows import SequenceLog
@@ -36,6 +37,7 @@ def train(session: Session, data: SftData, steps: Steps, heldout: PromptData | N
         Evaluation(session, heldout) as evaluation,
         open_loader(reader, settings.data, session.context.device) as loader,
         SequenceLog(session, data) as sequences,
+        told_at_once(),
     ):
         for step in session.steps():
             plan = steps.next_step()  # (a, s) ~ teacher data
@@ -51,17 +53,17 @@ def train(session: Session, data: SftData, steps: Steps, heldout: PromptData | N
 
 def main(settings: Settings, stop: StopRequest) -> None:
     """Read the data, open the session, train, report."""
-    from megatron_klear.data import load_chat_tokenizer, load_prompts, require_disjoint
+    from megatron_klear.data import load_prompts, require_disjoint, sft_steps
     from megatron_klear.model.precision import require_hardware
     from megatron_klear.session.grading import require_gradable
     from megatron_klear.session.session import Session
-    from megatron_klear.session.sft_rows import open_sft_data, sft_steps
+    from megatron_klear.session.sft_balance import warn_of_waiting
+    from megatron_klear.session.sft_rows import open_sft_data
+    from megatron_klear.session.tokenizer import run_tokenizer
+    from megatron_klear.trainer import PackLayout
 
     require_hardware(settings)
-    chat = load_chat_tokenizer(
-        settings.tokenizer.dir, think_start=settings.tokenizer.think_start, think_end=settings.tokenizer.think_end,
-        stop_tokens=settings.rollout.stop_tokens,
-    )  # fmt: skip
+    chat = run_tokenizer(settings)
     data = open_sft_data(settings, stop)
     heldout = None
     if settings.data.heldout:
@@ -71,15 +73,35 @@ def main(settings: Settings, stop: StopRequest) -> None:
         )  # fmt: skip
         require_gradable(heldout, "data.heldout", settings)
         require_disjoint(heldout.keys(), {"data.sft": data.keys()})
-    steps = sft_steps(settings, data)
+    steps = sft_steps(settings, data.lengths, data.fingerprint)
     total = settings.sft.steps or steps.steps_for_epochs(settings.sft.epochs or 1)
     with Session("sft", settings, stop, chat=chat, total_steps=total) as session:
         session.restore_cursor(steps)
-        session.describe(data.described())
+        if settings.sft.epochs:
+            session.end_at(session.step + steps.steps_for_epochs(settings.sft.epochs))
+        session.describe(f"{data.described()}; {steps.described()}")
+        if session.is_first:
+            warn_of_waiting(settings, data, steps, PackLayout.of(settings, session.context))
         train(session, data, steps, heldout)
         session.export()
         session.write_report()
 
 
+def expected_waiting(settings: Settings, world_size: int) -> str:
+    """Lines for `--check`: which lengths are known, and whether data-parallel ranks would wait for one another."""
+    from megatron_klear.planning import StoredLengths, expected_evenness, stored_lengths
+    from megatron_klear.session.waiting import word_on_waiting
+
+    dp = world_size // (settings.parallel.tp * settings.parallel.pp * settings.parallel.cp)
+    if dp == 1:
+        return ""
+    lengths = stored_lengths(settings)
+    stored, why_assumed = (lengths, "") if isinstance(lengths, StoredLengths) else (None, lengths)
+    even, mean_tokens, told = expected_evenness(settings, dp, stored, why_assumed)
+    word = word_on_waiting(settings, slowest=even.slowest, mean_tokens=mean_tokens, dp=dp)
+    word = word or f"the slowest of {dp} data-parallel ranks has {even.slowest - 1:.1%} more to do than the mean"
+    return f"lengths: {told}\nwaiting: {word}\n"
+
+
 if __name__ == "__main__":
-    leave(run_entry("sft", main))
+    leave(run_entry("sft", main, more_outlook=expected_waiting))

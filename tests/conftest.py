@@ -5,8 +5,11 @@ Also SGLang's real servers, started once for all tests that need them, where SGL
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Iterator
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -84,3 +87,27 @@ def sglang_urls(sglang_settings: SglangSettings, tmp_path_factory: pytest.TempPa
         for fleet in fleets.values():
             fleet.wait_ready(0)
         yield {dtype: fleet.url(0) for dtype, fleet in fleets.items()}
+
+
+@pytest.fixture(scope="module")
+def make_chains(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Sequence[int]], Path]:
+    """A folder with the quickstart's tokenizer and an sft.jsonl of one chain of thought for each number of terms."""
+
+    def make(terms: Sequence[int]) -> Path:
+        out = tmp_path_factory.mktemp("chains") / "data"
+        subprocess.run(
+            [sys.executable, "examples/quickstart_data.py", "--out", str(out), "--sft-rows", "8", "--prompts", "8",
+             "--heldout", "8"],
+            cwd=Path(__file__).parents[1], check=True, capture_output=True,
+        )  # fmt: skip
+        with (out / "sft.jsonl").open("w") as stream:
+            for number, count in enumerate(terms):
+                thought = "\n".join(["1 + 1 = 2"] * count)
+                messages = [
+                    {"role": "user", "content": f"{number} ="},
+                    {"role": "assistant", "content": f"<think>\n{thought}\n</think>\n\n{number}"},
+                ]
+                stream.write(json.dumps({"id": f"r{number}", "messages": messages, "source": "here"}) + "\n")
+        return out
+
+    return make

@@ -1,13 +1,30 @@
 #!/usr/bin/env bash
 # The engines of one node, as a task of the job step that tools/slurm_job.sh starts:
 #   slurm_engines.sh COUNT TP PORT COMMAND...     COUNT servers of TP GPUs each, listening on PORT, PORT + 1, ...
-# A server that ends is started again, KLEAR_ENGINE_RESTARTS times at most: the trainer generates meanwhile with the others,
-# and the next publish brings its weights. A publish needs them all: one that falls into the restart ends the run, which
-# can be resumed. SIGTERM ends them all.
+# A server that ends is started again, KLEAR_ENGINE_RESTARTS times at most: the trainer generates and publishes meanwhile
+# with the others, and sends it the weights of the last publish when it answers again (weight_sync.keep_on_disk). When
+# one ends in the middle of a broadcast (weight_sync.transport=distributed), the others are sent the weights again.
+# What no restart mends, a command that is not there or a port that others keep, ends them before they have begun.
+# SIGTERM ends them all.
 set -uo pipefail
 count=$1 tp=$2 port=$3
 shift 3
 restarts=${KLEAR_ENGINE_RESTARTS:-10}
+
+refuse() {
+    echo "$1 on ${SLURMD_NODENAME:-this node}: $2"
+    exit 2
+}
+
+# Ports of an earlier start of the job may take a moment to be free.
+require_free() {
+    local attempt
+    for ((attempt = 0; attempt < 10; attempt++)); do
+        (exec 3<>"/dev/tcp/127.0.0.1/$1") 2>/dev/null || return 0
+        sleep 2
+    done
+    refuse KLEAR_ENGINE_PORT "port $1 is in use, by another job or an engine that was left behind; choose another"
+}
 
 # serve INDEX COMMAND...: one server and its restarts.
 serve() {
@@ -28,6 +45,8 @@ serve() {
 }
 
 trap 'kill $(jobs -p) 2>/dev/null; wait; exit 0' TERM
+[[ -x $(command -v "$1") ]] || refuse KLEAR_SGLANG_VENV "there is no $1 (tools/setup_sglang.sh makes it)"
+for ((index = 0; index < count; index++)); do require_free $((port + index)); done
 for ((index = 0; index < count; index++)); do serve "$index" "$@" & done
 wait
 exit 1 # only when every engine gave up

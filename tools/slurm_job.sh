@@ -9,11 +9,12 @@
 # How it ends. torchrun turns every exit status but 0 into 1, so rank 0 leaves its own in the file KLEAR_STATUS_FILE:
 #   0  done               the job ends
 #   2  bad input          the job ends: the same input would be refused again
-#   1  failed             the job ends: look at the log; submitted again, it resumes
+#   1  failed             the job ends: look at the log; submitted again, it resumes. So it does when all engines gave up
 #   75 stopped and saved  the job is requeued and resumes, KLEAR_MAX_RESTARTS times at most
 # After a node failure Slurm itself requeues; those restarts count too, and the run goes on from its last checkpoint.
 
 readonly BAD_INPUT=2 RESUMABLE=75
+readonly GIVE_UP_SECONDS=120 # that a trainer without engines may take to save
 
 # run_job ENTRY NAME ARGUMENTS...: the whole job. ENTRY is train_sft or train_rl, NAME that of the file in tools/.
 run_job() {
@@ -34,7 +35,7 @@ run_job() {
     job=$SLURM_JOB_ID attempt=${SLURM_RESTART_COUNT:-0}
     warned='' # Slurm is about to end this job: stop, save, requeue
     ended=''  # Slurm ends this job now, and knows itself whether it comes back
-    logs='' trainer='' engines=''
+    logs='' trainer='' engines='' engines_log='' gave_up=''
     trap 'warned=1; ask_trainer_to_stop' USR1
     trap 'ended=1' TERM
 
@@ -46,7 +47,7 @@ run_job() {
     fi
     start_engines
     start_trainer "$@"
-    wait_for "$trainer"
+    wait_for_trainer
     stop_engines
     finish
 }
@@ -155,6 +156,7 @@ check_settings() {
 start_engines() {
     ((${#engine_nodes[@]})) || return 0
     local log=$logs/engines-$job-$attempt.log python=${KLEAR_SGLANG_VENV:-$PWD/.venv-sglang}/bin/python options
+    engines_log=$log
     read -ra options <<<"${KLEAR_ENGINE_OPTIONS:-}"
     run_step engines "${engine_nodes[@]}" -- bash tools/slurm_engines.sh "$engines_per_node" "$engine_tp" "$engine_port" \
         "$python" -m sglang.launch_server --model-path "${KLEAR_ENGINE_MODEL:-$hf_dir}" "${options[@]}" &
@@ -178,18 +180,46 @@ start_trainer() {
             --master-addr "$3" --master-port "$4" --signals-to-handle SIGINT,SIGHUP,SIGQUIT -m "${@:5}"' \
         torchrun "${#train_nodes[@]}" "$ranks" "$master" "$port" "megatron_klear.$entry" "$@" "${engine_settings[@]}" &
     trainer=$!
+    # A warning that came while it was being started found nobody to ask.
+    [[ -z $warned ]] || ask_trainer_to_stop
     say "training on ${train_nodes[*]}: $log"
 }
 
 # SIGTERM to the ranks of this node; one rank is enough, they all agree at the end of the step. Repeated, because a rank
 # that is still starting does not listen yet.
 ask_trainer_to_stop() {
-    say "told that the job is about to end; the trainer stops at the end of its step"
+    say "${1:-told that the job is about to end; the trainer stops at the end of its step}"
     [[ -n $trainer ]] || return 0
     while kill -0 "$trainer" 2>/dev/null; do
         [[ ! -s $pid_file ]] || pkill -TERM --parent "$(<"$pid_file")" || true
         sleep 5
     done &
+}
+
+# To the trainer's end. Engines that end before it have all given up, and it would wait for them in vain.
+wait_for_trainer() {
+    local deadline=''
+    [[ -n $trainer ]] || return 0
+    while kill -0 "$trainer" 2>/dev/null; do
+        if [[ -z $engines || -n $ended ]]; then
+            wait "$trainer"
+        elif [[ -n $gave_up ]] && ((SECONDS > deadline)); then
+            say "the trainer did not stop within $GIVE_UP_SECONDS s; it is ended"
+            return # its step ends with this script
+        elif [[ -z $gave_up ]] && ! kill -0 "$engines" 2>/dev/null; then
+            gave_up=1 deadline=$((SECONDS + GIVE_UP_SECONDS))
+            say "no engine is left: all gave up; $(end_of_engines_log)" | tee -a "$logs/train-$job-$attempt.log"
+            ask_trainer_to_stop "the trainer stops, and saves what it has"
+        else
+            sleep 2 &
+            wait -n # for the sleep, the trainer, a signal: whatever comes first
+        fi
+    done
+}
+
+end_of_engines_log() {
+    printf 'the end of %s:\n' "$engines_log"
+    tail -n 15 "$engines_log" 2>/dev/null | sed 's/^/    /'
 }
 
 # wait_for PID: to its end; a trap that runs meanwhile ends bash's own wait early.
@@ -217,6 +247,11 @@ finish() {
         say "Slurm ended the job; the run goes on from its last checkpoint when the job is started again"
         exit "$status"
     fi
+    if [[ -n $gave_up ]] && ((status != 0)); then
+        say "failed: the engines gave up, see $engines_log. Submitted again, it resumes from the last checkpoint"
+        exit 1 # requeued, it would fail again
+    fi
+    [[ -z $engines_log ]] || ((status == 0 || status == RESUMABLE)) || say "if an engine is missing: $(end_of_engines_log)"
     case $status in
         0) say "done" ;;
         "$BAD_INPUT") say "the input was refused; see the log" ;;

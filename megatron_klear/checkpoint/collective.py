@@ -51,7 +51,7 @@ def cause_of(error: BaseException) -> BaseException:
     """What the system said, if that is behind an error: torch's writer answers a full disk with one of its own."""
     seen: BaseException | None = error
     while seen is not None:
-        if isinstance(seen, OSError):
+        if isinstance(seen, OSError) and str(seen):  # a TimeoutError without words is one, too
             return seen
         seen = seen.__cause__ or seen.__context__
     return error

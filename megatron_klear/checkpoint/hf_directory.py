@@ -15,6 +15,7 @@ from megatron_klear.checkpoint.safetensors_stream import DTYPES, INDEX, StoredTe
 from megatron_klear.config import Architecture, ModelSettings, read_hf_architecture, resolve_architecture
 from megatron_klear.config.architecture import SHAPE_FIELDS
 from megatron_klear.config.yarn import Yarn
+from megatron_klear.data.end_tokens import tokenizer_end_id
 from megatron_klear.errors import ConfigError, DataError
 from megatron_klear.model.hf_config import hf_config
 from megatron_klear.model.hf_names import tensor_rules
@@ -223,11 +224,5 @@ def _scaled(config: dict[str, Any], arch: Architecture, yarn: Yarn) -> dict[str,
 
 def _end_token(directory: Path) -> dict[str, int]:
     """The end token of the tokenizer that lies in a directory, without which generation would never stop."""
-    try:
-        text = json.loads((directory / "tokenizer_config.json").read_text(encoding="utf-8"))["eos_token"]
-        text = text["content"] if isinstance(text, dict) else text
-        tokenizer = json.loads((directory / "tokenizer.json").read_text(encoding="utf-8"))
-        known = {**tokenizer["model"]["vocab"], **{t["content"]: t["id"] for t in tokenizer.get("added_tokens", [])}}
-        return {"eos_token_id": int(known[text])}
-    except (OSError, ValueError, KeyError, TypeError):
-        return {}
+    end = tokenizer_end_id(directory)
+    return {} if end is None else {"eos_token_id": end}

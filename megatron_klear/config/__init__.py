@@ -33,10 +33,11 @@ from megatron_klear.config.schema import (
     SftSettings,
     TokenizerSettings,
 )
-from megatron_klear.config.serving import SchedulingSettings
+from megatron_klear.config.serving import ENGINE_FREE_SECONDS, SchedulingSettings
 
 __all__ = [
     "BIN_MULTIPLE",
+    "ENGINE_FREE_SECONDS",
     "INDEX_FOLDER",
     "PRESETS",
     "AlgorithmSettings",

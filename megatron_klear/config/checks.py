@@ -24,6 +24,7 @@ from megatron_klear.config.data import BIN_MULTIPLE, dali_installed, entry_probl
 from megatron_klear.config.placement import check_placement
 from megatron_klear.config.precision import check_precision
 from megatron_klear.config.profiling import check_profile
+from megatron_klear.config.serving import ENGINE_FREE_SECONDS
 from megatron_klear.config.yarn import check_yarn
 from megatron_klear.errors import ConfigError
 
@@ -56,7 +57,13 @@ class Problems:
 
 
 def find_problems(
-    settings: Settings, *, entry: Entry, world_size: int, broken: frozenset[str], inputs: bool = True
+    settings: Settings,
+    *,
+    entry: Entry,
+    world_size: int,
+    broken: frozenset[str],
+    inputs: bool = True,
+    ranks_per_machine: int | None = None,
 ) -> list[str]:
     """Return all problems that show only when settings are seen together, as `path: text`.
 
@@ -66,6 +73,7 @@ def find_problems(
         world_size: number of ranks.
         broken: dotted paths already reported.
         inputs: whether the files and directories that settings name must be there, and fit; a plan needs none.
+        ranks_per_machine: None for what torchrun says of this one.
     """
     problems = Problems(broken=broken)
     if not inputs:
@@ -84,9 +92,9 @@ def find_problems(
     _check_rewards(settings, problems)
     if entry == "rl":
         _check_scheduling(settings, problems)
-    if settings.rollout.engine == "sglang":
+    if settings.rollout.engine == "sglang" and settings.needs_engine(entry):
         _check_serving(settings, architecture, problems)
-        check_placement(settings, entry, world_size, problems)
+        check_placement(settings, entry, world_size, problems, ranks_per_machine=ranks_per_machine)
     if inputs:
         _check_environment(settings, entry, problems)
         _check_files(settings, entry, architecture, problems)
@@ -179,7 +187,7 @@ def _check_lengths(settings: Settings, architecture: Architecture, entry: Entry,
         if longest > limit:
             text = f"{got}; {sum_text} {_named(limit, architecture)}"
             problems.add(path, text, "data.max_prompt_tokens")
-    if settings.data.heldout and (settings.evaluation.every_steps or settings.evaluation.at_end):
+    if settings.evaluates:
         own = settings.evaluation.max_response_tokens
         response = settings.rollout.max_response_tokens if own is None else own
         path = "rollout.max_response_tokens" if own is None else "evaluation.max_response_tokens"
@@ -295,7 +303,7 @@ def check_rewards(reward: RewardSettings, code: CodeRewardSettings, problems: Pr
 
 def _check_scheduling(settings: Settings, problems: Problems) -> None:
     scheduling = settings.scheduling
-    if scheduling.mode != "sync" and settings.rollout.engine == "local":
+    if scheduling.mode != "sync" and settings.rollout.engine == "local" and scheduling.replay_from is None:
         problems.add(
             "scheduling.mode",
             f"got {scheduling.mode}, and rollout.engine is local, which generates in the training processes and so "
@@ -349,6 +357,13 @@ def _check_serving(settings: Settings, architecture: Architecture | None, proble
             "trainer's; set logprobs or checksum_or_logprobs",
             "sglang.quantization",
         )
+    longest, limit = settings.weight_sync.timeout_seconds, settings.parallel.timeout_seconds
+    if longest + 2 * min(longest, ENGINE_FREE_SECONDS) >= limit:
+        text = (
+            f"got {longest:g}; an engine that hangs is given up after that and up to twice {ENGINE_FREE_SECONDS:g} s, "
+            f"while other ranks wait in an exchange, which must end before parallel.timeout_seconds = {limit:g}"
+        )
+        problems.add("weight_sync.timeout_seconds", text, "parallel.timeout_seconds")
     if sglang.quantization == "fp8" and settings.run.device == "cpu":
         problems.add("sglang.quantization", "got fp8, which needs a GPU, and run.device is cpu")
 
@@ -363,10 +378,12 @@ def _check_environment(settings: Settings, entry: Entry, problems: Problems) -> 
     source = settings.scheduling.replay_from
     if entry == "rl" and source is not None and not (Path(source) / "ledger.sqlite").is_file():
         problems.add("scheduling.replay_from", f"{source} holds no ledger.sqlite; name a run directory of train_rl")
-    if settings.rollout.engine == "sglang" and not settings.sglang.urls:
+    if settings.rollout.engine == "sglang" and settings.needs_engine(entry) and not settings.sglang.urls:
         python = Path(settings.sglang.venv) / "bin" / "python"
         if not os.access(python, os.X_OK):
             text = f"no {python}; run tools/setup_sglang.sh (KLEAR_SGLANG_VENV says where), or set sglang.urls"
+            if not settings.generates(entry):
+                text += "; evaluation alone needs it: evaluation.at_end=false evaluation.every_steps=0 does without"
             problems.add("sglang.venv", text)
 
 

@@ -11,7 +11,7 @@ from megatron_klear.config.described import Schema, schema_help, settings_help
 from megatron_klear.config.loading import load_settings
 from megatron_klear.config.outlook import outlook
 from megatron_klear.config.schema import Entry, Settings
-from megatron_klear.errors import EXIT_BAD_INPUT, EXIT_DONE, ConfigError
+from megatron_klear.errors import EXIT_BAD_INPUT, EXIT_DONE, ConfigError, KlearError
 
 _PURPOSE: dict[Entry, str] = {
     "sft": "Fine-tune on long chains of thought (Eq. 8).",
@@ -21,13 +21,20 @@ _PURPOSE: dict[Entry, str] = {
 LoadedT = TypeVar("LoadedT")
 
 
-def parse_command_line(argv: Sequence[str], entry: Entry, world_size: int | None = None) -> Settings:
+def parse_command_line(
+    argv: Sequence[str],
+    entry: Entry,
+    world_size: int | None = None,
+    more_outlook: Callable[[Settings, int], str] | None = None,
+) -> Settings:
     """Turn an entry's arguments into settings; or print help, problems, or with `--check` the outlook, and leave.
 
     Args:
         argv: arguments without the program's name.
         entry: which entry is asking.
         world_size: number of ranks; by default the environment variable WORLD_SIZE that torchrun sets, or 1.
+        more_outlook: further lines of the outlook, of settings and number of ranks; what it raises for people are
+            problems.
 
     Raises:
         SystemExit: 0 after help and after `--check` of good settings, 2 after problems. Help is printed by the first
@@ -53,7 +60,12 @@ def parse_command_line(argv: Sequence[str], entry: Entry, world_size: int | None
     settings, size = _loaded(argv, usage, load)
     if "--check" in argv:
         if rank == "0":
-            print(outlook(settings, entry=entry, world_size=size), end="")
+            try:
+                more = more_outlook(settings, size) if more_outlook is not None else ""
+            except KlearError as error:
+                print(error, file=sys.stderr)
+                raise SystemExit(error.exit_status) from None
+            print(outlook(settings, entry=entry, world_size=size) + more, end="")
         raise SystemExit(EXIT_DONE)
     return settings
 

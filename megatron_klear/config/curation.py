@@ -98,8 +98,17 @@ class DecontaminationSettings:
     ngram: Annotated[int, Unit("words"), Field(ge=2)] = 9
     """Words in a row that make an overlap (the paper: 9)."""
 
+    short_words: Annotated[int, Unit("words"), Field(ge=2)] = 4
+    """A benchmark problem shorter than an n-gram, of so many words at least, is also found inside a prompt; shorter
+    ones only as the whole prompt. A phrase that is a problem may stand in other prompts by chance: raise this, or use
+    `decontamination.whitelist`. `decontamination.ngram` or more switches it off."""
+
+    short_characters: Annotated[int, Unit("characters"), Field(ge=1)] = 20
+    """Letters and digits that such a problem must have as well."""
+
     whitelist: tuple[str, ...] = ()
-    """Texts whose n-grams make no overlap, such as boilerplate; each of `decontamination.ngram` words at least."""
+    """Texts whose n-grams make no overlap, such as boilerplate; one shorter than an n-gram excuses the short problem
+    with exactly its words, and has `decontamination.short_words` at least."""
 
     whitelist_file: str | None = None
     """File with more such texts, one a line."""
@@ -184,7 +193,7 @@ class SolvableSettings:
     """pass_at_k estimates pass@k without bias from all responses; pass_rate is the share of responses that pass."""
 
     k: Responses = 16
-    """k of pass@k (the paper: 16)."""
+    """k of pass@k (the paper: 16). A code row that brings responses of its own, but fewer, is dropped and named."""
 
     code_above: Share = 0.5
     """Code problems stay with pass@k (or the pass rate) above this."""
@@ -277,6 +286,10 @@ def _find_problems(settings: CurationSettings, broken: frozenset[str]) -> list[s
             problems.add("decontamination.whitelist_file", f"no file {file}")
     for path, text in _model_problems(settings, stages):
         problems.add(path, text)
+    rankings = {"math_ranking": settings.sources.math_ranking, "code_ranking": settings.sources.code_ranking}
+    for setting, ranking in rankings.items():
+        for source in sorted({source for source in ranking if ranking.count(source) > 1}):
+            problems.add(f"sources.{setting}", f"{source!r} is named more than once, and has one place only")
     if "select" in stages and (settings.selection.math or settings.selection.code):
         for path, text in _selection_problems(settings.selection):
             problems.add(path, text)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import importlib.util
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Literal
@@ -100,6 +101,8 @@ def file_problems(files: Sequence[str]) -> Iterator[str]:
             yield f"{name} is not a file"
         elif file.stat().st_size == 0:
             yield f"{name} is empty"
+        elif not name.isascii() and name.encode("utf-8", "replace") != os.fsencode(name):
+            yield f"the name {name!r} is not UTF-8; rename the file"
     for name in sorted({name for name in files if files.count(name) > 1}):
         yield f"{name} is named more than once"
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import field
+from datetime import date, datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
+from megatron_klear.config.checks import Problems, check_rewards
 from megatron_klear.config.described import describe_schema
 from megatron_klear.config.fields import SECTION, Positive, Unit
 from megatron_klear.config.loading import load_schema
@@ -48,7 +50,7 @@ class BenchmarkSettings:
     """What is asked: prompt rows, or AIME, HMMT and LiveCodeBench files as they are published."""
 
     files: tuple[str, ...] = ()
-    """JSON lines files; a benchmark has its file's name."""
+    """JSON lines or Parquet files; a benchmark has its file's name."""
 
     instruction: str = "Reason step by step, and put the final answer within \\boxed{}."
     """Follows a math problem that is published without messages."""
@@ -56,8 +58,18 @@ class BenchmarkSettings:
     problems: Annotated[int | None, Unit("problems"), Positive] = None
     """Most problems of each benchmark to ask, the first of the file; null asks all."""
 
+    contests_from: str | None = None
+    """First day (YEAR-MONTH-DAY) of contests whose LiveCodeBench problems are asked; null takes all before. The paper:
+    V5 is 2024-08-01 to 2025-02-01, V6 is 2025-02-01 to 2025-05-01."""
+
+    contests_until: str | None = None
+    """Last day of these contests; null takes all after."""
+
     pass_at: tuple[int, ...] = ()
     """Values of k for pass@k, at most sampler.responses; none takes powers of two up to it."""
+
+    require_complete: bool = False
+    """Fail, all files written, where a figure does not cover all problems since graders failed."""
 
 
 @dataclass(frozen=True, kw_only=True, config=SECTION)
@@ -94,7 +106,11 @@ def load_evaluation(path: str | Path, overrides: Sequence[str] = ()) -> Evaluati
     """
 
     def together(settings: EvaluationSettings, broken: frozenset[str]) -> list[str]:
-        return [f"{path}: {text}" for path, text in _problems(settings) if path not in broken]
+        problems = Problems(broken=broken)
+        for where, text in _problems(settings):
+            problems.add(where, text)
+        check_rewards(settings.reward, settings.code_reward, problems)
+        return problems.texts
 
     return load_schema(EVALUATION, path, overrides, together, presets=PRESETS)
 
@@ -125,6 +141,14 @@ def _problems(settings: EvaluationSettings) -> Iterator[tuple[str, str]]:
             yield "benchmarks.files", f"no file {file}"
     yield from (("benchmarks.files", text) for text in repeated_names(files, ""))
     yield from sampler_problems(sampler, "sampler")
+    first, last = settings.benchmarks.contests_from, settings.benchmarks.contests_until
+    wrong_days = {
+        name: text for name, text in (("contests_from", first), ("contests_until", last)) if not _is_day(text)
+    }
+    for name, text in wrong_days.items():
+        yield f"benchmarks.{name}", f"got {text!r}, must be a day such as 2025-02-01"
+    if first is not None and last is not None and not wrong_days and first > last:
+        yield "benchmarks.contests_until", f"got {last}, which is before benchmarks.contests_from = {first}"
     for k in settings.benchmarks.pass_at:
         if not 1 <= k <= sampler.responses:
             yield "benchmarks.pass_at", f"got {k}, must be from 1 to sampler.responses = {sampler.responses}"
@@ -137,9 +161,23 @@ def _problems(settings: EvaluationSettings) -> Iterator[tuple[str, str]]:
             f"prompt and response may take {longest} tokens, but the model has {positions} positions; lower it, or set "
             "yarn.factor",
         )
-    reward = settings.reward
-    if not reward.correct > reward.wrong:
-        yield "reward.wrong", f"must be below reward.correct = {reward.correct}, got {reward.wrong}"
+
+
+def as_day(text: str | None) -> date | None:
+    """The day that a text such as 2025-02-01 names; None for none.
+
+    Raises:
+        ValueError: it names no day.
+    """
+    return None if text is None else datetime.strptime(text, "%Y-%m-%d").date()
+
+
+def _is_day(text: str | None) -> bool:
+    try:
+        # 2025-2-1 is a day, too, but does not compare with others as a text.
+        return text is None or str(as_day(text)) == text
+    except ValueError:
+        return False
 
 
 def evaluation_yarn(settings: EvaluationSettings) -> Yarn | None:
@@ -149,6 +187,15 @@ def evaluation_yarn(settings: EvaluationSettings) -> Yarn | None:
         return None
     if original is None:
         original = _config_positions(settings.sampler)
+    return None if original is None else Yarn(factor=factor, original_positions=original)
+
+
+def servers_yarn(settings: EvaluationSettings) -> Yarn | None:
+    """The YaRN that servers must have been started with; None where `yarn.factor` asks for none in particular."""
+    factor, original = settings.yarn.factor, settings.yarn.original_positions
+    if factor is None or settings.sampler.engine != "sglang":
+        return None
+    original = original or _config_positions(settings.sampler)
     return None if original is None else Yarn(factor=factor, original_positions=original)
 
 

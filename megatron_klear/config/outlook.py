@@ -23,15 +23,15 @@ def outlook(settings: Settings, *, entry: Entry, world_size: int) -> str:
         Lines `name: value`, ending in a newline.
     """
     parallel, arch = settings.parallel, settings.architecture
+    dp = world_size // (parallel.tp * parallel.pp * parallel.cp)
     lines = {
         "run.dir": settings.run.dir,
         "model.hf_dir": settings.model.hf_dir or "",
         "start": _start(settings),
-        "layout": f"{world_size} ranks: tp {parallel.tp}, pp {parallel.pp}, cp {parallel.cp}, "
-        f"dp {world_size // (parallel.tp * parallel.pp * parallel.cp)}",
+        "layout": f"{world_size} ranks: tp {parallel.tp}, pp {parallel.pp}, cp {parallel.cp}, dp {dp}",
         "model": f"{arch.num_layers} layers, hidden {arch.hidden_size}, vocabulary {arch.vocab_size}, "
         f"{settings.model.dtype}",
-        "training": _training(settings, entry),
+        "training": _training(settings, entry, dp),
     }
     if settings.fp8.on:
         stored = ", weights stored in FP8" if settings.fp8.parameters else ""
@@ -54,14 +54,25 @@ def _start(settings: Settings) -> str:
     return f"new, weights from {origin}" if origin else f"new, random weights of run.seed {settings.run.seed}"
 
 
-def _training(settings: Settings, entry: Entry) -> str:
+def _training(settings: Settings, entry: Entry, dp: int) -> str:
     if entry == "sft":
         sft = settings.sft
         length = f"{sft.steps} steps" if sft.steps is not None else f"{sft.epochs} epochs"
-        batch = f"{sft.batch_sequences} sequences" if sft.batch_bins is None else f"{sft.batch_bins} bins"
+        batch = f"{sft.batch_sequences} sequences" if sft.batch_bins is None else _bins(sft.batch_bins, dp)
         return f"{length} of {batch} from {', '.join(settings.data.sft)}"
     rl, rollout = settings.rl, settings.rollout
+    replayed = settings.scheduling.replay_from
+    source = f"{rollout.engine} engine" if replayed is None else f"recorded in {replayed}"
     return (
         f"{rl.steps} steps of {rl.prompts_per_step} prompts x {rollout.responses_per_prompt} responses "
-        f"({rollout.engine} engine), {rl.minibatch_prompts} prompts per update, from {', '.join(settings.data.prompts)}"
+        f"({source}), {rl.minibatch_prompts} prompts per update, from {', '.join(settings.data.prompts)}"
     )
+
+
+def _bins(bins: int, dp: int) -> str:
+    """Bins of a step, and whether ranks get equally many, and several each: only then they are full and even."""
+    if bins % dp:
+        return f"{bins} bins (no multiple of dp {dp}: each step is packed anew, into microbatches that are less full)"
+    each = bins // dp
+    few = ": few, ranks may wait for one another" if dp > 1 and each < 4 else ""
+    return f"{bins} bins ({each} to each data-parallel rank{few})"

@@ -10,7 +10,9 @@ if TYPE_CHECKING:
     from megatron_klear.config.schema import Entry, Settings
 
 
-def check_placement(settings: Settings, entry: Entry, world_size: int, problems: Problems) -> None:
+def check_placement(
+    settings: Settings, entry: Entry, world_size: int, problems: Problems, *, ranks_per_machine: int | None = None
+) -> None:
     """Refuse what cannot be where `sglang.placement` is colocated; of weights that give way, where it is not.
 
     Args:
@@ -18,6 +20,7 @@ def check_placement(settings: Settings, entry: Entry, world_size: int, problems:
         entry: which entry is to run.
         world_size: number of ranks.
         problems: gets what is found.
+        ranks_per_machine: None for what torchrun says of this one.
     """
     sglang, placement = settings.sglang, "sglang.placement"
     if sglang.placement == "separate":
@@ -45,8 +48,8 @@ def check_placement(settings: Settings, entry: Entry, world_size: int, problems:
     if sglang.first_gpu:
         problems.add(
             "sglang.first_gpu",
-            f"got {sglang.first_gpu}, and sglang.placement is colocated: server i takes the GPUs of the ranks from "
-            "i * sglang.server_tp on; leave it 0",
+            f"got {sglang.first_gpu}, and sglang.placement is colocated: a machine's server i takes the GPUs of its "
+            "ranks from i * sglang.server_tp on; leave it 0",
             placement,
         )
     if settings.weight_sync.transport == "distributed":
@@ -63,25 +66,24 @@ def check_placement(settings: Settings, entry: Entry, world_size: int, problems:
             "sides would need their weights and the KV cache at once; set checksum, or offload_weights=false",
             "sglang.offload_weights",
         )
-    _check_ranks(settings, world_size, problems)
+    _check_ranks(settings, ranks_per_machine or _ranks_here(world_size), problems)
 
 
-def _check_ranks(settings: Settings, world_size: int, problems: Problems) -> None:
-    """Check that every GPU of a server is one of a rank's, and that both are on one machine."""
+def _check_ranks(settings: Settings, ranks: int, problems: Problems) -> None:
+    """Check that every GPU of a machine's servers is one of the ranks' there."""
     sglang, placement = settings.sglang, "sglang.placement"
     gpus = sglang.servers * sglang.server_tp
-    if gpus > world_size:
+    if gpus > ranks:
         problems.add(
             "sglang.servers",
-            f"got {sglang.servers} of sglang.server_tp = {sglang.server_tp}, which need {gpus} GPUs, and "
-            f"sglang.placement is colocated with {world_size} ranks; set at most {world_size // sglang.server_tp}",
+            f"got {sglang.servers} of sglang.server_tp = {sglang.server_tp}, which need {gpus} GPUs of a machine, and "
+            f"sglang.placement is colocated with {ranks} ranks on it; set at most {ranks // sglang.server_tp}",
             "sglang.server_tp",
             placement,
         )
+
+
+def _ranks_here(world_size: int) -> int:
+    """Ranks on this machine, as torchrun tells; without it all may be."""
     here = os.environ.get("LOCAL_WORLD_SIZE", "")
-    if here.isdecimal() and int(here) < world_size:
-        problems.add(
-            placement,
-            f"got colocated, and only {here} of the {world_size} ranks are on this machine, where the servers are "
-            "started; set separate, or train on one machine",
-        )
+    return min(int(here), world_size) if here.isdecimal() else world_size

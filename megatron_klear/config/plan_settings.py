@@ -15,12 +15,18 @@ from megatron_klear.errors import ConfigError
 
 
 def judge_plan(
-    path: str | Path, overrides: Sequence[str] = (), *, entry: Entry, world_size: int
+    path: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    entry: Entry,
+    world_size: int,
+    ranks_per_machine: int | None = None,
 ) -> tuple[Settings, list[str]]:
     """Read settings and judge them together, without their files.
 
     Args:
         path, overrides, entry, world_size: as in `load_settings`.
+        ranks_per_machine: how many ranks a machine has, where that matters.
 
     Returns:
         Settings with all sizes of the model filled in, and why they cannot work together, if they cannot.
@@ -31,7 +37,9 @@ def judge_plan(
     unusable: list[str] = []
     tree = _known_keys(TRAINING, _read(Path(path), overrides), unusable)
     settings, broken = _validated(TRAINING, tree, unusable)
-    together = find_problems(settings, entry=entry, world_size=world_size, broken=broken, inputs=False)
+    together = find_problems(
+        settings, entry=entry, world_size=world_size, broken=broken, inputs=False, ranks_per_machine=ranks_per_machine
+    )
     if unusable:
         raise ConfigError(list(dict.fromkeys([*unusable, *together])))
     try:

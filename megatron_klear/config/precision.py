@@ -31,8 +31,8 @@ class Fp8Settings:
     """Layers at the end that stay in bfloat16; not with the delayed recipe."""
 
     parameters: bool = False
-    """Store the layers' weights in FP8 and gather them so: half the memory and traffic of bfloat16. The optimizer
-    keeps float32 weights either way; needs `parallel.distributed_optimizer`."""
+    """Store the layers' weights in FP8 and gather them so: half the traffic of bfloat16, which is then not in memory
+    beside FP8. The optimizer keeps float32 weights either way; needs `parallel.distributed_optimizer`."""
 
     amax_history: Annotated[int, Unit("microbatches"), Positive] = 1024
     """delayed: how far back the largest values are remembered; they are stored in checkpoints."""

@@ -26,13 +26,19 @@ class RewardSettings:
     """Reward of a response whose thinking tags are missing or misplaced, right or not; at most `reward.wrong`."""
 
     require_think: bool = True
-    """Judge the thinking tags, in code answers too; false reads the answer from the whole response without tags."""
+    """Judge the thinking tags, in code answers too; false reads the answer from the whole response without tags. A tag
+    with which the chat template ends every prompt is the response's opening tag."""
 
     timeout_seconds: Seconds = 5.0
-    """Time for grading one math response; past it the response is ungraded and takes no part in training."""
+    """CPU time for grading one math response: past it the answer is wrong, or ungraded when the reference is to blame.
+    Ten times that on the clock, past which it is ungraded and takes no part in training."""
 
     workers: Annotated[int, Unit("processes"), Positive] = 4
     """Grader processes per machine, for math."""
+
+    machine_seconds: Seconds = 1800.0
+    """Training on several machines: how long another machine may take to grade what it is given at a time, a response
+    per worker, before others grade it and that machine is asked no more."""
 
 
 @dataclass(frozen=True, kw_only=True, config=SECTION)

@@ -48,7 +48,7 @@ class SamplerSettings:
     """Longest response."""
 
     stop_tokens: tuple[str, ...] = ()
-    """Tokens that end a response, by their text, besides the tokenizer's own end token."""
+    """Tokens that end a response, by their text, besides those of the tokenizer and of the directory's eos_token_id."""
 
     batch_responses: Responses = 64
     """Responses that one engine generates at a time; each server is one engine."""

@@ -152,14 +152,16 @@ class SftSettings:
     """Number of optimizer updates."""
 
     epochs: Annotated[int | None, Unit("epochs"), Positive] = None
-    """Number of passes over the data (the paper: 4)."""
+    """Number of passes over the data (the paper: 4), each row exactly so many times. Less than half an update that is
+    left at the end joins the update before."""
 
     batch_sequences: Sequences = 128
     """Sequences per optimizer update, over all ranks; not used with `sft.batch_bins`."""
 
     batch_bins: Annotated[int | None, Unit("bins"), Positive] = None
     """Full bins of `packing.token_budget` tokens per optimizer update, over all ranks, in place of a fixed number of
-    sequences: the whole epoch is packed at once. At least 4 per data parallel rank keep ranks within 3 % in FLOPs."""
+    sequences: the whole epoch is packed at once, and its last update has what is left, half to one and a half as many.
+    At least 4 per data parallel rank keep ranks within 3 % in FLOPs."""
 
     normalizer: Literal["sequence", "token"] = "sequence"
     """Divide the summed loss by the batch's sequences (Eq. 8) or by its response tokens."""
@@ -203,7 +205,8 @@ class RolloutSettings:
     """Responses that one engine generates at a time; each SGLang server is one engine."""
 
     stop_tokens: tuple[str, ...] = ()
-    """Tokens that end a response, by their text, besides the tokenizer's own end token."""
+    """Tokens that end a response, by their text, besides the tokenizer's own and those of `model.hf_dir` (eos_token_id
+    in config.json and generation_config.json)."""
 
 
 @dataclass(frozen=True, kw_only=True, config=SECTION)
@@ -367,3 +370,16 @@ class Settings:
             ConfigError: the model section does not determine an architecture.
         """
         return resolve_architecture(self.model)
+
+    @property
+    def evaluates(self) -> bool:
+        """Whether there are problems to evaluate on and a time to do so."""
+        return bool(self.data.heldout) and bool(self.evaluation.every_steps or self.evaluation.at_end)
+
+    def generates(self, entry: str) -> bool:
+        """Whether an entry (`sft` or `rl`) draws the responses that it trains on; a replay has them."""
+        return entry == "rl" and self.scheduling.replay_from is None
+
+    def needs_engine(self, entry: str) -> bool:
+        """Whether an entry (`sft` or `rl`) needs a rollout engine: to generate, or to evaluate."""
+        return self.generates(entry) or self.evaluates

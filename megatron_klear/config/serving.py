@@ -69,7 +69,8 @@ class SglangSettings:
     """fp8 has started servers quantise the weights they are sent; their checksums are then no longer the trainer's."""
 
     deterministic: bool = False
-    """Draw each token by `run.seed`, epoch, prompt, response and position: SGLang's deterministic inference, slower."""
+    """Draw each token by its position and its response's seed: SGLang's deterministic inference, slower. The seed is
+    made of `run.seed`, prompt, number of the response, and epoch (evaluation, `scheduling.rollout_only`: step)."""
 
     memory_fraction: Annotated[float | None, Field(gt=0, lt=1)] = None
     """Share of a GPU's memory for weights and KV cache; null leaves it to SGLang."""
@@ -87,10 +88,17 @@ class SglangSettings:
     """How long a server may take to start, compiling included, before it is given up."""
 
     idle_seconds: Seconds = 600.0
-    """How long a response may go without a new token before it is given up; there is no limit on its whole time."""
+    """How long a response may go without a new token before it is given up. It may be waiting for its turn while its
+    server brings tokens for others: then ten times as long; and until a server's first token of all, while it may be
+    compiling, `sglang.start_seconds` count. There is no limit on its whole time."""
 
     retries: Annotated[int, Unit("retries"), NonNegative] = 3
     """How often a response is asked for again after a failure that may pass, on another server where there is one."""
+
+
+ENGINE_FREE_SECONDS = 60.0
+"""How long an engine may take to get free of a broadcast that is given up, and again to leave its group; one that does
+not is lost, too. Where `weight_sync.timeout_seconds` is shorter, it has only that."""
 
 
 @dataclass(frozen=True, kw_only=True, config=SECTION)
@@ -103,10 +111,12 @@ class WeightSyncSettings:
     distributed otherwise."""
 
     pause_mode: Literal["abort", "in_place", "retract"] = "abort"
-    """What a publish does to unfinished responses: end them, keep them with their KV cache, or recompute that."""
+    """What a publish does to unfinished responses of others who use the same servers: end them, keep them with their KV
+    cache, or recompute that. The run's own are interrupted or waited for before (`scheduling.partial_rollouts`)."""
 
     bucket_bytes: Annotated[int, Unit("bytes"), Field(ge=2**10)] = 512 * 2**20
-    """Weights are sent in buckets of about this size; two of them are in memory at a time."""
+    """Weights are sent in buckets of about this size, a larger tensor in one of its own; two of them are in memory at a
+    time, and with tensor up to three in /dev/shm: where it is too small, bytes go in the requests, which is slow."""
 
     verify: Literal["checksum", "logprobs", "checksum_or_logprobs"] = "checksum"
     """Proof of every publish: each tensor's checksum; the log-probabilities of a probe sequence; or checksums where
@@ -116,11 +126,13 @@ class WeightSyncSettings:
     """Largest difference between engine and trainer on the probe sequence, in nats."""
 
     timeout_seconds: Seconds = 900.0
-    """How long one exchange with an engine may take during a publish."""
+    """How long one exchange with an engine may take during a publish, a broadcast of a bucket too. The other ranks wait
+    in an exchange of their own meanwhile, so at least two minutes less than `parallel.timeout_seconds`."""
 
     keep_on_disk: bool = True
     """Write each published set of weights to `run.dir`/weights, too, the newest only, so that a started server that
-    was lost can be started anew with them; false lets the run go on without it. Not done for `sglang.urls`."""
+    was lost can be started anew with them, and one at `sglang.urls` that answers again be given them; false lets the
+    run go on without it. Not done with `sglang.router_url`."""
 
 
 @dataclass(frozen=True, kw_only=True, config=SECTION)
@@ -140,16 +152,19 @@ class SchedulingSettings:
     """async: a publish interrupts responses, which go on under the new weights; false waits until they are finished."""
 
     in_flight: Responses = 256
-    """Most responses in flight on one engine."""
+    """Most responses in flight on one engine. What is beyond those that a server generates at a time
+    (`rollout.batch_responses`) waits with the trainer, so that it goes to whichever server has room first."""
 
     min_engines: Annotated[int, Unit("engines"), Positive] = 1
     """Fewest engines that the run goes on with."""
 
     stall_seconds: Seconds = 120.0
-    """A busy engine that brings no token for so long is given up and its responses go to others."""
+    """A busy engine that brings no token for so long is given up and its responses go to others, which draw again what
+    it had drawn of them since the last publish or interruption."""
 
     start_seconds: Seconds = 1800.0
-    """The same for an engine that has brought none yet: it may be loading or compiling."""
+    """The same for an engine that has brought none yet: it may be loading or compiling. Also the limit of a restart,
+    not counting what it waits for the trainer's turn (`sglang.placement` colocated) or the end of a publish."""
 
     outage_seconds: Seconds = 300.0
     """How long fewer than `scheduling.min_engines` may serve, none of them starting, before the run ends."""
@@ -164,7 +179,8 @@ class SchedulingSettings:
     """Steps whose tokens stay in the ledger after training (lengths and rewards always do); 0 keeps all."""
 
     replay_from: str | None = None
-    """Run directory whose recorded responses are trained on, step by step, in place of generating any."""
+    """Run directory whose recorded responses are trained on, step by step, in place of generating any; there is an
+    engine for evaluations only."""
 
     rollout_only: bool = False
     """Generate and grade, but never update: the ledger then holds steps of one set of weights, ready to be replayed."""

@@ -129,15 +129,14 @@ def check_yarn(
         )
     if yarn.apply_to == "everything" or settings.rollout.engine != "sglang":
         return
-    evaluates = settings.data.heldout and (settings.evaluation.every_steps or settings.evaluation.at_end)
-    if entry == "rl" and evaluates:
+    if entry == "rl" and settings.evaluates:
         problems.add(
             "yarn.apply_to",
             "got evaluation, and SGLang's servers have one rotary embedding, which is the trainer's; set everything, "
             "rollout.engine=local, or evaluation.at_end=false evaluation.every_steps=0 and evaluate the export later",
             "rollout.engine",
         )
-    elif entry == "sft" and evaluates and settings.weight_sync.verify != "checksum":
+    elif entry == "sft" and settings.evaluates and settings.weight_sync.verify != "checksum":
         problems.add(
             "weight_sync.verify",
             f"got {settings.weight_sync.verify}, and servers that evaluate with YaRN (yarn.apply_to) give other "

@@ -10,7 +10,11 @@ from typing import Any
 from megatron_klear.curation.row import Row
 
 EXAMPLES_PER_REASON = 4
-_SHOWN_CHARACTERS = 600
+KEYS_PER_TABLE = 10_000
+"""Keys that a table counts apart; what comes after them is counted together, so that memory does not grow with it."""
+
+OTHERS = "(others)"
+_SHOWN_CHARACTERS, _LABEL_CHARACTERS = 600, 200
 
 
 @dataclass(slots=True)
@@ -33,16 +37,24 @@ class Audit:
     examples: dict[str, list[dict[str, str]]] = field(default_factory=dict)
 
     def count(self, table: str, key: str, number: int = 1) -> None:
-        """Add to a table."""
-        self.tables.setdefault(table, Counter())[key] += number
+        """Add to a table.
+
+        Args:
+            table: its name.
+            key: row of the table, shortened where it is long; `OTHERS` where the table has too many rows already.
+            number: how much to add.
+        """
+        counts = self.tables.setdefault(table, Counter())
+        key = _shortened(key, _LABEL_CHARACTERS)
+        counts[key if key in counts or len(counts) < KEYS_PER_TABLE else OTHERS] += number
 
     def example(self, reason: str, row: Row, detail: str = "") -> None:
         """Keep a row to be read, if there are not enough for the reason already."""
         kept = self.examples.setdefault(reason, [])
         if len(kept) < EXAMPLES_PER_REASON:
-            text = row.prompt_text
-            shown = text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]} ..."
-            kept.append({"id": row.row_id, "text": shown, "detail": detail})
+            text = _shortened(row.prompt_text, _SHOWN_CHARACTERS)
+            shown_id = _shortened(row.row_id, _LABEL_CHARACTERS)
+            kept.append({"id": shown_id, "text": text, "detail": _shortened(detail, _SHOWN_CHARACTERS)})
 
     def to_object(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -56,6 +68,10 @@ class Audit:
         }
 
 
+def _shortened(text: str, longest: int) -> str:
+    return text if len(text) <= longest else f"{text[: longest - 4]} ..."
+
+
 def merged(parts: Iterable[Mapping[str, Any]]) -> Audit:
     """One audit of several, given as `to_object` makes them, in the order of the input."""
     total = Audit()
@@ -65,7 +81,8 @@ def merged(parts: Iterable[Mapping[str, Any]]) -> Audit:
         total.dropped.update(part["dropped"])
         total.rejected.update(part["rejected"])
         for name, counts in part["tables"].items():
-            total.tables.setdefault(name, Counter()).update(counts)
+            for key, number in counts.items():
+                total.count(name, key, number)
         for reason, rows in part["examples"].items():
             kept = total.examples.setdefault(reason, [])
             kept += rows[: EXAMPLES_PER_REASON - len(kept)]

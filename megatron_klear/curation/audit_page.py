@@ -12,6 +12,7 @@ TEMPLATE = """<!doctype html>
 <style>{{ style }}
 .reasons td:nth-child(2) { white-space:nowrap }
 .keys td:first-child { white-space:normal; overflow-wrap:anywhere; width:99% }
+.charts, .pair { align-items:start }
 .pair { display:grid; grid-template-columns:repeat(2, minmax(0, 1fr)); gap:14px; margin-top:14px }
 .pair h3, .stage h3 { padding:14px 14px 4px }
 .stage { margin-bottom:14px }
@@ -60,7 +61,8 @@ audit.json</p>{% endif %}</div>
 {% endfor %}</div>{% endif %}
 {% for group in stage.examples %}<details class="card" style="margin-top:14px">
 <summary>Examples: {{ group.reason }}</summary>
-{% for row in group.rows %}<div class="field">{{ row.id }}{% if row.detail %} &middot; {{ row.detail }}{% endif %}</div>
+{% for row in group.rows %}<div class="field"><bdi>{{ row.id }}</bdi>
+{%- if row.detail %} &middot; <bdi>{{ row.detail }}</bdi>{% endif %}</div>
 <pre>{{ row.text }}</pre>{% endfor %}</details>
 {% endfor %}{% else %}<span id="stage-{{ stage.name }}"></span>{% endif %}{% endfor %}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import warnings
 from collections.abc import Mapping, Sequence
 from html import escape
 from typing import TYPE_CHECKING, Any
@@ -86,7 +87,7 @@ def _drawn(bars: Sequence[tuple[str, int, int]], wide: bool) -> str:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    with rc_context(rc_params(PAGE, size=9.0)):
+    with rc_context({**rc_params(PAGE, size=9.0), "text.parse_math": False}):  # a source may be called $\\frac$
         figure: Figure = Figure(figsize=(9.6 if wide else 4.65, 0.45 + 0.27 * len(bars)))
         FigureCanvasAgg(figure)
         axes = figure.subplots()
@@ -104,9 +105,12 @@ def _drawn(bars: Sequence[tuple[str, int, int]], wide: bool) -> str:
         axes.grid(visible=False, axis="y")
         axes.spines["left"].set_visible(False)
         axes.xaxis.set_major_locator(_few_ticks())
-        axes.xaxis.set_major_formatter(lambda value, _: quantity(value) if value >= 10_000 else f"{value:g}")
+        axes.xaxis.set_major_formatter(lambda value, _: quantity(value) if value >= 10_000 else f"{value:,g}")
         buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+        with warnings.catch_warnings():
+            # Labels stay text in the picture, so that the browser's fonts draw what matplotlib's do not have.
+            warnings.filterwarnings("ignore", message="Glyph .* missing from")
+            figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
         return buffer.getvalue()
 
 
@@ -117,6 +121,8 @@ def _few_ticks() -> Any:
 
 
 def _short(label: str) -> str:
+    """A label on one line, of characters that can be seen and do not turn the others round."""
+    label = "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in " ".join(label.split()))
     return label if len(label) <= _LABEL else f"{label[: _LABEL - 1]}\u2026"
 
 

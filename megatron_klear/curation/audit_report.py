@@ -16,8 +16,8 @@ from megatron_klear.config import dump_settings
 from megatron_klear.config.curation import CurationSettings
 from megatron_klear.curation.audit_page import TEMPLATE
 from megatron_klear.curation.audit_plots import audit_charts
-from megatron_klear.curation.files import write_json
-from megatron_klear.observe.page import style_sheet
+from megatron_klear.curation.files import SPELL_OUT, write_json
+from megatron_klear.observe.page import fill, style_sheet
 from megatron_klear.observe.readable import byte_size, duration
 from megatron_klear.observe.replace import replace_file
 from megatron_klear.observe.theme import DARK_PALETTE, LIGHT_PALETTE
@@ -71,14 +71,14 @@ def write_audit(records: Sequence[StageRecord], settings: CurationSettings) -> P
         "footer": f"Written by megatron_klear {__version__} on {time.strftime('%Y-%m-%d %H:%M %Z')}.",
     }
     page = root / "audit.html"
-    replace_file(page, _render(values))
+    replace_file(page, fill(TEMPLATE, values))
     return page
 
 
 def _concatenate(records: Sequence[StageRecord], kind: str, target: Path) -> None:
     """Put the logs of all units into one file, each line with the name of its stage."""
     fresh = target.with_name(f".{target.name}.part")
-    with fresh.open("w", encoding="utf-8") as out:
+    with fresh.open("w", encoding="utf-8", errors=SPELL_OUT) as out:
         for record in records:
             for path in sorted((record.directory / "log").glob(f"*-{kind}.jsonl")):
                 with path.open(encoding="utf-8") as file:
@@ -132,10 +132,3 @@ def _stage_rows(record: StageRecord) -> dict[str, Any]:
 
 def _top(counts: Counter[str]) -> list[dict[str, str]]:
     return [{"key": key, "count": f"{count:,}"} for key, count in counts.most_common(_SHOWN_KEYS)]
-
-
-def _render(values: dict[str, Any]) -> str:
-    from jinja2 import Environment, StrictUndefined
-
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    return environment.from_string(TEMPLATE).render(values)

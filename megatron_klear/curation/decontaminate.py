@@ -27,12 +27,14 @@ class DecontaminateStage(Stage):
 
     def __init__(self, settings: CurationSettings) -> None:
         self._settings = settings.decontamination
-        self._index = BenchmarkIndex(n=self._settings.ngram)
+        self._index = self._empty_index()
 
     def depends_on(self) -> dict[str, Any]:
         """The benchmarks by content, and the rules."""
         files = [(os.path.basename(name), digest_of(Path(name))) for name in row_files(self._settings.benchmarks)]
-        return {"benchmarks": files, "ngram": self._settings.ngram, "whitelist": list(self._whitelisted())}
+        return {"benchmarks": files, "ngram": self._settings.ngram, "short_words": self._settings.short_words,
+                "short_characters": self._settings.short_characters, "normalisation": 3,
+                "whitelist": list(self._whitelisted())}  # fmt: skip
 
     def start(self, inputs: Sequence[Path], directory: Path, advance: Advance) -> None:
         """Take in the benchmarks.
@@ -41,9 +43,9 @@ class DecontaminateStage(Stage):
             DataError: naming everything that is wrong with them, and with the whitelist.
         """
         problems = Problems("decontamination")
-        index = BenchmarkIndex(n=self._settings.ngram)
+        index = self._empty_index()
         setting = "decontamination.whitelist"
-        index.whitelist = whitelist_grams(self._whitelisted(), index.n, problems, setting=setting)
+        index.whitelist = whitelist_grams(self._whitelisted(), index, problems, setting=setting)
         read_benchmarks(row_files(self._settings.benchmarks), index, problems)
         problems.raise_if_any("A problem that is not read cannot be kept out of the data.")
         self._index = index
@@ -56,7 +58,10 @@ class DecontaminateStage(Stage):
                 first = counting[0]
                 for name in {overlap.benchmark for overlap in counting}:
                     log.audit.count("contaminated rows by benchmark", name)
-                log.audit.count("contaminating n-grams", first.ngram)
+                if first.is_short:
+                    log.audit.count("short benchmark problems in prompts", f"{first.benchmark}: {first.ngram}")
+                else:
+                    log.audit.count("contaminating n-grams", first.ngram)
                 log.drop(
                     row,
                     "contaminated",
@@ -75,6 +80,10 @@ class DecontaminateStage(Stage):
                     f"benchmark: {first.benchmark}; problem: {first.problem}; ngram: {first.ngram}",
                 )
             yield row
+
+    def _empty_index(self) -> BenchmarkIndex:
+        rules = self._settings
+        return BenchmarkIndex(n=rules.ngram, short_words=rules.short_words, short_characters=rules.short_characters)
 
     def _whitelisted(self) -> Iterator[str]:
         yield from self._settings.whitelist

@@ -43,7 +43,8 @@ class FileEmbeddings:
     def __init__(self, path: Path) -> None:
         try:
             self._vectors = np.load(path, mmap_mode="r", allow_pickle=False)
-            ids = path.with_suffix(".ids").read_text(encoding="utf-8").splitlines()
+            # Not splitlines: an id may hold what else ends a line in Unicode.
+            ids = path.with_suffix(".ids").read_text(encoding="utf-8").removesuffix("\n").split("\n")
         except (OSError, ValueError) as error:
             raise DataError(f"selection.path = {path}: cannot be read: {error}") from error
         shape = self._vectors.shape
@@ -53,6 +54,9 @@ class FileEmbeddings:
                 "vector of floats per id"
             )
         self._place = {name: place for place, name in enumerate(ids)}
+        if len(self._place) < len(ids):
+            repeated = next(name for place, name in enumerate(ids) if self._place[name] != place)
+            raise DataError(f"selection.path = {path}: its file of ids names {repeated!r} more than once")
 
     def embed(self, rows: Sequence[Row]) -> list[Vectors | str]:
         """See `Embedder`."""

@@ -9,16 +9,20 @@ from __future__ import annotations
 import json
 import logging
 import multiprocessing
+import os
 import pickle
+import signal
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from typing import Any
 
 from megatron_klear.config.curation import CurationSettings
 from megatron_klear.curation.stage import Advance, Stage, UnitJob, do_unit
 from megatron_klear.curation.stages import make_stage
-from megatron_klear.errors import DataError
+from megatron_klear.errors import DataError, KlearError
+from megatron_klear.parallel import end_with_parent
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,14 +83,33 @@ def work(
 def _in_processes(tasks: Sequence[Task], workers: int) -> Iterator[dict[str, Any]]:
     # Spawned, not forked: a fork would copy threads' locks.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(workers, len(tasks)), mp_context=context) as pool:
-        futures = [pool.submit(do_task, task) for task in tasks]
+    with ProcessPoolExecutor(
+        min(workers, len(tasks)), mp_context=context, initializer=_start_process, initargs=(os.getpid(),)
+    ) as pool:
         try:
+            # Ctrl-C is this process's, which lets units that are begun be finished: workers start with it blocked.
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+            try:
+                futures = [pool.submit(do_task, task) for task in tasks]
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, before)
             for future in as_completed(futures):
                 yield future.result()
+        except BrokenProcessPool as error:
+            raise KlearError(
+                "a worker process was killed, mostly by the kernel for want of memory; lower run.workers "
+                "and start again on the same run.dir: what is finished is kept"
+            ) from error
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+
+
+def _start_process(parent: int) -> None:
+    """A worker that outlived a killed run would write into the files of the one that resumes it."""
+    end_with_parent(at_once=True)
+    if os.getppid() != parent:  # it died before the line above
+        os._exit(1)
 
 
 def _on_ray(tasks: Sequence[Task], settings: CurationSettings) -> Iterator[dict[str, Any]]:

@@ -15,6 +15,9 @@ _BUFFER_ROWS = 1000
 _BUFFER_CHARACTERS = 1 << 20
 _READ_BYTES = 1 << 20
 
+SPELL_OUT = "backslashreplace"
+"""How JSON that is written for people to read spells half of a surrogate pair, which UTF-8 cannot: as JSON does."""
+
 
 class RowWriter:
     """Writes objects to files `STEM-000.FORMAT`, `STEM-001.FORMAT`, ...; each appears under its name when it is whole.
@@ -134,7 +137,7 @@ def read_row_file(path: Path) -> Iterator[Row]:
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file that is on disk, whole, when it appears under its name."""
     fresh = _unfinished(path)
-    fresh.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    fresh.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8", errors=SPELL_OUT)
     sync(fresh)
     os.replace(fresh, path)
 

@@ -12,13 +12,20 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+_CLOSE = 1e-3
+"""Squared distances below this are computed from differences: of 2 - 2 a.b little but rounding would be left there,
+and copies of a chosen point would pass for points some 5e-4 away from it."""
+
+_ROWS_AT_ONCE = 1 << 16
+
 
 def k_center_greedy(
     points: torch.Tensor, k: int, *, first: int, advance: Callable[[int], None] = lambda count: None
 ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """Choose k points of unit length; of equally far ones the lowest index.
+    """Choose k points of unit length; of equally far ones the lowest index, where rounding leaves them equal.
 
-    One matrix-vector product per choice: memory is that of `points` and one number per point.
+    One matrix-vector product per choice, and a second look at points close to the choice: memory is that of `points`,
+    one number per point, and 65,536 points more. Copies are chosen after all points that differ.
 
     Args:
         points: float32 [N, D], rows of length 1; on any device.
@@ -35,8 +42,9 @@ def k_center_greedy(
     radii: list[torch.Tensor] = []
     index = torch.tensor(first, device=points.device)
     for _ in range(k):
-        # |a - b|^2 = 2 - 2 a.b between points of length 1; rounding must not make it negative.
-        squared = (2.0 - 2.0 * (points @ points[index])).clamp_(min=0.0)
+        squared = 2.0 - 2.0 * (points @ points[index])  # |a - b|^2 between points of length 1
+        for close in (squared < _CLOSE).nonzero()[:, 0].split(_ROWS_AT_ONCE):
+            squared[close] = (points[close] - points[index]).square().sum(dim=1)
         torch.minimum(nearest, squared, out=nearest)
         nearest[index] = -1.0  # below every distance: no point is chosen twice, also among equal ones
         chosen.append(int(index))

@@ -99,8 +99,6 @@ def parse_row(value: JsonObject, file: str, line: int) -> Row | list[str]:
             answered, messages = last, messages[:-1]
     asked = value if answered is None else {**value, "messages": messages}
     row_id, kept, wrong = id_and_messages(asked, "user")
-    if has_lone_surrogate(row_id) or "\0" in row_id:
-        wrong.append("id holds a NUL character or half of a surrogate pair")
     domain: Any = value.get("domain")
     if domain not in DOMAINS:
         got = "none" if domain is None else json_type(domain) if not isinstance(domain, str) else repr(domain[:40])
@@ -114,6 +112,8 @@ def parse_row(value: JsonObject, file: str, line: int) -> Row | list[str]:
     source, pass_rate, embedding = value.get("source") or "", value.get("pass_rate"), value.get("embedding")
     if not isinstance(source, str):
         wrong.append(f"source must be a string, got {json_type(source)}")
+    else:
+        wrong += _text_faults("source", source)
     if pass_rate is not None and not (_is_number(pass_rate) and 0 <= pass_rate <= 1):
         wrong.append(f"pass_rate must be a number from 0 to 1, got {_shown(pass_rate)}")
     if embedding is not None and not (isinstance(embedding, list) and embedding and all(map(_is_number, embedding))):

@@ -100,7 +100,7 @@ class SamplingStage(Stage):
             for row in kept:
                 if id(row) in drawn:
                     row.responses = [
-                        Response(text=self._sampler.text(r.response_ids), finish_reason=r.finish_reason)
+                        Response(text=self._sampler.chat.response_text(r.response_ids), finish_reason=r.finish_reason)
                         for r in drawn[id(row)].rollouts
                     ]
         return kept

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from megatron_klear.curation.audit import Audit
-from megatron_klear.curation.files import RowWriter, read_json, read_row_file, sync, write_json
+from megatron_klear.curation.files import SPELL_OUT, RowWriter, read_json, read_row_file, sync, write_json
 from megatron_klear.curation.reading import InputPart, Reject
 from megatron_klear.curation.row import Row, row_schema, to_object
 from megatron_klear.data.index.files import digest_of
@@ -153,7 +153,9 @@ def do_unit(stage: Stage, job: UnitJob, advance: Advance = lambda count: None) -
     for leftover in job.rows.glob(f"{stem.name}-*"):
         leftover.unlink()
     with ExitStack() as stack:
-        opened = {kind: stack.enter_context(path.open("w", encoding="utf-8")) for kind, path in logs.items()}
+        opened = {
+            kind: stack.enter_context(path.open("w", encoding="utf-8", errors=SPELL_OUT)) for kind, path in logs.items()
+        }
         log = UnitLog(opened["dropped"], opened["rejects"])
         writer = stack.enter_context(RowWriter(stem, job.file_format, stage.schema, job.rows_per_file))
         told = 0

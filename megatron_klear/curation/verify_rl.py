@@ -62,7 +62,7 @@ def pass_at_k(correct: int, responses: int, k: int) -> float:
 
     Args:
         correct: c.
-        responses: n, at least 1; with fewer than k responses, k is n.
+        responses: n, at least 1; with fewer than k responses, k is n, which is no estimate of pass@k but below it.
         k: at least 1.
     """
     k = min(k, responses)
@@ -73,8 +73,10 @@ class SolvableStage(RespondStage):
     """Draws a teacher's responses and keeps problems that it solves often enough.
 
     For code, pass@k must be above `solvable.code_above`. With as many responses as k that is: one of them passes all
-    tests at least. For math, the share of correct responses must be above `solvable.math_above`, the majority. A
-    response that could not be graded counts neither way.
+    tests at least. A row that brings fewer responses of its own than k is dropped by that name: pass@k cannot be
+    estimated from them, and the teacher's would mix two models. For math, the share of correct responses must be above
+    `solvable.math_above`, the majority. A response that could not be graded counts neither way: `graded_at_least` says
+    how many must have been, and pass@k is that of all graded ones where they are fewer than k.
 
     Args:
         settings: of the run.
@@ -87,12 +89,12 @@ class SolvableStage(RespondStage):
         self._rule = settings.solvable
 
     def depends_on(self) -> dict[str, Any]:
-        """How responses are drawn and graded, and the rule."""
-        return {**super().depends_on(), "rule": asdict(self._rule)}
+        """How responses are drawn and graded, and the rule; its number goes up when it judges otherwise."""
+        return {**super().depends_on(), "rule": asdict(self._rule), "judges": 2}
 
     def apply(self, rows: Iterator[Row], log: UnitLog) -> Iterator[Row]:
         """Yield rows that the teacher solves."""
-        for row in super().apply(rows, log):
+        for row in super().apply(self._enough(rows, log), log):
             outcomes = [response.outcome for response in row.responses]
             graded = sum(outcome != "ungraded" for outcome in outcomes)
             correct = outcomes.count("correct")
@@ -113,6 +115,15 @@ class SolvableStage(RespondStage):
                 yield row
             else:
                 log.drop(row, f"{row.domain}: {rule} not above {bound:g}", value=round(value, 4), correct=correct)
+
+    def _enough(self, rows: Iterator[Row], log: UnitLog) -> Iterator[Row]:
+        """Rows that bring no responses, or as many as their rule needs; the others are not worth grading."""
+        for row in rows:
+            brought = len(row.responses)
+            if row.domain == "code" and self._rule.code_rule == "pass_at_k" and 0 < brought < self._rule.k:
+                log.drop(row, f"code: brings fewer responses than pass@{self._rule.k} needs", responses=brought)
+            else:
+                yield row
 
 
 def rate_bucket(rate: float) -> str:

@@ -7,12 +7,19 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from megatron_klear.data.chat import ChatTokenizer, ConversationError, EncodedConversation, load_chat_tokenizer
     from megatron_klear.data.cursor import CursorState, DataCursor
-    from megatron_klear.data.index import IndexSource, SftIndex, describe_source, prepare_index
+    from megatron_klear.data.index import (
+        IndexedLengths,
+        IndexSource,
+        SftIndex,
+        describe_source,
+        indexed_lengths,
+        prepare_index,
+    )
     from megatron_klear.data.overlap import require_disjoint, text_key
     from megatron_klear.data.prompts import PromptData, load_prompts
     from megatron_klear.data.rows import Message, PromptRow, SftRow, parse_sft_row, read_prompt_rows
     from megatron_klear.data.sft import SftData
-    from megatron_klear.data.steps import BinSteps, SequenceSteps, StepPlan, Steps
+    from megatron_klear.data.steps import BinSteps, SequenceSteps, StepPlan, Steps, sft_steps
 
 __all__ = [
     "BinSteps",
@@ -22,6 +29,7 @@ __all__ = [
     "DataCursor",
     "EncodedConversation",
     "IndexSource",
+    "IndexedLengths",
     "Message",
     "PromptData",
     "PromptRow",
@@ -32,12 +40,14 @@ __all__ = [
     "StepPlan",
     "Steps",
     "describe_source",
+    "indexed_lengths",
     "load_chat_tokenizer",
     "load_prompts",
     "parse_sft_row",
     "prepare_index",
     "read_prompt_rows",
     "require_disjoint",
+    "sft_steps",
     "text_key",
 ]
 
@@ -54,8 +64,10 @@ _HOMES = {
     ),
     "index": (
         "IndexSource",
+        "IndexedLengths",
         "SftIndex",
         "describe_source",
+        "indexed_lengths",
         "prepare_index",
     ),
     "overlap": (
@@ -79,6 +91,7 @@ _HOMES = {
         "SequenceSteps",
         "StepPlan",
         "Steps",
+        "sft_steps",
     ),
 }
 

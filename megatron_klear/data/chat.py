@@ -7,6 +7,7 @@ border and the prompt's tokens are a prefix of the conversation's by constructio
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_klear.data.end_tokens import end_ids
 from megatron_klear.data.problems import Problems
 from megatron_klear.data.rows import Message
 from megatron_klear.errors import DataError
@@ -23,6 +25,9 @@ from megatron_klear.records import IntArray
 
 _UNUSUAL = "Zz\u00e9\u0416\u4e2d\u0e01\u2211\U0001f600\U000e0001\t"
 """Characters of many scripts; a tokenizer that keeps all of them keeps any."""
+
+_SHOWN_CHARACTERS = 60
+"""Of a text in a message."""
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 
@@ -60,8 +65,11 @@ class ChatTokenizer:
     Attributes:
         end_of_turn: text of the token that closes an assistant turn.
         end_of_turn_id: its id.
+        opening: what every generation prompt ends with from a think marker on that it opens and does not close, such
+            as "<think>\\n"; mostly empty. It belongs to a response's text, and the response's tokens do not hold it.
         think_start_id, think_end_id: ids of the think markers.
-        stop_ids: ids that end a response at rollout time: end of turn, end of text, and those asked for.
+        stop_ids: ids that end a response, at rollout time as in evaluations and at every engine: end of turn, the
+            tokenizer's end of text, the model's own (see `end_ids`), and those asked for.
         pad_token_id: a valid id for padding.
         num_tokens: one above the largest id.
         markers: control tokens of the template; text that holds one would break the turn structure.
@@ -74,6 +82,7 @@ class ChatTokenizer:
         think_start: str,
         think_end: str,
         stop_tokens: Sequence[str] = (),
+        model_ends: Sequence[int] = (),
         directory: str = "",
     ) -> None:
         self.hf = tokenizer
@@ -93,14 +102,18 @@ class ChatTokenizer:
         for token in stop_tokens:
             if token not in known:
                 problems.add("rollout.stop_tokens", f"{token!r} is not one token of this tokenizer")
+        beyond = [i for i in model_ends if i >= self.num_tokens]
+        if beyond:
+            text = f"the model ends responses at ids {beyond} (eos_token_id), and the tokenizer has {self.num_tokens}"
+            problems.add("model.hf_dir", text)
         problems.raise_if_any()
-        self.end_of_turn = ""
+        self.end_of_turn = self.opening = ""
         self.markers: tuple[str, ...] = ()
         self._probe(problems)
         problems.raise_if_any()
         self.end_of_turn_id = self._known_id(self.end_of_turn)
         eos = tokenizer.eos_token_id
-        more = [int(known[token]) for token in stop_tokens]
+        more = [*model_ends, *(int(known[token]) for token in stop_tokens)]
         self.stop_ids = tuple(dict.fromkeys(i for i in (self.end_of_turn_id, eos, *more) if i is not None))
         pad = tokenizer.pad_token_id
         self.pad_token_id = int(self.end_of_turn_id if pad is None else pad)
@@ -113,6 +126,14 @@ class ChatTokenizer:
         """Text of token ids, markers included."""
         ids = [int(i) for i in token_ids]
         return str(self.hf.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+    def response_text(self, response_ids: Sequence[int] | NDArray[np.integer]) -> str:
+        """A response as it is graded, kept and shown: with what the prompt opened, without the token that ended it.
+
+        To the letter: a template that writes an answer as it stands renders prompt and response of this text again.
+        """
+        ended = len(response_ids) > 0 and int(response_ids[-1]) in self.stop_ids
+        return self.opening + self.decode(response_ids[:-1] if ended else response_ids)
 
     def encode_prompt(self, messages: Sequence[Message]) -> IntArray:
         """Tokenize a conversation up to and including the generation prompt; int64 [L].
@@ -162,7 +183,8 @@ class ChatTokenizer:
         """Cut the rendered conversation into what the assistant wrote and what it did not, up to its last token.
 
         Raises:
-            ConversationError: the template refuses the conversation or marks no assistant turn in it.
+            ConversationError: the template refuses the conversation, marks no assistant turn in it, or leaves out a
+                part of an answer that would be trained.
         """
         self._refuse_markers(messages)
         whole = self._render(messages)
@@ -175,6 +197,7 @@ class ChatTokenizer:
             answered = whole if is_last else self._render(messages[: number + 1])
             end = answered.rfind(self.end_of_turn) + len(self.end_of_turn)
             if answered.startswith(prompt) and whole.startswith(answered[:end]) and end > len(prompt):
+                self._refuse_omissions(message, self.opening + whole[len(prompt) : end])
                 cuts.append((len(prompt), end))
             elif is_last:
                 raise ConversationError("the chat template renders the last answer without its generation prompt")
@@ -200,6 +223,25 @@ class ChatTokenizer:
                     raise ConversationError(
                         f"message {number} holds the chat marker {found[0]}, which would end its turn"
                     )
+
+    def _refuse_omissions(self, message: Message, rendered: str) -> None:
+        """Refuse an answer of which the template leaves out a part without a word.
+
+        Qwen3's, for one, keeps the first and the last of what stands between the think markers, and nothing that stands
+        before them; others do not know `reasoning_content`.
+        """
+        markers = f"{re.escape(self.think_start)}|{re.escape(self.think_end)}"
+        position = 0
+        for text in (message.get("reasoning_content", ""), message["content"]):
+            for part in map(str.strip, re.split(markers, text)):
+                at = rendered.find(part, position)
+                if at < 0:
+                    shown = part if len(part) <= _SHOWN_CHARACTERS else f"{part[:_SHOWN_CHARACTERS]} ..."
+                    raise ConversationError(
+                        f"the chat template leaves out a part of the answer, {shown!r}: a thinking part belongs at the "
+                        f"beginning, between one {self.think_start} and one {self.think_end}"
+                    )
+                position = at + len(part)
 
     def _refuse_losses(self, text: str, token_ids: Sequence[int] | NDArray[np.integer]) -> None:
         """Refuse text with characters that have no token, which some tokenizers pass over without a word."""
@@ -238,6 +280,7 @@ class ChatTokenizer:
         if not whole.startswith(prompt):
             problems.add(where, f"it renders an answered turn without its generation prompt {prompt[-40:]!r}")
             return
+        self.opening = self._left_open(prompt[len(self._render(asked)) :])
         written = whole[len(prompt) :]
         if thinking not in written or self.think_end not in written:
             problems.add(where, "it drops the thinking part of the last answer, which could then not be trained")
@@ -254,6 +297,10 @@ class ChatTokenizer:
         if pieces != list(self.encode(whole)):
             problems.add(where, "text tokenizes differently when it is cut at the generation prompt")
 
+    def _left_open(self, generation_prompt: str) -> str:
+        at = generation_prompt.rfind(self.think_start)
+        return "" if at < 0 or self.think_end in generation_prompt[at:] else generation_prompt[at:]
+
     def _control_tokens(self) -> list[str]:
         """Added tokens that text is always cut at, but for the think markers."""
         added = [str(token) for token in self.hf.added_tokens_decoder.values()]
@@ -267,6 +314,7 @@ def load_chat_tokenizer(
     think_start: str = "<think>",
     think_end: str = "</think>",
     stop_tokens: Sequence[str] = (),
+    model_dir: str | Path | None = None,
     vocab_size: int | None = None,
 ) -> ChatTokenizer:
     """Load a tokenizer from a directory and check that its conversations can be trained on.
@@ -275,11 +323,12 @@ def load_chat_tokenizer(
         directory: Hugging Face tokenizer directory (tokenizer.dir); nothing is downloaded.
         think_start, think_end: think markers (tokenizer.think_start, tokenizer.think_end).
         stop_tokens: texts of tokens that also end a response (rollout.stop_tokens).
+        model_dir: Hugging Face directory of the model (model.hf_dir), whose end tokens end a response, too.
         vocab_size: rows of the model's embedding, if known; the tokenizer must not go beyond it.
 
     Raises:
-        DataError: the directory holds no usable tokenizer, a think marker or stop token is not a single token, or the
-            chat template does not mark assistant turns.
+        DataError: the directory holds no usable tokenizer, a think marker or stop token is not a single token, the
+            chat template does not mark assistant turns, or the model's end tokens cannot be read or are not in it.
     """
     path = Path(directory)
     if not path.is_dir():
@@ -294,7 +343,12 @@ def load_chat_tokenizer(
     except Exception as error:  # whatever a damaged file makes the library raise
         raise DataError(f"tokenizer.dir = {directory}: the tokenizer cannot be loaded: {error}") from error
     chat = ChatTokenizer(
-        tokenizer, think_start=think_start, think_end=think_end, stop_tokens=stop_tokens, directory=str(directory)
+        tokenizer,
+        think_start=think_start,
+        think_end=think_end,
+        stop_tokens=stop_tokens,
+        model_ends=() if model_dir is None else end_ids(model_dir),
+        directory=str(directory),
     )
     if vocab_size is not None and chat.num_tokens > vocab_size:
         raise DataError(

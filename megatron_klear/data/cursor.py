@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import TypedDict
 
 import numpy as np
@@ -40,6 +41,7 @@ class DataCursor:
         batch_setting: dotted path of the setting that gives the batch size.
 
     Attributes:
+        num_rows, batch_rows: as given.
         epoch: the epoch that the next row is taken from (a full epoch is left only when the next is needed).
         position: rows taken or deferred from this epoch's order.
 
@@ -68,8 +70,8 @@ class DataCursor:
         self.epoch = 0
         self.position = 0
         self._deferred: list[int] = []
-        self._num_rows = num_rows
-        self._batch_rows = batch_rows
+        self.num_rows = num_rows
+        self.batch_rows = batch_rows
         self._seed = seed
         self._shuffle = shuffle
         self._fingerprint = fingerprint
@@ -79,12 +81,12 @@ class DataCursor:
     @property
     def rows_taken(self) -> int:
         """Rows given out since the start."""
-        return self.epoch * self._num_rows + self.position - len(self._deferred)
+        return self.epoch * self.num_rows + self.position - len(self._deferred)
 
     @property
     def epochs_done(self) -> float:
         """Passes over the data so far, fractions included."""
-        return self.rows_taken / self._num_rows
+        return self.rows_taken / self.num_rows
 
     def next_batch(self) -> IntArray:
         """Take the next batch and move on.
@@ -94,14 +96,19 @@ class DataCursor:
         """
         return self.next_batch_and_epochs()[0]
 
-    def next_batch_and_epochs(self) -> tuple[IntArray, IntArray]:
-        """Take the next batch and move on; also say of which epoch each row is, int64 [batch_rows]."""
-        batch = self._deferred[: self._batch_rows]
+    def next_batch_and_epochs(self, count: int | None = None) -> tuple[IntArray, IntArray]:
+        """Take the next batch and move on; also say of which epoch each row is, int64 [batch_rows].
+
+        Args:
+            count: rows to take, at most `num_rows`, if not `batch_rows`.
+        """
+        count = self.batch_rows if count is None else count
+        batch = self._deferred[:count]
         epochs = [self.epoch] * len(batch)
-        self._deferred = self._deferred[self._batch_rows :]
+        self._deferred = self._deferred[count:]
         in_batch = set(batch)
-        while len(batch) < self._batch_rows:
-            if self.position == self._num_rows:
+        while len(batch) < count:
+            if self.position == self.num_rows:
                 self.epoch += 1
                 self.position = 0
                 self._order = self._order_of(self.epoch)
@@ -115,9 +122,11 @@ class DataCursor:
             in_batch.add(row)
         return np.array(batch, dtype=np.int64), np.array(epochs, dtype=np.int64)
 
-    def steps_for_epochs(self, epochs: float) -> int:
-        """Batches that visit every row at least `epochs` times."""
-        return int(np.ceil(epochs * self._num_rows / self._batch_rows))
+    def still_to_come(self, places: Collection[tuple[int, int]]) -> set[tuple[int, int]]:
+        """Those of some (epoch, row) that have not been given out yet."""
+        given = set(self._order[: self.position].tolist()) - set(self._deferred)
+        later = {(epoch, row) for epoch, row in places if epoch > self.epoch}
+        return later | {(epoch, row) for epoch, row in places if epoch == self.epoch and row not in given}
 
     def state_dict(self) -> CursorState:
         """The place, for a checkpoint."""
@@ -125,7 +134,7 @@ class DataCursor:
             "epoch": self.epoch,
             "position": self.position,
             "deferred": list(self._deferred),
-            "num_rows": self._num_rows,
+            "num_rows": self.num_rows,
             "seed": self._seed,
             "shuffle": self._shuffle,
             "fingerprint": self._fingerprint,
@@ -159,5 +168,5 @@ class DataCursor:
 
     def _order_of(self, epoch: int) -> IntArray:
         if not self._shuffle:
-            return np.arange(self._num_rows, dtype=np.int64)
-        return seeded_order(self._num_rows, self._seed, epoch)
+            return np.arange(self.num_rows, dtype=np.int64)
+        return seeded_order(self.num_rows, self._seed, epoch)

@@ -116,6 +116,8 @@ def id_and_messages(value: JsonObject, last_role: str) -> tuple[str, tuple[Messa
     if isinstance(row_id, bool) or not isinstance(row_id, (str, int)) or row_id == "":
         got = "none" if "id" not in value else json_type(row_id)
         wrong.append(f"id must be a non-empty string or a whole number, got {got}")
+    elif isinstance(row_id, str) and (has_lone_surrogate(row_id) or "\0" in row_id):
+        wrong.append("id holds a NUL character or half of a surrogate pair, which no text has")
     listed = value.get("messages")
     if not isinstance(listed, list) or not listed:
         got = "none" if "messages" not in value else "an empty list" if listed == [] else json_type(listed)

@@ -10,7 +10,7 @@ import numpy as np
 from megatron_klear.data.index import SftIndex
 from megatron_klear.data.problems import SHOWN_PROBLEMS
 from megatron_klear.errors import DataError
-from megatron_klear.packing import OversizePolicy, fitting_sequences
+from megatron_klear.packing import OversizePolicy, fitting_sequences, require_some
 from megatron_klear.records import IntArray
 
 
@@ -51,11 +51,7 @@ class SftData:
         self.numbers, self.dropped = fitting_sequences(
             index.lengths, token_budget=token_budget, multiple=multiple, oversize=oversize, names=_Names(index)
         )
-        if not len(self.numbers):
-            raise DataError(
-                f"data.sft: all {len(index)} conversations are over packing.token_budget = {token_budget} tokens "
-                "and were dropped; raise it"
-            )
+        require_some(self.numbers, index.lengths, token_budget=token_budget, multiple=multiple)
         self.lengths: IntArray = index.lengths[self.numbers]
         self.trained: IntArray = index.trained[self.numbers]
         self.fingerprint = index.fingerprint

@@ -8,12 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from megatron_klear import __version__
-from megatron_klear.config.evaluating import BenchmarkSettings, EvaluationSettings, evaluation_yarn
+from megatron_klear.config.evaluating import (
+    BenchmarkSettings,
+    EvaluationSettings,
+    as_day,
+    evaluation_yarn,
+    servers_yarn,
+)
 from megatron_klear.data.chat import ConversationError
 from megatron_klear.data.problems import Problems
 from megatron_klear.errors import ConfigError
 from megatron_klear.evaluation.generations import Generation
-from megatron_klear.evaluation.published import benchmark_name, read_benchmark
+from megatron_klear.evaluation.published import Contests, benchmark_name, read_benchmark
 from megatron_klear.evaluation.writing import Benchmark
 from megatron_klear.observe.work_progress import WorkProgress
 from megatron_klear.records import Prompt
@@ -29,15 +35,12 @@ def read_benchmarks(settings: BenchmarkSettings) -> list[Benchmark]:
     Raises:
         DataError: naming file and line of everything that is wrong.
     """
-    return [
-        Benchmark(
-            name=benchmark_name(file),
-            rows=tuple(read_benchmark(file, setting="benchmarks.files", instruction=settings.instruction))[
-                : settings.problems
-            ],
-        )
-        for file in settings.files
-    ]
+    contests = Contests(first=as_day(settings.contests_from), last=as_day(settings.contests_until))
+    found = []
+    for file in settings.files:
+        rows = read_benchmark(file, setting="benchmarks.files", instruction=settings.instruction, contests=contests)
+        found.append(Benchmark(name=benchmark_name(file), rows=tuple(rows[: settings.problems])))
+    return found
 
 
 def generations_of(benchmarks: Sequence[Benchmark], settings: EvaluationSettings) -> dict[str, list[Generation]]:
@@ -50,7 +53,7 @@ def generations_of(benchmarks: Sequence[Benchmark], settings: EvaluationSettings
     sampler_settings = settings.sampler
     with open_sampler(
         sampler_settings, section="sampler", cache=Path(settings.run.dir) / CACHE_FILE, seed=settings.run.seed,
-        config_changes=rope_changes(settings),
+        config_changes=rope_changes(settings), servers_yarn=servers_yarn(settings) or "any",
     ) as sampler:  # fmt: skip
         asked = _prompts(benchmarks, sampler, sampler_settings.max_prompt_tokens)
         total = sum(map(len, asked.values())) * sampler_settings.responses
@@ -70,7 +73,7 @@ def generations_of(benchmarks: Sequence[Benchmark], settings: EvaluationSettings
                     Generation(
                         problem_id=group.prompt.prompt_id,
                         index=index,
-                        response=sampler.text(rollout.response_ids),
+                        response=sampler.chat.response_text(rollout.response_ids),
                         finish_reason=rollout.finish_reason,
                         num_tokens=len(rollout.response_ids),
                         benchmark=benchmark.name,
@@ -143,7 +146,13 @@ def facts_of(settings: EvaluationSettings) -> dict[str, Any]:
         "max_response_tokens": sampler.max_response_tokens,
         "yarn_factor": settings.yarn.factor,
         "preset": settings.run.preset,
+        **_contests(settings.benchmarks),
         "thinking part required": settings.reward.require_think,
         "seed": settings.run.seed,
         "megatron_klear": __version__,
     }
+
+
+def _contests(settings: BenchmarkSettings) -> dict[str, str]:
+    first, last = settings.contests_from, settings.contests_until
+    return {} if first is None and last is None else {"contests": f"{first or 'the first'} to {last or 'the last'}"}

@@ -2,8 +2,9 @@
 
 {"problem_id", "response", "index"?, "benchmark"?, "finish_reason"?: "stop" | "length" | "abort", "num_tokens"?}
 
-or all responses to a problem in one row, with `responses`, a list, in place of `response`. A row that cannot be used is
-put into a rejects file with file, line and reason, and counted; the others are used.
+or all responses to a problem in one row, with `responses`, a list, in place of `response`. Responses without an index
+get the smallest ones that no earlier row has. A row that cannot be used is put into a rejects file with file, line and
+reason, and counted; the others are used.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from megatron_klear.data.problems import Problems
 from megatron_klear.records import FinishReason
 
 _FINISH_REASONS = get_args(FinishReason)
+_LARGEST_COUNT = 2**53
+"""Larger ones are no count of anything, and no floating point number holds them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,21 +72,20 @@ def read_generations(path: str | Path, rejects: Rejects) -> Iterator[Generation]
         path: JSON lines.
         rejects: takes the rows that cannot be used, and a file that cannot be read.
     """
-    seen: dict[tuple[str, str], set[int]] = {}
+    seen: dict[tuple[str, str], _Indices] = {}
     for where, value in read_objects([path], rejects, setting="GENERATIONS"):
         wrong = _faults(value)
         if wrong:
             rejects.add(where, "; ".join(wrong))
             continue
         key = (value.get("benchmark", ""), str(value["problem_id"]))
-        taken = seen.setdefault(key, set())
+        indices = seen.setdefault(key, _Indices())
         responses = [value["response"]] if "response" in value else value["responses"]
-        first = value.get("index", len(taken))
-        for index, response in enumerate(responses, start=first):
-            if index in taken:
+        for number, response in enumerate(responses):
+            index = value["index"] + number if "index" in value else indices.free()
+            if not indices.take(index):
                 rejects.add(where, f"response {index} to problem {key[1]!r} was given before")
                 continue
-            taken.add(index)
             yield Generation(
                 problem_id=key[1],
                 index=index,
@@ -92,6 +94,26 @@ def read_generations(path: str | Path, rejects: Rejects) -> Iterator[Generation]
                 num_tokens=value.get("num_tokens"),
                 benchmark=key[0],
             )
+
+
+class _Indices:
+    """The indices of the responses to a problem that were given so far."""
+
+    def __init__(self) -> None:
+        self._taken: set[int] = set()
+        self._free = 0
+
+    def free(self) -> int:
+        """The smallest that was not given."""
+        while self._free in self._taken:
+            self._free += 1
+        return self._free
+
+    def take(self, index: int) -> bool:
+        """Note one as given; whether it was free."""
+        is_free = index not in self._taken
+        self._taken.add(index)
+        return is_free
 
 
 def write_generations(path: Path, generations: Iterable[Generation]) -> None:
@@ -115,11 +137,11 @@ def _faults(value: JsonObject) -> list[str]:
     elif "responses" in value and not _is_texts(value["responses"]):
         wrong.append("responses must be a list of at least one text")
     if not _is_count(value.get("index", 0)):
-        wrong.append(f"index must be a whole number from 0, got {_got(value, 'index')}")
+        wrong.append(f"index must be a whole number from 0 to 2^53, got {_got(value, 'index')}")
     if value.get("finish_reason", "stop") not in _FINISH_REASONS:
         wrong.append(f"finish_reason must be one of {', '.join(_FINISH_REASONS)}, got {value['finish_reason']!r}")
     if value.get("num_tokens") is not None and not _is_count(value["num_tokens"]):
-        wrong.append(f"num_tokens must be a whole number from 0, got {_got(value, 'num_tokens')}")
+        wrong.append(f"num_tokens must be a whole number from 0 to 2^53, got {_got(value, 'num_tokens')}")
     if not isinstance(value.get("benchmark", ""), str):
         wrong.append(f"benchmark must be a text, got {_got(value, 'benchmark')}")
     return wrong
@@ -130,7 +152,7 @@ def _got(value: JsonObject, key: str) -> str:
 
 
 def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= _LARGEST_COUNT
 
 
 def _is_texts(value: Any) -> bool:

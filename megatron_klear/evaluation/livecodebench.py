@@ -2,30 +2,42 @@
 
 Facts about the form, from the released files: `public_test_cases` is JSON text, a list of {"input", "output",
 "testtype": "stdin" | "functional"}; `private_test_cases` is the same, or base64 of zlib of a pickle of that JSON text;
-`metadata` is JSON text with `func_name` where tests call a function, whose arguments are JSON values, one per line.
+`metadata` is JSON text with `func_name` where tests call a function, whose arguments are JSON values, one per line;
+`starter_code` is empty unless there is such a function; `contest_date` is ISO text, or a timestamp in Parquet copies.
 """
 
 from __future__ import annotations
 
 import base64
 import binascii
-import io
 import json
-import pickle
+import pickletools
 import zlib
+from datetime import date, datetime
 from typing import Any
 
-from megatron_klear.data.jsonl import JsonObject
+from megatron_klear.data.jsonl import JsonObject, json_type
 
 _LARGEST_BYTES = 2**30
 """Of unpacked tests; the largest published ones are some hundred MB."""
 
 _MODULES = (
     "string", "re", "datetime", "collections", "heapq", "bisect", "copy", "math", "random", "statistics", "itertools",
-    "functools", "operator", "io", "sys", "json", "typing",
+    "functools", "operator", "io", "sys", "json",
 )  # fmt: skip
-_IMPORTS = "".join(f"import {name}\nfrom {name} import *\n" for name in _MODULES) + "from builtins import *\n"
-"""What LiveCodeBench's own harness gives every answer: starter code names List and others without importing them."""
+_CONTENTS = (*_MODULES, "builtins", "typing")
+"""Of which every name is given; builtins after those that have names of theirs, such as io.open and math.pow."""
+
+_GIVEN = "\n".join(
+    [
+        *(f"from {name} import *" for name in _CONTENTS),
+        f"import {', '.join(_MODULES)}",
+        "sys.setrecursionlimit(50_000)",
+        "",
+    ]
+)
+"""What LiveCodeBench's own harness gives every answer, in its order: a module that has a member of its name (bisect,
+copy, datetime, random) is the module; starter code names List and others without importing them."""
 
 _STDIN_INSTRUCTION = (
     "Write a Python program that solves the problem. It reads the input from standard input and writes the answer to "
@@ -37,11 +49,9 @@ _CALL_INSTRUCTION = (
 )
 
 
-class _TextUnpickler(pickle.Unpickler):
-    """Unpickles texts only: a benchmark file must not be able to run anything."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        raise pickle.UnpicklingError(f"the pickle wants {module}.{name}, and may hold text only")
+_TEXTS = ("SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8", "UNICODE")
+_AROUND_TEXTS = ("PROTO", "FRAME", "MEMOIZE", "PUT", "BINPUT", "LONG_BINPUT", "STOP")
+"""Opcodes of a pickle that holds one text, in any protocol."""
 
 
 def is_livecodebench(value: JsonObject) -> bool:
@@ -63,29 +73,50 @@ def livecodebench_row(value: JsonObject) -> JsonObject | list[str]:
         wrong.append(f"mixes tests of the kinds {', '.join(sorted(kinds))}")
     if kinds == {"functional"} and not (isinstance(function, str) and function.isidentifier()):
         wrong.append(f"metadata must name the function that its tests call (func_name), got {function!r}")
+    content, starter = value.get("question_content"), value.get("starter_code")
+    starter = "" if starter is None else starter
+    if not isinstance(content, str) or not content.strip():
+        got = "an empty text" if isinstance(content, str) else json_type(content)
+        wrong.append(f"question_content must be a text, got {got}")
+    if not isinstance(starter, str):
+        wrong.append(f"starter_code must be a text, got {json_type(starter)}")
+    elif kinds == {"functional"} and not starter.strip():
+        wrong.append("starter_code is empty, and without it nobody knows what function the tests call")
     if wrong:
         return wrong
-    starter = str(value.get("starter_code") or "").strip()
+    starter = starter.strip()
     calls = kinds == {"functional"}
     instruction = _CALL_INSTRUCTION.format(starter=starter) if calls else _STDIN_INSTRUCTION
     tests = [*public, *private]
     return {
         "id": value.get("question_id"),
         "domain": "code",
-        "messages": [{"role": "user", "content": f"{str(value['question_content']).strip()}\n\n{instruction}"}],
+        "messages": [{"role": "user", "content": f"{str(content).strip()}\n\n{instruction}"}],
         "reference": _calls(str(function), tests) if calls else _programs(tests),
     }
 
 
+def contest_day(value: JsonObject) -> date | str:
+    """The day of a row's contest, or why it is not known."""
+    given = value.get("contest_date")
+    if isinstance(given, datetime):
+        return given.date()
+    try:
+        return datetime.fromisoformat(given).date()  # type: ignore[arg-type]  # a TypeError is one of the answers
+    except (TypeError, ValueError):
+        got = repr(given[:40]) if isinstance(given, str) else json_type(given)
+        return f"contest_date must be a date such as 2025-02-01T00:00:00, got {got}"
+
+
 def _programs(tests: list[dict[str, str]]) -> dict[str, Any]:
     asked = [{"input": test["input"], "output": test["output"]} for test in tests]
-    return {"kind": "stdin", "preamble": _IMPORTS, "tests": asked}
+    return {"kind": "stdin", "preamble": _GIVEN, "tests": asked}
 
 
 def _calls(function: str, tests: list[dict[str, str]]) -> dict[str, Any]:
     return {
         "kind": "call",
-        "preamble": _IMPORTS,
+        "preamble": _GIVEN,
         "function": function,
         "tests": [
             {
@@ -136,17 +167,38 @@ def _unpacked(key: str, packed: str, wrong: list[str]) -> str:
     try:
         unpacker = zlib.decompressobj()
         content = unpacker.decompress(base64.b64decode(packed, validate=True), _LARGEST_BYTES)
-        if unpacker.unconsumed_tail:
-            wrong.append(f"{key} unpacks to more than {_LARGEST_BYTES} bytes")
+        if not unpacker.eof:
+            wrong.append(f"{key} unpacks to more than {_LARGEST_BYTES} bytes, or is cut off")
             return "[]"
-        text = _TextUnpickler(io.BytesIO(content)).load()
-    except (binascii.Error, ValueError, zlib.error, pickle.UnpicklingError, EOFError, IndexError, KeyError) as error:
+        return _unpickled(content)
+    except (binascii.Error, ValueError, zlib.error) as error:
         wrong.append(f"{key} is neither JSON nor packed JSON ({error})")
         return "[]"
-    if not isinstance(text, str):
-        wrong.append(f"{key} must hold text, got {type(text).__name__}")
-        return "[]"
-    return text
+
+
+def _unpickled(content: bytes) -> str:
+    """The text that a pickle holds, read from its opcodes.
+
+    No unpickler runs: one that refuses every class can still be made to take all memory by ten bytes (`LONG_BINPUT`
+    with a large number).
+
+    Raises:
+        ValueError: it holds anything else, or is damaged.
+    """
+    texts: list[str] = []
+    try:
+        for opcode, argument, _ in pickletools.genops(content):
+            if opcode.name in _TEXTS and not texts:
+                texts.append(str(argument))
+            elif opcode.name not in _AROUND_TEXTS:
+                raise ValueError(f"the pickle may hold one text and nothing else, found {opcode.name}")
+    except ValueError:
+        raise
+    except Exception as error:  # whatever damaged bytes make the reader raise
+        raise ValueError(f"{type(error).__name__}: {error}") from error
+    if not texts:
+        raise ValueError("the pickle holds no text")
+    return texts[0]
 
 
 def _parsed(key: str, text: Any, wrong: list[str]) -> Any:

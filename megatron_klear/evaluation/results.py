@@ -106,6 +106,28 @@ def summarize(
     )
 
 
+def coverage_lines(results: Sequence[BenchmarkResult]) -> list[str]:
+    """One line for each benchmark with a figure that does not cover all its problems; none where all are covered."""
+    lines = []
+    for result in results:
+        figures = [(result.label, result.avg), *((f"pass@{k}", value) for k, value in result.pass_at_k.items())]
+        short = [
+            f"{name} {covered(value, result)}" for name, value in figures if value.num_problems < result.num_problems
+        ]
+        if short:
+            ungraded = result.num_problems - result.num_without_response - result.avg.num_problems
+            lines.append(
+                f"INCOMPLETE: {result.name}: problems covered: {', '.join(short)}; {result.num_without_response} have "
+                f"no response, {ungraded} no graded one. These are not figures of the whole benchmark."
+            )
+    return lines
+
+
+def covered(value: Estimate, result: BenchmarkResult) -> str:
+    """`28 of 30`: the problems that a figure is of, and all."""
+    return f"{value.num_problems:,} of {result.num_problems:,}"
+
+
 def default_ks(num_responses: int) -> list[int]:
     """Powers of two up to the number of responses, and that number itself."""
     ks = [2**i for i in range(num_responses.bit_length())]
@@ -127,7 +149,7 @@ def as_json(results: Sequence[BenchmarkResult], facts: Mapping[str, Any]) -> dic
         results: one per benchmark.
         facts: what the figures were made with (model, sampling, versions); taken over as they are.
     """
-    rows = [{**asdict(result), "label": result.label} for result in results]
+    rows = [{**asdict(result), "label": result.label, "complete": not coverage_lines([result])} for result in results]
     return {"facts": dict(facts), "benchmarks": [_plain(row) for row in rows]}
 
 
@@ -143,20 +165,21 @@ def results_table(results: Sequence[BenchmarkResult]) -> Table:
     """The figures for a terminal: accuracy in percent with its 95 % interval over problems."""
     from rich import box
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for title in ("benchmark", "problems", "metric", "%", "95 % interval", "also", "%", "95 % interval"):
+    for title in ("benchmark", "metric", "%", "95 % interval", "problems", "also", "%", "95 % interval", "problems"):
         table.add_column(title, justify="left" if title in ("benchmark", "metric", "also") else "right")
     for title in ("responses", "cut at limit", "mean tokens", "malformed", "ungraded"):
         table.add_column(title, justify="right")
     for result in results:
-        problems = str(result.num_problems)
-        if result.num_without_response:
-            problems = f"{result.num_problems - result.num_without_response} of {problems}"
         most, best = next(reversed(result.pass_at_k.items()), (0, None))
         table.add_row(
-            result.name, problems, result.label, percent(result.avg.mean), interval(result.avg),
-            *(("", "", "") if best is None or most == 1 else (f"pass@{most}", percent(best.mean), interval(best))),
+            Text(result.name), result.label,
+            percent(result.avg.mean), interval(result.avg), covered(result.avg, result),
+            *(("", "", "", "") if best is None or most == 1 else (
+                f"pass@{most}", percent(best.mean), interval(best), covered(best, result)
+            )),
             f"{result.num_responses:,}", f"{percent(result.share_cut)} %",
             "-" if result.tokens is None else f"{result.tokens[0]:,.0f}",
             *(str(result.outcomes[name]) for name in ("malformed", "ungraded")),

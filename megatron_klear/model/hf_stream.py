@@ -7,6 +7,7 @@ through here, so there is one place where the two layouts meet.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -67,6 +68,24 @@ def hf_named_tensors(
     for rule in tensor_rules(arch, layer_kind=model.layer_kind):
         whole = _whole(rule, parameters, arch, context, padded_vocab, dtype)
         yield from zip(rule.hf_names, hf_from_whole(rule, whole, arch), strict=True)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HfWeights:
+    """`hf_named_tensors` of a model, from its first tensor on each time that this is iterated (a collective).
+
+    Attributes:
+        model: this rank's stage.
+        arch: sizes of the model.
+        context: the layout.
+    """
+
+    model: Qwen3Model
+    arch: Architecture
+    context: ParallelContext
+
+    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+        return hf_named_tensors(self.model, self.arch, self.context)
 
 
 def _whole(

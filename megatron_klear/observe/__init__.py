@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from megatron_klear.observe.progress import Progress
     from megatron_klear.observe.ranges import nvtx_range
     from megatron_klear.observe.report import write_report
+    from megatron_klear.observe.stall_watch import StallWatch
     from megatron_klear.observe.throughput import Phases
     from megatron_klear.observe.utilization import DeviceRates, utilization_metrics
 
@@ -27,6 +28,7 @@ __all__ = [
     "Phases",
     "Progress",
     "SilentMetrics",
+    "StallWatch",
     "append_examples",
     "host_free_bytes",
     "memory_metrics",
@@ -50,6 +52,7 @@ _HOMES = {
     "progress": ("Progress",),
     "ranges": ("nvtx_range",),
     "report": ("write_report",),
+    "stall_watch": ("StallWatch",),
     "throughput": ("Phases",),
     "utilization": ("DeviceRates", "utilization_metrics"),
 }

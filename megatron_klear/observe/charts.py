@@ -79,7 +79,7 @@ class Chart:
 
 def build_charts(logs: Sequence[PhaseLog]) -> list[Chart]:
     """The charts for which these phases have numbers, most important first."""
-    charts = [_accuracy(logs), _loss(logs), *_rl_charts(logs), *_optimizer_charts(logs)]
+    charts = [_accuracy(logs), _loss(logs), *_rl_charts(logs), *_engine_charts(logs), *_optimizer_charts(logs)]
     return [chart for chart in charts if chart.panels]
 
 
@@ -141,6 +141,7 @@ def _rl_charts(logs: Sequence[PhaseLog]) -> list[Chart]:
         return [
             Line("largest", log.series(names.MISMATCH_MAX_ABS), ORANGE),
             Line("mean", log.series(names.MISMATCH_MEAN_ABS), BLUE, dashed=True),
+            Line("mean of left-out groups", log.series(names.MISMATCH_LEFT_OUT_MEAN_ABS), GREY, dashed=True),
         ]
 
     def correction(log: PhaseLog) -> list[Line]:
@@ -219,6 +220,45 @@ def _rl_charts(logs: Sequence[PhaseLog]) -> list[Chart]:
     ]
 
 
+def _engine_charts(logs: Sequence[PhaseLog]) -> list[Chart]:
+    def engines(log: PhaseLog) -> list[Line]:
+        return [
+            Line("serving", log.series(names.ENGINES_SERVING), GREEN, smooth=False),
+            Line("lost", log.series(names.ENGINES_LOST), RED, dashed=True, smooth=False),
+            Line("back again", log.series(names.ENGINES_REJOINED), BLUE, dashed=True, smooth=False),
+        ]
+
+    def requests(log: PhaseLog) -> list[Line]:
+        found = [
+            Line("failed, malformed included", log.series(names.REQUESTS_FAILED), ORANGE, smooth=False),
+            Line("malformed", log.series(names.REQUESTS_MALFORMED), PURPLE, dashed=True, smooth=False),
+            Line("abandoned", log.series(names.REQUESTS_ABANDONED), RED, smooth=False),
+            Line("moved", log.series(names.REQUESTS_MOVED), SKY, smooth=False),
+            Line("groups drawn again", log.series(names.REQUESTS_GROUPS_REDRAWN), GREY, dashed=True, smooth=False),
+        ]
+        # In a run without trouble there is nothing to draw; the figures below say so.
+        return [line for line in found if line.series.finite.values.any()]
+
+    return [
+        Chart(
+            key="engines",
+            title="Rollout engines",
+            y_label="engines",
+            note="Engines that serve after a step's publish; lost and back again since the step before.",
+            panels=_panels(logs, engines),
+            from_zero=True,
+        ),
+        Chart(
+            key="requests",
+            title="Requests in trouble",
+            y_label="requests per step",
+            note="All were sent again. Malformed answers that go on mean an engine that samples something else.",
+            panels=_panels(logs, requests),
+            from_zero=True,
+        ),
+    ]
+
+
 def _optimizer_charts(logs: Sequence[PhaseLog]) -> list[Chart]:
     return [
         Chart(
@@ -247,13 +287,13 @@ def _optimizer_charts(logs: Sequence[PhaseLog]) -> list[Chart]:
             from_zero=True,
         ),
         _utilization(logs),
+        _packing(logs),
         Chart(
-            key="packing",
-            title="Packing",
-            y_label="share of packed positions",
-            note="Positions that hold a token; the rest is padding.",
-            panels=_panels(logs, _one(names.SLOTS_USED, "used", SKY)),
-            values="percent",
+            key="balance",
+            title="Balance of data parallel ranks",
+            y_label="most over mean",
+            note="Operations of the rank with the most over the mean; at 1.1, the others wait a tenth of their time.",
+            panels=_panels(logs, _one(names.FLOPS_MAX_OVER_MEAN, "operations", ORANGE)),
         ),
         Chart(
             key="phases",
@@ -274,6 +314,23 @@ def _optimizer_charts(logs: Sequence[PhaseLog]) -> list[Chart]:
             from_zero=True,
         ),
     ]
+
+
+def _packing(logs: Sequence[PhaseLog]) -> Chart:
+    def lines(log: PhaseLog) -> list[Line]:
+        return [
+            Line("of packed positions", log.series(names.SLOTS_USED), SKY),
+            Line("of the token budget of all packs", log.series(names.BUDGET_USED), ORANGE, dashed=True),
+        ]
+
+    return Chart(
+        key="packing",
+        title="Packing",
+        y_label="share that holds a token",
+        note="The rest of the packed positions is padding, that of packing.token_budget also short and empty packs.",
+        panels=_panels(logs, lines),
+        values="percent",
+    )
 
 
 def _utilization(logs: Sequence[PhaseLog]) -> Chart:

@@ -1,4 +1,4 @@
-"""Floating-point operations per second of this device in matrix products: measured, and by its data sheet."""
+"""Floating-point operations per second of this device in matrix products, as measured here."""
 
 from __future__ import annotations
 
@@ -8,25 +8,9 @@ import time
 
 import torch
 
-_DATASHEET_BF16 = {
-    "GB300": 2.5e15, "GB200": 2.5e15, "B300": 2.25e15, "B200": 2.25e15, "GH200": 989.4e12, "H200": 989.4e12,
-    "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989.4e12, "H800": 989.4e12, "A100": 312e12, "A800": 312e12,
-    "L40S": 362e12, "A40": 149.7e12, "A10": 125e12,
-}  # fmt: skip
-"""Dense bfloat16 operations per second in NVIDIA's data sheets, by a part of the device's name; the first that fits."""
-
 _TARGET_SECONDS = {"cuda": 0.4, "cpu": 0.1}
 _SIZES = {"cuda": 8192, "cpu": 384}
 _REPEATS = 5
-
-
-def datasheet_rate(device_name: str) -> float | None:
-    """Dense bfloat16 operations per second by the data sheet; None for a device that is not known here.
-
-    Args:
-        device_name: as `torch.cuda.get_device_name` gives it.
-    """
-    return next((rate for part, rate in _DATASHEET_BF16.items() if part in device_name), None)
 
 
 def device_name(device: torch.device) -> str:

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import socket
+import threading
 import time
 from pathlib import Path
 
@@ -30,24 +31,62 @@ class Heartbeat:
         folder.mkdir(parents=True, exist_ok=True)
         self._path = folder / f"rank_{rank:05d}.json"
         self._last: tuple[int, str] = (0, "start")
-        self._written = 0.0
+        self._written, self._time = time.monotonic(), 0.0
+        self._writing = threading.Lock()
+
+    @property
+    def silent_seconds(self) -> float:
+        """How long ago the last news was."""
+        return time.monotonic() - self._written
 
     def beat(self, step: int, phase: str) -> None:
         """Note that this rank now does `phase` of `step`; a full disk is no reason to stop."""
-        self._last, self._written = (step, phase), time.monotonic()
+        self._last, self._written, self._time = (step, phase), time.monotonic(), time.time()
+        self._write({})
+
+    def sign(self, place: str) -> None:
+        """Note that there is no news, but that the process lives.
+
+        Args:
+            place: in the program, where the rank is.
+        """
+        self._write({"alive": time.time(), "place": place})
+
+    def _write(self, more: dict[str, object]) -> None:
         # Replaced whole: a rank that is stopped in the middle of writing must not seem never to have reported.
         fresh = self._path.with_suffix(".new")
-        try:
-            note = {"step": step, "phase": phase, "time": time.time(), "host": socket.gethostname(), "pid": os.getpid()}
-            fresh.write_text(json.dumps(note) + "\n")
-            os.replace(fresh, self._path)
-        except OSError:
-            return
+        with self._writing:
+            step, phase = self._last
+            note = {
+                "step": step,
+                "phase": phase,
+                "time": self._time or time.time(),
+                "host": socket.gethostname(),
+                "pid": os.getpid(),
+            }
+            try:
+                fresh.write_text(json.dumps({**note, **more}) + "\n")
+                os.replace(fresh, self._path)
+            except OSError:
+                return
 
     def renew(self) -> None:
         """Note that this rank is still at what it noted last; writes once a second at most."""
         if time.monotonic() - self._written > _RENEW_SECONDS:
             self.beat(*self._last)
+
+
+def living_ranks(run_dir: str | Path, world_size: int, seconds: float) -> list[int]:
+    """Ranks that gave news or a sign of life in the last `seconds`."""
+    found = []
+    for rank in range(world_size):
+        try:
+            note = json.loads((Path(run_dir) / LOGS_FOLDER / f"rank_{rank:05d}.json").read_text())
+            if time.time() - max(float(note["time"]), float(note.get("alive", 0.0))) < seconds:
+                found.append(rank)
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    return found
 
 
 def note_failure(run_dir: str | Path, rank: int) -> None:
@@ -65,8 +104,8 @@ def note_failure(run_dir: str | Path, rank: int) -> None:
 def whereabouts(run_dir: str | Path, world_size: int) -> list[str]:
     """One line per rank, dead ones first, then the longest silent: who to look at when a run fails or hangs.
 
-    Ranks that noted a failure of their own, such as having waited too long, come last. Whether a rank's process has
-    ended is known of those on this machine.
+    Ranks that noted a failure of their own, such as having waited too long, come last, and before them those that have
+    no news but whose process gives signs of life. Whether a process has ended is known of those on this machine.
 
     Args:
         run_dir: the run directory.
@@ -80,6 +119,9 @@ def whereabouts(run_dir: str | Path, world_size: int) -> list[str]:
             note = json.loads(path.read_text())
             silent = now - float(note["time"])
             text = f"rank {rank}: in step {note['step']}, {note['phase']}, no news for {silent:.0f} s"
+            if "alive" in note:
+                silent = now - float(note["alive"])
+                text += f", its process lived {silent:.0f} s ago, at {note['place']}"
             if note.get("failed"):
                 silent, text = -1.0, f"rank {rank}: in step {note['step']}, {note['phase']}, failed {silent:.0f} s ago"
             elif note.get("host") == socket.gethostname() and not _is_running(int(note["pid"])):

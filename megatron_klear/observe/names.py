@@ -1,5 +1,8 @@
 """The metric names: the contract between whoever logs a number and whoever reads or plots it.
 
+`mismatch/*` and `kl/*` speak of the response tokens of the step's graded responses that are trained on; in a step that
+trains on none, of up to 8 responses of the others, which `mismatch/left_out_mean_abs` always speaks of.
+
 `METRICS` says of each name its unit and what it means; metrics.jsonl, TensorBoard and the report all use
 these names as they stand. Names are grouped by the part before the first slash.
 """
@@ -30,6 +33,7 @@ MISMATCH_MEAN_ABS = "mismatch/mean_abs"
 MISMATCH_MAX_ABS = "mismatch/max_abs"
 MISMATCH_SHARE_BEYOND = "mismatch/share_beyond"
 MISMATCH_SHARE_STALE = "mismatch/share_stale"
+MISMATCH_LEFT_OUT_MEAN_ABS = "mismatch/left_out_mean_abs"
 CORRECTION_WEIGHT_MEAN = "correction/weight_mean"
 CORRECTION_SHARE_CUT = "correction/share_cut"
 CORRECTION_SAMPLE_SIZE = "correction/effective_sample_size"
@@ -46,6 +50,16 @@ RESPONSE_LENGTH_MAX = "response/length_max"
 RESPONSE_TRUNCATED_FRACTION = "response/truncated_fraction"
 FILTER_GROUPS_KEPT = "filter/groups_kept"
 FILTER_GROUPS_TOTAL = "filter/groups_total"
+ENGINES_SERVING = "engines/serving"
+ENGINES_LOST = "engines/lost"
+ENGINES_REJOINED = "engines/rejoined"
+REQUESTS_SENT = "requests/sent"
+REQUESTS_FAILED = "requests/failed"
+REQUESTS_MALFORMED = "requests/malformed"
+REQUESTS_ABANDONED = "requests/abandoned"
+REQUESTS_MOVED = "requests/moved"
+REQUESTS_INTERRUPTED = "requests/interrupted"
+REQUESTS_GROUPS_REDRAWN = "requests/groups_redrawn"
 OPTIMIZER_LR = "optimizer/lr"
 OPTIMIZER_GRAD_NORM = "optimizer/grad_norm"
 TOKENS_PER_SECOND = "throughput/tokens_per_second"
@@ -54,6 +68,8 @@ MFU = "throughput/mfu"
 MFU_DATASHEET = "throughput/mfu_datasheet"
 ATTENTION_SHARE = "throughput/attention_share"
 SLOTS_USED = "packing/slots_used"
+BUDGET_USED = "packing/budget_used"
+FLOPS_MAX_OVER_MEAN = "packing/flops_max_over_mean"
 MEMORY_PEAK_BYTES = "memory/peak_bytes"
 MEMORY_HOST_PEAK_BYTES = "memory/host_peak_bytes"
 
@@ -101,6 +117,7 @@ METRICS: dict[str, Metric] = {
     MISMATCH_MEAN_ABS: Metric("nats", "mean absolute difference of engine and trainer log-probabilities"),
     MISMATCH_SHARE_BEYOND: Metric("fraction of tokens", "tokens that differ by more than correction.bound"),
     MISMATCH_SHARE_STALE: Metric("fraction of tokens", "tokens sampled by older weights than the published ones"),
+    MISMATCH_LEFT_OUT_MEAN_ABS: Metric("nats", "mismatch/mean_abs of up to 8 responses of groups not trained on"),
     CORRECTION_WEIGHT_MEAN: Metric("", "mean off-policy weight of the step's tokens, or sequences by sequence"),
     CORRECTION_SHARE_CUT: Metric("fraction", "off-policy ratios that were truncated or masked"),
     CORRECTION_SAMPLE_SIZE: Metric("fraction", "effective sample size of the off-policy weights"),
@@ -117,6 +134,16 @@ METRICS: dict[str, Metric] = {
     RESPONSE_TRUNCATED_FRACTION: Metric("fraction", "responses that stopped at the token limit"),
     FILTER_GROUPS_KEPT: Metric("groups", "prompt groups left after the zero-advantage filter"),
     FILTER_GROUPS_TOTAL: Metric("groups", "prompt groups before the zero-advantage filter"),
+    ENGINES_SERVING: Metric("engines", "engines that take requests at the end of the step's publish"),
+    ENGINES_LOST: Metric("engines", "engines given up since the step before: dead, hung, or with other weights"),
+    ENGINES_REJOINED: Metric("engines", "lost engines that serve again, since the step before"),
+    REQUESTS_SENT: Metric("requests", "requests sent to engines since the step before, repeated ones counted again"),
+    REQUESTS_FAILED: Metric("requests", "requests that brought no sound answer and were repeated, malformed included"),
+    REQUESTS_MALFORMED: Metric("requests", "answers that cannot be right; the response is drawn again from there"),
+    REQUESTS_ABANDONED: Metric("requests", "requests taken back from engines that were lost or lost them"),
+    REQUESTS_MOVED: Metric("requests", "requests interrupted at a slow engine, to go on at another"),
+    REQUESTS_INTERRUPTED: Metric("requests", "requests that ended before their response did, and were continued"),
+    REQUESTS_GROUPS_REDRAWN: Metric("groups", "prompt groups drawn again because their tokens had become too old"),
     OPTIMIZER_LR: Metric("", "learning rate of the step's last update"),
     OPTIMIZER_GRAD_NORM: Metric("", "gradient norm before clipping, mean over the step's updates"),
     TOKENS_PER_SECOND: Metric("tokens/s", "trained tokens of all ranks, without padding, per second of the step"),
@@ -125,6 +152,8 @@ METRICS: dict[str, Metric] = {
     MFU_DATASHEET: Metric("fraction", "throughput/model_tflops as a share of the data sheet's bfloat16 rate"),
     ATTENTION_SHARE: Metric("fraction", "causal attention's part of the model's operations"),
     SLOTS_USED: Metric("fraction", "packed positions that hold a token, not padding"),
+    BUDGET_USED: Metric("fraction", "packing.token_budget of all packs that holds a token; short packs lower it"),
+    FLOPS_MAX_OVER_MEAN: Metric("", "model operations of the data parallel rank with the most, over their mean"),
     MEMORY_PEAK_BYTES: Metric("bytes", "peak of one process: allocated CUDA memory, or host memory without CUDA"),
     MEMORY_HOST_PEAK_BYTES: Metric("bytes", "peak resident host memory of one process"),
 }

@@ -157,9 +157,28 @@ def style_sheet(light: tuple[str, ...], dark: tuple[str, ...]) -> str:
     return STYLE.replace("LIGHT", spelled[0], 1).replace("DARK", spelled[1], 1)
 
 
+_PICTURES = {
+    **{code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n\r"},
+    0x7F: 0x2421,
+    **dict.fromkeys((*range(0xD800, 0xE000), 0x202D, 0x202E), 0xFFFD),
+}
+"""Unicode's pictures of control characters, and what stands for halves of surrogate pairs: HTML may hold neither. The
+two characters that turn the direction of everything after them would have a page show what nobody wrote."""
+
+
 def fill(template: str, values: Mapping[str, Any]) -> str:
-    """Fill in a page's template by jinja2, escaping everything that is not marked safe."""
+    """Fill in a page's template by jinja2, escaping everything that is not marked safe.
+
+    Control characters become visible: a NUL is shown as its picture.
+    """
     from jinja2 import Environment, StrictUndefined
 
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, finalize=_visible
+    )
     return environment.from_string(template).render(values)
+
+
+def _visible(value: Any) -> Any:
+    # What is marked safe is of a class of its own, and stays that.
+    return value.translate(_PICTURES) if type(value) is str else value

@@ -13,11 +13,15 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_klear.packing.fitting import fullest_with_room
 from megatron_klear.packing.flops import sequence_cost
 from megatron_klear.packing.layout import round_up
 from megatron_klear.packing.order import seeded_draws, seeded_order
-from megatron_klear.packing.plan import Bins, best_fit
+from megatron_klear.packing.plan import Bins
 from megatron_klear.records import IntArray
+
+_STRETCH = 1 << 16
+"""Bins whose cost is computed at the same time: every rank plans, so that temporary arrays are kept small."""
 
 _FULL = 0.95
 """A bin that is less full is left for the last step, which is packed anew for the ranks."""
@@ -28,25 +32,34 @@ class EpochBins:
     """The bins of an epoch in the order of training.
 
     Attributes:
-        rows: int64 [sequences], sequence numbers, bin after bin.
+        rows: int32 [sequences], sequence numbers, bin after bin.
         starts: int64 [bins + 1], where each bin begins in `rows`.
-        bins_per_step: bins of every step but the last, which has what is left.
+        bins_per_step: bins of every step but the last, which has what is left: at least half as many, and less than one
+            and a half times as many, unless the whole epoch has fewer.
     """
 
-    rows: IntArray
+    rows: NDArray[np.int32]
     starts: IntArray
     bins_per_step: int
 
     @property
     def num_steps(self) -> int:
-        """Steps of the epoch."""
-        return -(-(len(self.starts) - 1) // self.bins_per_step)
+        """Steps of the epoch; what would be less than half a step joins the step before.
+
+        A lone bin would be an update at the full learning rate with the gradient noise of one bin.
+        """
+        return max(1, (2 * self.num_bins + self.bins_per_step) // (2 * self.bins_per_step))
+
+    @property
+    def num_bins(self) -> int:
+        """Bins of the epoch."""
+        return len(self.starts) - 1
 
     def step(self, number: int) -> list[IntArray]:
-        """Sequence numbers of each bin of a step."""
+        """Sequence numbers of each bin of a step, int64."""
         first = number * self.bins_per_step
-        last = min(first + self.bins_per_step, len(self.starts) - 1)
-        return [self.rows[self.starts[b] : self.starts[b + 1]] for b in range(first, last)]
+        last = first + self.bins_per_step if number < self.num_steps - 1 else self.num_bins
+        return [self.rows[self.starts[b] : self.starts[b + 1]].astype(np.int64) for b in range(first, last)]
 
 
 def plan_bins(
@@ -68,21 +81,50 @@ def plan_bins(
         share: attention's share of the cost, see `attention_share`.
         seeds: of the random choices; None makes none.
     """
-    padded = round_up(lengths, multiple)
-    anyhow = np.arange(len(lengths)) if seeds is None else seeded_order(len(lengths), *seeds, 0)
-    order = anyhow[np.argsort(-padded[anyhow], kind="stable")]  # sequences of the same length in random order
-    bins = best_fit(padded[order].tolist(), token_budget)
-    counts = np.array([len(members) for members in bins], dtype=np.int64)
-    rows = order[np.fromiter((item for members in bins for item in members), dtype=np.int64, count=len(lengths))]
+    padded = round_up(lengths, multiple).astype(np.int32)
+    # Longest first, sequences of the same length in random order.
+    order: NDArray[np.int32]
+    if seeds is None:
+        order = np.argsort(-padded, kind="stable").astype(np.int32)
+    else:
+        order = seeded_order(len(lengths), *seeds, 0).astype(np.int32)
+        order = order[np.argsort(-padded[order], kind="stable")]
+    numbers = fullest_with_room(padded[order], token_budget)
+    counts = np.bincount(numbers)
+    rows = order[np.argsort(numbers, kind="stable")]
+    del order, numbers
     starts = np.concatenate([[0], np.cumsum(counts)])
-    tokens = np.add.reduceat(padded[rows], starts[:-1])
-    cost = np.add.reduceat(sequence_cost(padded[rows], share), starts[:-1])
+    tokens, cost = _of_bins(padded, rows, starts, share)
     trained = _steps(tokens, cost, token_budget, bins_per_step, seeds)
     return EpochBins(
-        rows=np.concatenate([rows[starts[b] : starts[b + 1]] for b in trained]),
+        rows=rows[_members(starts, trained)],
         starts=np.concatenate([[0], np.cumsum(counts[trained])]),
         bins_per_step=bins_per_step,
     )
+
+
+def _of_bins(
+    padded: NDArray[np.int32], rows: NDArray[np.int32], starts: IntArray, share: float
+) -> tuple[IntArray, NDArray[np.float64]]:
+    """Tokens, int64 [bins], and cost, float64 [bins]."""
+    count = len(starts) - 1
+    tokens, cost = np.empty(count, dtype=np.int64), np.empty(count)
+    for first in range(0, count, _STRETCH):
+        last = min(first + _STRETCH, count)
+        members = padded[rows[starts[first] : starts[last]]].astype(np.int64)
+        offsets = starts[first:last] - starts[first]
+        tokens[first:last] = np.add.reduceat(members, offsets)
+        cost[first:last] = np.add.reduceat(sequence_cost(members, share), offsets)
+    return tokens, cost
+
+
+def _members(starts: IntArray, bins: IntArray) -> NDArray[np.int32]:
+    """Where the sequences of these bins lie, bin after bin: int32 [sequences]."""
+    counts = starts[bins + 1] - starts[bins]
+    before = np.cumsum(counts) - counts
+    places = np.arange(int(counts.sum()), dtype=np.int32)
+    places += np.repeat((starts[bins] - before).astype(np.int32), counts)
+    return places
 
 
 def _steps(

@@ -16,4 +16,4 @@ def seeded_draws(count: int, *seeds: int) -> NDArray[np.uint64]:
 
 def seeded_order(count: int, *seeds: int) -> IntArray:
     """A random order of 0 .. count - 1, int64 [count]."""
-    return np.argsort(seeded_draws(count, *seeds), kind="stable").astype(np.int64)
+    return np.argsort(seeded_draws(count, *seeds), kind="stable").astype(np.int64, copy=False)

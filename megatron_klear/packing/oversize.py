@@ -41,13 +41,13 @@ def fitting_sequences(
         token_budget: tokens of a microbatch over its context-parallel group (packing.token_budget).
         multiple: each sequence is padded to a multiple of this; the padding counts.
         oversize: `refuse` or `drop` (packing.oversize).
-        names: names for messages, [N]; by default the numbers of the sequences.
+        names: names for messages, [N]; without them only the number and the longest are told.
 
     Returns:
         Indices of the sequences that fit and of those that were dropped, both int64 and ascending.
 
     Raises:
-        DataError: under `refuse`, naming the sequences that do not fit.
+        DataError: under `refuse`, naming the sequences that do not fit, or saying how many they are.
     """
     counts = np.asarray(lengths, dtype=np.int64)
     too_long = round_up(counts, multiple) > token_budget
@@ -55,13 +55,36 @@ def fitting_sequences(
     if len(dropped) and oversize == "refuse":
         padding = f" (padded to a multiple of {multiple})" if multiple > 1 else ""
         count = "1 sequence does" if len(dropped) == 1 else f"{len(dropped)} sequences do"
-        lines = [f"{count} not fit into a microbatch of packing.token_budget = {token_budget} tokens{padding}:"]
-        for index in dropped[:_NAMED].tolist():
-            name = f"number {index}" if names is None else names[index]
-            lines.append(f"  - sequence {name}: {counts[index]} tokens")
+        what = f"{count} not fit into a microbatch of packing.token_budget = {token_budget} tokens{padding}"
+        longest = int(round_up(counts, multiple).max())
+        remedy = f"et packing.token_budget to at least {longest}, or packing.oversize=drop to leave them out"
+        if names is None:
+            raise DataError(f"{what}, the longest has {counts.max()}: s{remedy}")
+        lines = [f"{what}:"]
+        lines += [f"  - sequence {names[index]}: {counts[index]} tokens" for index in dropped[:_NAMED].tolist()]
         if len(dropped) > _NAMED:
             lines.append(f"  ... and {len(dropped) - _NAMED} more")
-        longest = int(round_up(counts, multiple).max())
-        lines.append(f"Set packing.token_budget to at least {longest}, or packing.oversize=drop to leave them out.")
-        raise DataError("\n".join(lines))
+        raise DataError("\n".join([*lines, f"S{remedy}."]))
     return kept, dropped
+
+
+def require_some(
+    kept: IntArray, lengths: Sequence[int] | NDArray[np.integer], *, token_budget: int, multiple: int = 1
+) -> None:
+    """Refuse conversations of which none is left.
+
+    Args:
+        kept: what `fitting_sequences` found to fit.
+        lengths, token_budget, multiple: as it was given them; at least one length.
+
+    Raises:
+        DataError: nothing is kept; names the budget and the shortest conversation's tokens, padding included.
+    """
+    if not len(kept):
+        shortest = int(round_up(np.asarray(lengths, dtype=np.int64), multiple).min())
+        padding = f" (padded to a multiple of {multiple})" if multiple > 1 else ""
+        raise DataError(
+            f"data.sft: all {len(lengths)} conversations are over packing.token_budget = {token_budget} tokens and "
+            f"were dropped (packing.oversize=drop); the shortest has {shortest}{padding}: raise "
+            "packing.token_budget to at least the longest that is to be trained on"
+        )

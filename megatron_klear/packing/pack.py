@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from megatron_klear.packing.frame import to_prediction_frame, to_token_frame
 from megatron_klear.packing.layout import pack_multiple, round_up, sequence_multiple, zigzag_indices
 from megatron_klear.records import IGNORED_LABEL, FloatArray, IntArray, PackedBatch, TrainSequence
+
+if TYPE_CHECKING:
+    import torch
 
 _FILLER_TOKENS = 1024
 """Longest filler sequence: attention is quadratic, so padding up to `pad_to` goes into many short fillers."""
@@ -52,6 +55,8 @@ def pack(
         ValueError: a sequence whose arrays disagree or whose entry 0 has a weight, or a `pad_to` that is too small
             or does not divide.
     """
+    import torch  # here, so that what only plans packs does without it
+
     for sequence in sequences:
         _check(sequence)
     whole = pack_multiple(cp_size, tp_size, token_multiple)
@@ -117,7 +122,7 @@ def unpack(
         held = zigzag_indices(offsets, rank, len(shards))
         if shard.shape != held.shape:
             raise ValueError(f"cp rank {rank} brings values of shape {tuple(shard.shape)}, must be {held.shape}")
-        whole[held] = shard.detach().to("cpu", torch.float32).numpy()
+        whole[held] = shard.detach().cpu().float().numpy()
     return [
         to_token_frame(whole[start : start + length])
         for start, length in zip(offsets[:num_sequences], packed_lengths, strict=True)

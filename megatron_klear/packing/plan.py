@@ -1,19 +1,22 @@
 """Which sequence goes into which microbatch of which data-parallel rank.
 
 All ranks wait for one another at every optimizer update, so what counts is the slowest rank: fewest microbatches
-first, then tokens spread evenly, then attention cost (the sum of squared lengths) spread evenly.
+first, then work spread evenly. Bins are packed over all ranks and dealt by tokens and attention cost; where that leaves
+ranks uneven, sequences are dealt by what they cost (see `even.py`), with one microbatch more where that pays.
 """
 
 from __future__ import annotations
 
 import heapq
-from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_klear.packing.even import deal_by_cost
+from megatron_klear.packing.fitting import fullest_with_room
+from megatron_klear.packing.flops import sequence_cost
 from megatron_klear.packing.layout import round_up
 from megatron_klear.packing.oversize import OversizePolicy, fitting_sequences
 from megatron_klear.records import IntArray
@@ -23,6 +26,9 @@ Bins = list[list[int]]
 
 _SAME_TOKENS = 0.005
 """Token counts that differ by less than this share of a microbatch are equal: there attention cost decides."""
+
+_MICROBATCH_COST = 0.02
+"""What one more microbatch costs, in shares of a full one: its kernels are shorter, and it is launched."""
 
 _TIGHTENINGS = 6
 """Halvings of the interval in which the smallest capacity that still fits is sought."""
@@ -37,6 +43,7 @@ class PackPlan:
         dropped: indices of sequences over the budget that the policy left out.
         token_budget: tokens that a microbatch may hold.
         tokens: int64 [dp, number of microbatches], padded tokens of each.
+        cost: float64 [dp, number of microbatches], work of each, in matrix products of a token (`sequence_cost`).
         attention_cost: float64 [dp, number of microbatches], sum of squared padded lengths of each.
     """
 
@@ -45,6 +52,7 @@ class PackPlan:
     token_budget: int
     tokens: IntArray
     attention_cost: NDArray[np.float64]
+    cost: NDArray[np.float64]
 
     @property
     def num_microbatches(self) -> int:
@@ -62,6 +70,11 @@ class PackPlan:
         return _imbalance(self.tokens.sum(axis=1))
 
     @property
+    def cost_imbalance(self) -> float:
+        """Work of the rank with the most over the mean, 1.0 being perfect."""
+        return _imbalance(self.cost.sum(axis=1))
+
+    @property
     def attention_imbalance(self) -> float:
         """Attention cost of the costliest rank over the mean, 1.0 being perfect."""
         return _imbalance(self.attention_cost.sum(axis=1))
@@ -73,24 +86,26 @@ def plan_packs(
     token_budget: int,
     dp_size: int = 1,
     multiple: int = 1,
+    share: float = 0.0,
     oversize: OversizePolicy = "refuse",
     names: Sequence[str] | None = None,
 ) -> PackPlan:
     """Plan the microbatches of one optimizer update (or one scoring pass) over all data-parallel ranks.
 
-    Every rank gets the same number of microbatches, at least one. Microbatch 0 is the fullest on every rank, and
-    those with the same number hold similar amounts of tokens. Depends on nothing but the arguments.
+    Every rank gets the same number of microbatches, at least one, and microbatch 0 is the fullest on every rank.
+    Depends on nothing but the arguments.
 
     Args:
         lengths: tokens of each sequence, [N]; each at least 1.
         token_budget: tokens of a microbatch over its context-parallel group (packing.token_budget).
         dp_size: data-parallel ranks.
         multiple: each sequence is padded to a multiple of this (`sequence_multiple`); the padding counts.
+        share: attention's share of the cost, see `attention_share`; 0 evens out tokens alone.
         oversize: `refuse` or `drop` sequences that do not fit (packing.oversize).
         names: names of the sequences for messages, [N].
 
     Raises:
-        DataError: under `refuse`, naming every sequence over the budget.
+        DataError: under `refuse`, naming sequences over the budget, or saying how many they are without names.
         ValueError: a length, size or budget below 1.
     """
     counts = np.asarray(lengths, dtype=np.int64).reshape(-1)
@@ -100,17 +115,68 @@ def plan_packs(
         counts, token_budget=token_budget, multiple=multiple, oversize=oversize, names=names
     )
     padded = round_up(counts, multiple)
+    cost = sequence_cost(padded, share)
     bins = _fill(padded, kept, token_budget, dp_size)
     tokens = np.array([padded[members].sum() for members in bins], dtype=np.int64)
-    cost = np.array([np.square(padded[members], dtype=np.float64).sum() for members in bins])
-    rows = _assign(tokens, cost, dp_size, token_budget)
+    squares = np.array([np.square(padded[members], dtype=np.float64).sum() for members in bins])
+    rows = _assign(tokens, squares, dp_size, token_budget)
+    dealt = [[bins[b] for b in rows[:, rank]] for rank in range(dp_size)]
+    if dp_size > 1:
+        dealt = _evened(dealt, padded, cost, kept, token_budget)
+    return _plan(dealt, padded, cost, tuple(dropped.tolist()), token_budget)
+
+
+def _plan(
+    dealt: list[Bins], padded: IntArray, cost: NDArray[np.float64], dropped: tuple[int, ...], token_budget: int
+) -> PackPlan:
+    def sums(values: NDArray[np.integer] | NDArray[np.float64]) -> NDArray[np.float64]:
+        return np.array([[values[members].sum() for members in rank] for rank in dealt], dtype=np.float64)
+
     return PackPlan(
-        microbatches=tuple(tuple(tuple(sorted(bins[b])) for b in rows[:, rank]) for rank in range(dp_size)),
-        dropped=tuple(dropped.tolist()),
+        microbatches=tuple(tuple(tuple(sorted(members)) for members in rank) for rank in dealt),
+        dropped=dropped,
         token_budget=token_budget,
-        tokens=tokens[rows].T.copy(),
-        attention_cost=cost[rows].T.copy(),
+        tokens=sums(padded).astype(np.int64),
+        attention_cost=sums(np.square(padded, dtype=np.float64)),
+        cost=sums(cost),
     )
+
+
+def _evened(
+    dealt: list[Bins], padded: IntArray, cost: NDArray[np.float64], kept: IntArray, token_budget: int
+) -> list[Bins]:
+    """The microbatches dealt, or those of sequences dealt by cost, whichever ends first on its slowest rank."""
+
+    def slowest(some: list[Bins]) -> float:
+        work = max(sum(float(cost[members].sum()) for members in rank) for rank in some)
+        return work + len(some[0]) * _MICROBATCH_COST * token_budget
+
+    sizes, found = padded[kept].tolist(), [dealt]
+    for count in (len(dealt[0]), len(dealt[0]) + 1):
+        by_cost = deal_by_cost(
+            sizes,
+            cost[kept],
+            capacity=count * token_budget,
+            dp_size=len(dealt),
+            pack=lambda items, count=count: _pack_rank(items, sizes, count, token_budget),  # type: ignore[misc]
+        )
+        if by_cost is not None:
+            found.append([[[int(kept[item]) for item in members] for members in rank] for rank in by_cost])
+    return min(found, key=slowest)
+
+
+def _pack_rank(items: list[int], sizes: list[int], count: int, budget: int) -> Bins | None:
+    """One rank's sequences in so many microbatches, as evenly as can be, the fullest first; None if they do not fit."""
+    order = sorted(items, key=lambda item: (-sizes[item], item))
+    descending = [sizes[item] for item in order]
+    bins = _spread(descending, count, budget)
+    if bins is None:
+        fitted = best_fit(descending, budget)
+        if len(fitted) > count:
+            return None
+        bins = _tightened(descending, fitted, count, budget)
+    filled = [[order[place] for place in members] for members in bins]
+    return sorted(filled, key=lambda members: -sum(sizes[item] for item in members))
 
 
 def _fill(padded: IntArray, kept: IntArray, budget: int, dp_size: int) -> Bins:
@@ -155,27 +221,10 @@ def _spread(sizes: list[int], count: int, capacity: int) -> Bins | None:
 
 def best_fit(sizes: list[int], capacity: int) -> Bins:
     """Put each item (descending sizes) into the fullest bin that has room, opening bins as needed."""
-    bins: Bins = []
-    smallest = sizes[-1] if sizes else 0
-    with_room: dict[int, list[int]] = {}  # bins by free tokens
-    free_counts: list[int] = []  # the keys of `with_room`, ascending
-    for item, size in enumerate(sizes):
-        place = bisect_left(free_counts, size)
-        if place == len(free_counts):
-            free, number = capacity, len(bins)
-            bins.append([item])
-        else:
-            free = free_counts[place]
-            number = with_room[free].pop()
-            bins[number].append(item)
-            if not with_room[free]:
-                del with_room[free], free_counts[place]
-        left = free - size
-        if left >= smallest:
-            if left not in with_room:
-                insort(free_counts, left)
-                with_room[left] = []
-            with_room[left].append(number)
+    numbers = fullest_with_room(sizes, capacity).tolist()
+    bins: Bins = [[] for _ in range(max(numbers, default=-1) + 1)]
+    for item, number in enumerate(numbers):
+        bins[number].append(item)
     return bins
 
 

@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import secrets
 import socket
+import struct
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import Connection, answer_challenge, deliver_challenge
 from typing import Any
@@ -32,8 +35,15 @@ Action = Callable[..., Any]
 _WAKE_SECONDS = 0.1
 _CONNECT_SECONDS = 20.0
 _OFFER_SECONDS = 120.0
+_SIGN_SECONDS = 5.0
+_SILENCE_SECONDS = 120.0
+"""A machine at work on a call says every `_SIGN_SECONDS` that it lives; its process is stopped when it does not."""
 _KEEPALIVE = {"TCP_KEEPIDLE": 30, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 6}
 """A machine that has vanished is noticed after a minute and a half, in seconds and probes."""
+
+
+class SilentMachine(RolloutError):
+    """A machine took a call, or was to take it, and did not answer in time."""
 
 
 class Machines:
@@ -56,7 +66,8 @@ class Machines:
         self._key = self._shared_key(size)
         self.address = _address_towards_first()
         if self.is_leader and rank:
-            self._listener = socket.create_server((self.address, 0))
+            family = socket.AF_INET6 if ":" in self.address else socket.AF_INET
+            self._listener = socket.create_server((self.address, 0), family=family)
         port = None if self._listener is None else self._listener.getsockname()[1]
         own = (rank - local_rank, os.getpid(), self.address, port, socket.gethostname())
         everyone: list[Any] = [own]
@@ -71,6 +82,9 @@ class Machines:
         """Machines in all."""
         self.number = leaders.index(rank - local_rank)
         """Of this process's machine, counted from 0; the first rank is on machine 0."""
+        ends = [*leaders[1:], size]
+        self.ranks = tuple(range(first, end) for first, end in zip(leaders, ends, strict=True))
+        """On each machine."""
         self.pids = tuple(pid for leader, pid, *_ in everyone if leader == rank - local_rank)
         """The trainer's processes on this machine."""
         if self._listener is not None:
@@ -82,17 +96,28 @@ class Machines:
             self._actions[name] = action
             self._offered.notify_all()
 
-    def call(self, machine: int, name: str, *arguments: Any, waiting: Callable[[], None] = lambda: None) -> Any:
+    def call(
+        self,
+        machine: int,
+        name: str,
+        *arguments: Any,
+        waiting: Callable[[], None] = lambda: None,
+        limit_seconds: float = math.inf,
+    ) -> Any:
         """On the first rank, in any thread: have something done on a machine, and return what came of it.
+
+        A machine whose process is stopped is given up after two minutes, whatever the limit.
 
         Args:
             machine: its number; the first rank's own needs no connection.
             name: of an action that the machine offers.
             arguments: picklable.
             waiting: called while waiting, several times a second; what it raises gives the call up.
+            limit_seconds: how long another machine may take; the first rank's own takes what it takes.
 
         Raises:
-            KlearError: what the action raised; RolloutError where the machine gives no answer.
+            KlearError: what the action raised; RolloutError where the machine gives no answer, SilentMachine where it
+                gave none in time.
         """
         if machine == 0:
             return self._action(name)(*arguments, waiting)
@@ -100,12 +125,11 @@ class Machines:
         try:
             with self._connection(address, port) as connection:
                 connection.send((name, arguments))
-                while not connection.poll(_WAKE_SECONDS):
-                    waiting()
-                outcome = connection.recv()
+                outcome = _outcome(connection, waiting, limit_seconds)
         except (OSError, EOFError, AuthenticationError) as error:
             what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-            raise RolloutError(f"machine {machine} ({address}) did not {name}: {what}") from error
+            kind = SilentMachine if isinstance(error, TimeoutError | BlockingIOError) else RolloutError
+            raise kind(f"machine {machine} ({address}) did not {name}: {what}") from error
         if "kind" in outcome:
             raise rebuilt(outcome)
         return outcome["result"]
@@ -164,15 +188,59 @@ class Machines:
             deliver_challenge(connection, self._key)
             answer_challenge(connection, self._key)
             name, arguments = connection.recv()
-            try:
-                outcome = {"result": self._action(name)(*arguments, lambda: _require_caller(connection))}
-            except Exception as error:  # the caller is the one to decide about it
-                outcome = described(error, f"machine {self.number} ({self.address})")
+            with _signs_of_life(connection):
+                try:
+                    outcome = {"result": self._action(name)(*arguments, lambda: _require_caller(connection))}
+                except Exception as error:  # the caller is the one to decide about it
+                    outcome = described(error, f"machine {self.number} ({self.address})")
             connection.send(outcome)
 
 
+@contextlib.contextmanager
+def _signs_of_life(connection: Connection) -> Iterator[None]:
+    """Tell the caller now and then that this process lives, while it works on a call."""
+    is_over = threading.Event()
+
+    def tell() -> None:
+        with contextlib.suppress(OSError):  # the caller has gone, which the action finds out by itself
+            while not is_over.wait(_SIGN_SECONDS):
+                connection.send(None)
+
+    telling = threading.Thread(target=tell, name="signs of life", daemon=True)
+    telling.start()
+    try:
+        yield
+    finally:
+        is_over.set()
+        telling.join()
+
+
+def _outcome(connection: Connection, waiting: Callable[[], None], limit_seconds: float) -> dict[str, Any]:
+    """What came of a call.
+
+    Raises:
+        TimeoutError: nothing came in time, or no sign of life.
+    """
+    began = heard = time.monotonic()
+    while True:
+        if connection.poll(_WAKE_SECONDS):
+            outcome: dict[str, Any] | None = connection.recv()
+            if outcome is not None:
+                return outcome
+            heard = time.monotonic()
+        waiting()
+        now = time.monotonic()
+        if now - heard > _SILENCE_SECONDS:
+            raise TimeoutError(f"it took the call and gave no sign of life for {_SILENCE_SECONDS:g} s")
+        if now - began > limit_seconds:
+            raise TimeoutError(f"it took the call and gave no answer within {limit_seconds:g} s")
+
+
 def _lasting(opened: socket.socket) -> Connection:
+    """A connection that is found dead when the other machine has vanished, or takes or gives nothing in midst of it."""
     opened.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option in (socket.SO_SNDTIMEO, socket.SO_RCVTIMEO):
+        opened.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", int(_SILENCE_SECONDS), 0))
     for name, value in _KEEPALIVE.items():
         if hasattr(socket, name):
             opened.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
@@ -185,10 +253,12 @@ def _require_caller(connection: Connection) -> None:
 
 
 def _address_towards_first() -> str:
-    """This machine's address as it reaches the first rank's; 127.0.0.1 where that is itself."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect((os.environ.get("MASTER_ADDR", "127.0.0.1"), 9))  # sends nothing
-        except OSError:
-            return "127.0.0.1"
-        return str(probe.getsockname()[0])
+    """This machine's address as it reaches the first rank's, IPv4 where there is one; 127.0.0.1 where it is itself."""
+    first = os.environ.get("MASTER_ADDR", "127.0.0.1")
+    for family in (socket.AF_INET, socket.AF_INET6):
+        with contextlib.suppress(OSError):  # no such address of this kind, or no way to it
+            for *_, place in socket.getaddrinfo(first, 9, family, socket.SOCK_DGRAM):
+                with socket.socket(family, socket.SOCK_DGRAM) as probe:
+                    probe.connect(place)  # sends nothing
+                    return str(probe.getsockname()[0])
+    return "127.0.0.1"

@@ -2,8 +2,8 @@
 
 Counted are whole storages, each once, as torch's saved-tensor hooks see them. `cpu` is Megatron's local layers without
 fused kernels, held against such hooks on the real model in tests. `local` (torch's fused RMSNorm, flash-attn, fused
-SwiGLU) and `te` (Transformer Engine's layers in bfloat16) are read from these packages' autograd functions:
-benchmarks/planner_error.py compares them with a GPU's own peak.
+SwiGLU) and `te` (Transformer Engine's layers, in bfloat16 and FP8) are read from these packages' autograd functions:
+benchmarks/planner_error.py compares them with a GPU's own peak, which no GPU has done yet.
 
 Letters: t tokens of this rank, r of them where sequence parallelism splits them, e bytes of a number, h hidden size, q
 query channels, k key (or value) channels, f feed-forward channels, all of this rank.
@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megatron_klear.config import Settings, padded_vocab_size
+from megatron_klear.planning.fp8 import copies, number_bytes
 
 LayerKind = Literal["te", "local", "cpu"]
 
@@ -107,27 +108,45 @@ class LayerBytes:
         return self.rest + (self.attention_inputs if recompute == "selective" else self.core_attention)
 
 
-def layer_bytes(w: Widths, kind: LayerKind) -> LayerBytes:
-    """Bytes of one layer."""
+def layer_bytes(w: Widths, kind: LayerKind, recipe: str = "none") -> LayerBytes:
+    """Bytes of one layer.
+
+    Args:
+        w: sizes.
+        kind: what it is built of.
+        recipe: of FP8 (`te` only), `none` for a layer in bfloat16.
+
+    In FP8 a product keeps its input quantised, one copy of it: the one along columns, or under sequence parallelism and
+    one scale per tensor the one along rows, which is gathered again (`_Linear` and `_LayerNormLinear` of Transformer
+    Engine). The product behind attention is an exception but for the delayed recipe: attention keeps its result in
+    bfloat16 anyway, and Megatron has the product keep that one too (`set_save_original_input`).
+    """
     if kind == "cpu":
         return _cpu_layer(w)
     e, t, r = w.itemsize, w.tokens, w.rows
+    kept = e if recipe == "none" else number_bytes(recipe)
     fused_qkv = t * (w.queries + 2 * w.keys) * e
     # Each norm keeps its input and one float32 per row, and the product behind it keeps the norm's result.
-    norms = 2 * r * (2 * w.hidden * e + 4)
+    norms = 2 * r * (w.hidden * (e + kept) + 4)
     # Queries are copied out of the fused product, keys are copied for their norm; values stay a view of it.
-    heads_norms = fused_qkv + t * (w.queries + (w.keys if kind == "te" else 0)) * e + t * (w.heads + w.groups) * 4
-    feed_forward = t * 3 * w.ffn * e  # gate and up together, and their product
-    output = t * w.queries * e  # of attention, which the product behind it keeps
+    heads_norms = t * (w.queries + (w.keys if kind == "te" else 0)) * e + t * (w.heads + w.groups) * 4
+    feed_forward = t * w.ffn * (2 * e + kept)  # gate and up together, and their product
+    output = t * w.queries * (kept if recipe == "delayed" else e)  # of attention, which the product behind it keeps
+    # Where that is a copy of its own, attention keeps the result it came from as well.
+    attention_output = t * w.queries * e if recipe == "delayed" else 0.0
     rotated = t * (w.queries + w.keys) * e
+    # flash-attn keeps that view, and with it the whole product. Transformer Engine copies values that lie otherwise in
+    # memory than keys (`get_qkv_layout`), and over context parallel ranks keeps keys and values in one new tensor
+    # (`AttnFuncWithCPAndKVP2P`): as many bytes. What is recomputed keeps its inputs, the view again.
+    values = t * w.keys * e if kind == "te" else fused_qkv
     rope = 0.0 if kind == "te" else 4 * t * w.head_dim * e
     softmax = t * w.heads * 4
     # Without Transformer Engine keys and values are gathered over context parallel ranks and laid out by segment: a
     # rank's two chunks of a sequence see 2 * cp + 1 chunks of keys, each half as long as what the rank holds.
-    copies = 0.0 if kind == "te" or w.cp == 1 else t * (2 * w.cp + 1) / 2 * 2 * w.keys * e
+    gathered = 0.0 if kind == "te" or w.cp == 1 else t * (2 * w.cp + 1) / 2 * 2 * w.keys * e
     return LayerBytes(
-        core_attention=rotated + softmax + copies,
-        attention_inputs=rotated,
+        core_attention=rotated + values + softmax + gathered + attention_output,
+        attention_inputs=rotated + fused_qkv,
         rest=norms + heads_norms + rope + output + feed_forward,
         layer_input=r * w.hidden * e,
     )
@@ -184,9 +203,20 @@ def head_chunk_bytes(settings: Settings, w: Widths, kind: LayerKind) -> float:
     return chunk + gathered
 
 
-def backward_workspace(w: Widths) -> float:
+def backward_workspace(w: Widths, recipe: str = "none", *, transposes: bool = False) -> float:
     """Bytes of gradients in flight at the largest moment of one layer's backward pass.
 
-    They are the gradients of gate, up and their product, and hidden states before and after.
+    They are the gradients of gate, up and their product, and hidden states before and after. In FP8 a later moment may
+    be larger: the gradient of gate and up is there, and quantised along rows and columns for the two products.
+
+    Args:
+        w: sizes.
+        recipe: of FP8, or `none`.
+        transposes: whether the device's products in FP8 need transposed copies.
     """
-    return w.tokens * (3 * w.ffn + 2 * w.hidden) * w.itemsize
+    hidden = 2.0 * w.hidden * w.itemsize
+    moments = [3 * w.ffn * w.itemsize + hidden]
+    if recipe != "none":
+        quantised = copies(recipe, transposes=transposes) * number_bytes(recipe)
+        moments.append(2 * w.ffn * (w.itemsize + quantised) + hidden)
+    return w.tokens * max(moments)

@@ -7,22 +7,31 @@ layouts with; benchmarks/planner_error.py says how far it is from a GPU.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_klear.config import Entry, Settings
 from megatron_klear.observe.flops import FlopCount, projection_parameters
 from megatron_klear.planning.activations import LayerKind, layer_kind
 from megatron_klear.planning.devices import DEVICES, Device
+from megatron_klear.planning.evenness import Evenness, evenness, filled_share, scoring_evenness
+from megatron_klear.planning.fp8 import copies
+from megatron_klear.planning.lengths import StoredLengths
 from megatron_klear.planning.memory import StageMemory, stage_memory, trainer_state
+from megatron_klear.planning.publishing import Publishing, publishing
 from megatron_klear.planning.traffic import (
+    SCORING,
     Passes,
     Traffic,
     busiest,
     data_bytes,
     link_rate,
+    pass_traffic,
+    spread_rate,
     stage_traffic,
+    together,
 )
-from megatron_klear.planning.workload import SLOTS_USED, SPREAD, Workload, workload
+from megatron_klear.planning.workload import SPREAD, Workload, stored_workload, workload
 
 _UPDATE_BYTES = 30
 """Bytes moved per number that a rank updates: gradient read, weight and two moments read and written, copy written."""
@@ -34,13 +43,17 @@ class Assumptions:
 
     Attributes:
         efficiency: share of the device's product rate that a rank reaches while it computes.
+        fp8_efficiency: the same for products in FP8, of the rate for them.
         link_efficiency: share of the links' and memory's rate that is reached.
         mean_tokens: mean length of a sequence, prompt included; None for a share of the longest.
+        why_assumed: why lengths are not those of the data.
     """
 
     efficiency: float = 0.6
+    fp8_efficiency: float = 0.5
     link_efficiency: float = 0.8
     mean_tokens: float | None = None
+    why_assumed: str = "no index was looked for"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,7 +66,7 @@ class StepTime:
         bubble: stages waiting for one another.
         tensor, context, pipeline, data: traffic that nothing hides.
         optimizer: reading and writing the optimizer's state.
-        publish: weights to engines.
+        publish: weights to engines, and to files meanwhile.
     """
 
     compute: float
@@ -79,11 +92,15 @@ class Plan:
     Attributes:
         settings, entry, device_name, gpus, dp, kind, assumptions: what was planned.
         work: one step.
+        stored: lengths that it was planned with, by the index of `data.sft`; None where they were assumed.
+        even: how evenly an update's work lies on data-parallel ranks.
+        scoring: how evenly that of the scoring pass lies, which packs all sequences of the step; None without one.
         microbatches: of one update on each data-parallel rank.
         bubble_share: share of a stage's time that it waits for others.
         flops: of one step of the whole model, nothing counted twice.
         stages: memory by pipeline stage.
         traffic: of one step.
+        publishing: how weights get to engines after a step; None without servers.
         time: of one step.
     """
 
@@ -95,11 +112,15 @@ class Plan:
     kind: LayerKind
     assumptions: Assumptions
     work: Workload
+    stored: StoredLengths | None
+    even: Evenness
+    scoring: Evenness | None
     microbatches: int
     bubble_share: float
     flops: FlopCount
     stages: tuple[StageMemory, ...]
     traffic: Traffic
+    publishing: Publishing | None
     time: StepTime
 
     @property
@@ -118,6 +139,20 @@ class Plan:
         return self.device.memory_bytes is None or self.peak <= self.device.memory_bytes
 
     @property
+    def host_at_save_of_a_node(self) -> float:
+        """Bytes of host memory that ranks of one node take together while a checkpoint is gathered, on the worst node.
+
+        The first rank of each data-parallel group gathers: the first `tp` ranks of every pipeline stage.
+        """
+        parallel = self.settings.parallel
+        taken: dict[int, float] = {}
+        for stage in self.stages:
+            for tensor in range(parallel.tp):
+                node = (stage.stage * parallel.tp * parallel.cp * self.dp + tensor) // self.device.per_node
+                taken[node] = taken.get(node, 0.0) + stage.host_at_save
+        return max(taken.values())
+
+    @property
     def mfu(self) -> float:
         """Share of the devices' rate that goes into the model, over the time of a step without generation."""
         return self.flops.total / (self.time.total * self.gpus * self.device.flops)
@@ -129,8 +164,9 @@ class Plan:
 
 
 def make_plan(
-    settings: Settings, *, entry: Entry, gpus: int, device_name: str, assumptions: Assumptions | None = None
-) -> Plan:
+    settings: Settings, *, entry: Entry, gpus: int, device_name: str, assumptions: Assumptions | None = None,
+    lengths: StoredLengths | None = None,
+) -> Plan:  # fmt: skip
     """Plan a run.
 
     Args:
@@ -139,39 +175,89 @@ def make_plan(
         gpus: ranks of the trainer.
         device_name: key of `DEVICES`.
         assumptions: None for the defaults.
+        lengths: of `data.sft` by its index, in place of assumed ones.
     """
     assumed = assumptions or Assumptions()
     parallel, device = settings.parallel, DEVICES[device_name]
     dp = gpus // (parallel.tp * parallel.pp * parallel.cp)
-    kind, work = layer_kind(settings, device_name), workload(settings, entry, assumed.mean_tokens)
-    microbatches = work.microbatches(settings.packing.token_budget, dp)
-    flops = step_flops(settings, work, backward=True)
-    if work.scored:
-        flops += step_flops(settings, work, backward=False)
+    kind = layer_kind(settings, device_name)
+    work = _workload(settings, entry, assumed, lengths)
+    even = evenness(settings, entry, work, dp, lengths)
+    scoring = scoring_evenness(settings, work, dp) if work.scored else None
+    microbatches = even.whole_microbatches
     again = {"none": 0.0, "selective": 0.0, "full": 1.0}[settings.model.recompute]
-    passes = Passes(forward=2.0 if work.scored else 1.0, again=again, backward=1.0)
+    passes = Passes(forward=1.0, again=again, backward=1.0)
+    pipeline_stages = range(parallel.pp)
     stages = tuple(
-        stage_memory(
-            settings, kind, stage=stage, dp=dp, microbatches=microbatches, entry=entry, room=device.memory_bytes
-        )
-        for stage in range(parallel.pp)
+        stage_memory(settings, kind, stage=stage, dp=dp, microbatches=microbatches, entry=entry, device=device)
+        for stage in pipeline_stages
     )
-    traffic = busiest(
-        [
-            stage_traffic(
-                settings, entry, kind, stage=stage, dp=dp, microbatches=microbatches, updates=work.updates,
-                passes=passes, machines=-(-gpus // device.per_node),
-            )
-            for stage in range(parallel.pp)
+    published = publishing(settings, entry, machines=-(-gpus // device.per_node))
+    sent = [
+        stage_traffic(
+            settings, kind, stage=stage, dp=dp, microbatches=microbatches, updates=work.updates, passes=passes,
+            published=0.0 if published is None else published.sent,
+        )
+        for stage in pipeline_stages
+    ]  # fmt: skip
+    phases = [
+        _Phase(
+            flops=step_flops(settings, work, backward=True),
+            recomputed=settings.model.recompute,
+            even=even,
+            pipelines=work.updates,
+            traffic=busiest(sent),
+        )
+    ]
+    if scoring is not None:
+        scored = [
+            pass_traffic(settings, kind, stage=stage, microbatches=scoring.whole_microbatches, passes=SCORING)
+            for stage in pipeline_stages
         ]
-    )  # fmt: skip
-    bubble = (parallel.pp - 1) / (microbatches + parallel.pp - 1)
-    time = _step_time(settings, assumed, device, kind, work, traffic, flops, microbatches, gpus)
+        phases.append(
+            _Phase(
+                flops=step_flops(settings, work, backward=False),
+                recomputed="none",
+                even=scoring,
+                pipelines=1,
+                traffic=busiest(scored),
+            )
+        )
+        sent = [together(one, other) for one, other in zip(sent, scored, strict=True)]
+    flops = sum((phase.flops for phase in phases), FlopCount())
     return Plan(
         settings=settings, entry=entry, device_name=device_name, gpus=gpus, dp=dp, kind=kind, assumptions=assumed,
-        work=work, microbatches=microbatches, bubble_share=bubble, flops=flops, stages=stages, traffic=traffic,
-        time=time,
+        work=work, stored=lengths, even=even, scoring=scoring, microbatches=microbatches,
+        bubble_share=(parallel.pp - 1) / (microbatches + parallel.pp - 1), flops=flops, stages=stages,
+        traffic=busiest(sent), publishing=published,
+        time=_step_time(settings, assumed, device, kind, work, phases, gpus, published),
     )  # fmt: skip
+
+
+def _workload(settings: Settings, entry: Entry, assumed: Assumptions, lengths: StoredLengths | None) -> Workload:
+    if lengths is None:
+        slots_used = filled_share(settings, workload(settings, entry, assumed.mean_tokens)) if entry == "sft" else 1.0
+        return workload(settings, entry, assumed.mean_tokens, slots_used=slots_used)
+    return stored_workload(lengths.lengths, [update for update, _ in lengths.updates.steps])
+
+
+def expected_evenness(
+    settings: Settings, dp: int, lengths: StoredLengths | None, why_assumed: str
+) -> tuple[Evenness, float, str]:
+    """How evenly the updates of fine-tuning would lie on data-parallel ranks.
+
+    Args:
+        settings: settings that fit together.
+        dp: data-parallel ranks.
+        lengths: of `data.sft` by its index; None to assume some.
+        why_assumed: in that case, the reason.
+
+    Returns:
+        How evenly, tokens of a sequence on average, and which lengths that is of, in words.
+    """
+    work = _workload(settings, "sft", Assumptions(), lengths)
+    even = evenness(settings, "sft", work, dp, lengths)
+    return even, work.mean_tokens, lengths_in_words(work, lengths, why_assumed)
 
 
 def step_flops(settings: Settings, work: Workload, *, backward: bool) -> FlopCount:
@@ -186,50 +272,106 @@ def step_flops(settings: Settings, work: Workload, *, backward: bool) -> FlopCou
     )
 
 
-def _step_time(
-    settings: Settings, assumed: Assumptions, device: Device, kind: LayerKind, work: Workload, traffic: Traffic,
-    flops: FlopCount, microbatches: int, gpus: int,
-) -> StepTime:  # fmt: skip
-    """Seconds of one step.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Phase:
+    """A part of a step in which microbatches go through the pipeline: all updates, or the scoring pass.
 
-    Packing spreads tokens evenly over data-parallel ranks, which wait for one another; none has less to do than the
-    longest sequence of an update takes.
+    Attributes:
+        flops: of the whole model, nothing counted twice.
+        recomputed: the recompute policy, `none` where nothing is kept.
+        even: how its work lies on data-parallel ranks.
+        pipelines: how often the pipeline is filled and emptied.
+        traffic: of the busiest rank.
     """
-    parallel = settings.parallel
-    dp = gpus // (parallel.tp * parallel.pp * parallel.cp)
-    speed = device.flops * assumed.efficiency
-    uneven = max(1.0, work.longest * work.updates * dp / work.tokens)
-    compute = flops.total * uneven / (gpus * speed)
-    layers_only = step_flops(settings, work, backward=False)
+
+    flops: FlopCount
+    recomputed: str
+    even: Evenness
+    pipelines: int
+    traffic: Traffic
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _PhaseTime:
+    """Seconds of a phase, by what they are spent on, as in `StepTime`; `per_microbatch` is their sum for one."""
+
+    compute: float
+    again: float
+    bubble: float
+    tensor: float
+    context: float
+    pipeline: float
+    per_microbatch: float
+
+
+def _phase_time(
+    settings: Settings, assumed: Assumptions, device: Device, kind: LayerKind, phase: _Phase, gpus: int
+) -> _PhaseTime:
+    """Seconds of a phase on the rank that has the most to do, for which the others wait.
+
+    That is one whose sequences cost most, and of the last pipeline stage: all have equally many layers, and it has the
+    head besides.
+    """
+    parallel, flops = settings.parallel, phase.flops
+    seconds_per_flop = phase.even.slowest / (gpus * device.flops * assumed.efficiency)
+    quicker = _projections_speedup(settings, assumed, device)
+    compute = (flops.projections / quicker + flops.attention + flops.head * parallel.pp) * seconds_per_flop
+    forward = 1 / 3  # of a phase with a backward pass
     recomputed = {
         "none": 0.0,
-        "selective": layers_only.attention,
-        "full": layers_only.attention + layers_only.projections,
-    }[settings.model.recompute]
-    again = recomputed * uneven / (gpus * speed)
-    tp_rate, cp_rate, dp_rate, pp_rate = (
-        link_rate(device, span) * assumed.link_efficiency
-        for span in (parallel.tp, parallel.tp * parallel.cp, parallel.tp * parallel.cp * dp, gpus)
+        "selective": forward * flops.attention,
+        "full": forward * (flops.attention + flops.projections / quicker),
+    }[phase.recomputed]
+    again = recomputed * seconds_per_flop
+    tp_rate, cp_rate, pp_rate = (
+        link_rate(device, span) * assumed.link_efficiency for span in (parallel.tp, parallel.tp * parallel.cp, gpus)
     )
-    tensor = traffic.tensor / tp_rate
-    context = traffic.context / cp_rate
+    tensor = phase.traffic.tensor / tp_rate
+    context = phase.traffic.context / cp_rate
     if kind == "te":  # its ring works behind the attention of what has arrived
-        attention = flops.attention * uneven / (gpus * speed)
-        context = max(0.0, context - attention)
-    pipeline = traffic.pipeline / pp_rate
+        context = max(0.0, context - flops.attention * seconds_per_flop)
+    pipeline = phase.traffic.pipeline / pp_rate
     busy = compute + again + tensor + context + pipeline
-    per_microbatch = busy / (microbatches * work.updates)
-    bubble = (parallel.pp - 1) * per_microbatch * work.updates
+    per_microbatch = busy / (phase.even.whole_microbatches * phase.pipelines)
+    bubble = (parallel.pp - 1) * per_microbatch * phase.pipelines
+    return _PhaseTime(
+        compute=compute, again=again, bubble=bubble, tensor=tensor, context=context, pipeline=pipeline,
+        per_microbatch=per_microbatch,
+    )  # fmt: skip
+
+
+def _step_time(
+    settings: Settings, assumed: Assumptions, device: Device, kind: LayerKind, work: Workload,
+    phases: Sequence[_Phase], gpus: int, published: Publishing | None,
+) -> StepTime:  # fmt: skip
+    """Seconds of one step; its updates are the first of its phases."""
+    parallel = settings.parallel
+    dp = gpus // (parallel.tp * parallel.pp * parallel.cp)
+    times = [_phase_time(settings, assumed, device, kind, phase, gpus) for phase in phases]
+    summed = {
+        name: sum(getattr(time, name) for time in times)
+        for name in ("compute", "again", "bubble", "tensor", "context", "pipeline")
+    }
+    dp_rate = spread_rate(device, parallel.tp * parallel.cp * dp, parallel.tp) * assumed.link_efficiency
     data = work.updates * max(
-        _exposed_data(settings, stage, dp, dp_rate, per_microbatch) for stage in range(parallel.pp)
+        _exposed_data(settings, stage, dp, dp_rate, times[0].per_microbatch) for stage in range(parallel.pp)
     )
     owned = max(trainer_state(settings, stage=stage, dp=dp).optimizer for stage in range(parallel.pp))
     numbers = owned / (12 if settings.model.dtype == "bfloat16" else 8)
     optimizer = work.updates * numbers * _UPDATE_BYTES / (device.memory_rate * assumed.link_efficiency)
-    return StepTime(
-        compute=compute, again=again, bubble=bubble, tensor=tensor, context=context, pipeline=pipeline, data=data,
-        optimizer=optimizer, publish=traffic.publish / (device.network_rate * assumed.link_efficiency),
-    )  # fmt: skip
+    publish = 0.0 if published is None else published.seconds(device, assumed.link_efficiency)
+    return StepTime(**summed, data=data, optimizer=optimizer, publish=publish)
+
+
+def _projections_speedup(settings: Settings, assumed: Assumptions, device: Device) -> float:
+    """How much sooner the layers' products are done than in bfloat16; attention and the head stay in it."""
+    fp8 = settings.fp8
+    if not fp8.on or device.fp8_flops is None:
+        return 1.0
+    layers = settings.architecture.num_layers
+    share = max(0, layers - fp8.first_layers_bf16 - fp8.last_layers_bf16) / layers
+    ratio = device.flops * assumed.efficiency / (device.fp8_flops * assumed.fp8_efficiency)
+    return 1 / (1 - share * (1 - ratio))
 
 
 def _exposed_data(settings: Settings, stage: int, dp: int, rate: float, microbatch_seconds: float) -> float:
@@ -248,7 +390,8 @@ def _exposed_data(settings: Settings, stage: int, dp: int, rate: float, microbat
 
 def assumptions_in_words(plan: Plan) -> list[str]:
     """What the figures rest on, a sentence each."""
-    assumed, device, work = plan.assumptions, plan.device, plan.work
+    assumed, device = plan.assumptions, plan.device
+    option = " (--mean-tokens)" if plan.stored is None else ""
     kinds = {
         "te": "Transformer Engine's layers (model.layer_spec)",
         "local": "Megatron's local layers with flash-attn",
@@ -259,14 +402,79 @@ def assumptions_in_words(plan: Plan) -> list[str]:
         f"links {device.link_rate / 1e9:,.0f} GB/s in a node of {device.per_node}, "
         f"{device.network_rate / 1e9:,.0f} GB/s between nodes, one way; {assumed.link_efficiency:.0%} of that and of "
         f"memory's {device.memory_rate / 1e12:,.2f} TB/s is reached",
+        *([_memory_in_words(device.memory_bytes)] if device.memory_bytes is not None else []),
         f"products run at {assumed.efficiency:.0%} of the data sheet's rate (--efficiency), which no run has shown yet",
-        f"sequences of {work.mean_tokens:,.0f} tokens on average (--mean-tokens), log-normal with a spread of "
-        f"{SPREAD:g}, cut off at {work.longest:,}; {SLOTS_USED:.0%} of packed positions used",
+        f"{lengths_in_words(plan.work, plan.stored, assumed.why_assumed)}{option}, packed as the run packs them: "
+        f"{plan.even.microbatches:.3g} microbatches an update, {plan.even.slots_used:.1%} full, the slowest "
+        f"data-parallel rank has {plan.even.slowest - 1:.1%} more to do than the mean",
         kinds[plan.kind],
+        *([_adapters_in_words(plan)] if plan.gpus > device.per_node else []),
         "tensor parallel, pipeline and, unless parallel.overlap_* says otherwise, data parallel traffic is not hidden",
     ]
-    if plan.settings.fp8.recipe != "none":
-        lines.append("fp8.recipe is left aside: memory and time are those of bfloat16")
+    if plan.settings.fp8.on and device.fp8_flops is not None:
+        lines.append(
+            f"products of the layers in FP8 run at {assumed.fp8_efficiency:.0%} of {device.fp8_flops / 1e12:,.4g} "
+            f"TFLOP/s, scaling included; attention, head{_bf16_layers(plan.settings)} in bfloat16"
+        )
+        lines.append(_fp8_in_words(plan))
+        lines.append("MFU is a share of the bfloat16 rate, of products in FP8 too, whose own rate is twice that")
+    if plan.scoring is not None:
+        lines.append(
+            f"old logprobs are computed over the whole step at once: {plan.scoring.microbatches:.3g} microbatches, "
+            f"{plan.scoring.slots_used:.1%} full, the slowest data-parallel rank has {plan.scoring.slowest - 1:.1%} "
+            "more to do than the mean"
+        )
     if plan.entry == "rl":
         lines.append("every group of a step is trained on; the time to generate responses is not predicted")
+    asked = assumed.mean_tokens
+    if plan.stored is None and asked is not None and asked > plan.work.longest:
+        lines.append(
+            f"--mean-tokens {asked:,.0f} is more than the longest sequence has, so that all have {plan.work.longest:,}"
+        )
+    if plan.publishing is not None:
+        lines.append(plan.publishing.told(device, assumed.link_efficiency))
     return lines
+
+
+def lengths_in_words(work: Workload, stored: StoredLengths | None, why_assumed: str) -> str:
+    """Which lengths were planned with, and where they are from."""
+    mean = f"sequences of {work.mean_tokens:,.0f} tokens on average"
+    if stored is None:
+        spread = f"log-normal with a spread of {SPREAD:g}, cut off at {work.longest:,}"
+        return f"{mean}, {spread}, which is assumed since {why_assumed}"
+    out = f", {stored.left_out:,} left out for their length" if stored.left_out else ""
+    return f"{mean}, the {len(stored.lengths):,} of data.sft{out}, by the index {stored.told}"
+
+
+def _memory_in_words(memory: float) -> str:
+    return (
+        f"a device has the {memory / 1e9:,.0f} x 10^9 bytes of its name, which is conservative: drivers report a few "
+        "percent more"
+    )
+
+
+def _fp8_in_words(plan: Plan) -> str:
+    fp8 = plan.settings.fp8
+    twice = copies(fp8.recipe, transposes=plan.device.fp8_transposes) == 2
+    held = "along rows and along columns" if twice else "once"
+    beside = "" if fp8.parameters else ", beside bfloat16"
+    sent = "one byte each, all others two" if fp8.parameters else "in bfloat16"
+    return (
+        f"{fp8.recipe}: weights in FP8 lie in memory {held}{beside}, and are gathered {sent}; products keep their "
+        "inputs in FP8 for the backward pass, norms, attention and gate and up theirs in bfloat16 (read from "
+        "Transformer Engine 2.14.1 and Megatron-Core 0.16.1; no run has shown any of it yet)"
+    )
+
+
+def _adapters_in_words(plan: Plan) -> str:
+    adapters = max(1, plan.device.per_node // plan.settings.parallel.tp)
+    each = "1 adapter" if adapters == 1 else f"{adapters} adapters"
+    return (
+        f"between nodes gradients and weights of data parallelism go over {each} of a node at a time, one for each "
+        "rank that a group has there (NCCL's rings, not measured); keys and values and pipeline stages over one"
+    )
+
+
+def _bf16_layers(settings: Settings) -> str:
+    kept = settings.fp8.first_layers_bf16 + settings.fp8.last_layers_bf16
+    return f" and {kept} layers" if kept else ""

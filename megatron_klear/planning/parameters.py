@@ -20,16 +20,27 @@ class Parameter:
         name: Megatron's, layers numbered over the stage.
         numel: its numbers.
         tied_across_stages: whether another pipeline stage holds a copy (tied embeddings); it has a bucket of its own.
+        fp8_shape: rows and columns as this rank holds them, of a matrix whose products are computed in FP8; else None.
     """
 
     name: str
     numel: int
     tied_across_stages: bool = False
+    fp8_shape: tuple[int, int] | None = None
 
 
 def stage_layers(settings: Settings) -> int:
     """Layers of each pipeline stage; stages are equal."""
     return settings.architecture.num_layers // settings.parallel.pp
+
+
+def fp8_layers(settings: Settings, stage: int) -> list[bool]:
+    """Of each layer of a pipeline stage, whether its products are computed in FP8."""
+    fp8, layers = settings.fp8, stage_layers(settings)
+    if not fp8.on:
+        return [False] * layers
+    end = settings.architecture.num_layers - fp8.last_layers_bf16
+    return [fp8.first_layers_bf16 <= stage * layers + layer < end for layer in range(layers)]
 
 
 def stage_parameters(settings: Settings, stage: int) -> list[Parameter]:
@@ -48,10 +59,12 @@ def stage_parameters(settings: Settings, stage: int) -> list[Parameter]:
         found.append(
             Parameter(name="embedding.word_embeddings.weight", numel=words, tied_across_stages=tied and spread)
         )
-    sizes = _layer_sizes(arch, parallel.tp)
-    for layer in range(stage_layers(settings)):
-        prefix = f"decoder.layers.{layer}."
-        found += [Parameter(name=f"{prefix}{name}.weight", numel=numel) for name, numel in sizes.items()]
+    shapes = _layer_shapes(arch, parallel.tp)
+    for layer, in_fp8 in enumerate(fp8_layers(settings, stage)):
+        for name, (rows, columns) in shapes.items():
+            shape = (rows, columns) if in_fp8 and ".linear_" in name else None
+            full_name = f"decoder.layers.{layer}.{name}.weight"
+            found.append(Parameter(name=full_name, numel=rows * columns, fp8_shape=shape))
     if last:
         found.append(Parameter(name="decoder.final_layernorm.weight", numel=arch.hidden_size))
         if spread or not tied:
@@ -59,16 +72,17 @@ def stage_parameters(settings: Settings, stage: int) -> list[Parameter]:
     return found
 
 
-def _layer_sizes(arch: Architecture, tp: int) -> dict[str, int]:
+def _layer_shapes(arch: Architecture, tp: int) -> dict[str, tuple[int, int]]:
+    """Rows and columns of each weight of a layer as a rank holds it; a vector is one row."""
     queries, groups = arch.num_attention_heads * arch.head_dim, arch.num_query_groups * arch.head_dim
     hidden, ffn = arch.hidden_size, arch.ffn_hidden_size
     return {
-        "input_layernorm": hidden,
-        "self_attention.linear_proj": queries * hidden // tp,
-        "self_attention.linear_qkv": (queries + 2 * groups) * hidden // tp,
-        "self_attention.q_layernorm": arch.head_dim,
-        "self_attention.k_layernorm": arch.head_dim,
-        "pre_mlp_layernorm": hidden,
-        "mlp.linear_fc1": 2 * ffn * hidden // tp,
-        "mlp.linear_fc2": ffn * hidden // tp,
+        "input_layernorm": (1, hidden),
+        "self_attention.linear_proj": (hidden, queries // tp),
+        "self_attention.linear_qkv": ((queries + 2 * groups) // tp, hidden),
+        "self_attention.q_layernorm": (1, arch.head_dim),
+        "self_attention.k_layernorm": (1, arch.head_dim),
+        "pre_mlp_layernorm": (1, hidden),
+        "mlp.linear_fc1": (2 * ffn // tp, hidden),
+        "mlp.linear_fc2": (hidden, ffn // tp),
     }

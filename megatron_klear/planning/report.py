@@ -31,9 +31,15 @@ def print_plan(console: Console, plan: Plan) -> None:
     if limit is not None:
         verdict = "fits" if plan.fits else "DOES NOT FIT"
         _say(console, f"{verdict}: {plan.peak / _GB:.1f} of {limit / _GB:.0f} GB on the fullest device")
+    if tokens := min(stage.kv_tokens for stage in plan.stages):
+        _say(console, _cache_in_words(plan, tokens))
     host = max(stage.host_at_save for stage in plan.stages)
     divisor, unit = _unit(host)
-    _say(console, f"host memory while a checkpoint is gathered: {host / divisor:.1f} {unit} for each rank that gathers")
+    _say(
+        console,
+        f"host memory while a checkpoint is gathered: {host / divisor:.1f} {unit} for each rank that gathers, "
+        f"{plan.host_at_save_of_a_node / divisor:.1f} {unit} on the node with most of them",
+    )
     if moved := max(stage.host_while_generating for stage in plan.stages):
         _say(console, f"host memory while engines generate: {moved / _GB:.1f} GB per rank for what makes room for them")
     console.print(traffic_table(plan))
@@ -48,10 +54,19 @@ def print_plan(console: Console, plan: Plan) -> None:
     _say(
         console,
         f"expected: {plan.time.total:,.1f} s per step, {plan.tokens_per_second / plan.gpus:,.0f} tokens/s per device, "
-        f"MFU {plan.mfu:.0%}",
+        f"MFU {plan.mfu:.0%}{' of the bfloat16 rate' if plan.settings.fp8.on else ''}",
     )
     for line in assumptions_in_words(plan):
         _say(console, f"  assumed: {line}")
+
+
+def _cache_in_words(plan: Plan, tokens: int) -> str:
+    settings = plan.settings
+    longest = settings.data.max_prompt_tokens + settings.rollout.max_response_tokens
+    return (
+        f"KV cache of an engine holds {tokens:,} tokens = {tokens / longest:,.1f} longest responses of "
+        f"{longest:,} with their prompts, of {settings.rollout.batch_responses:,} at a time (rollout.batch_responses)"
+    )
 
 
 def memory_table(plan: Plan) -> Table:
@@ -60,11 +75,13 @@ def memory_table(plan: Plan) -> Table:
         "weights": [stage.state.weights for stage in plan.stages],
         "gradients": [stage.state.gradients for stage in plan.stages],
         "optimizer": [stage.state.optimizer for stage in plan.stages],
+        "FP8 copies": [stage.fp8_copies for stage in plan.stages],
         "activations": [stage.activations for stage in plan.stages],
         "layer workspace": [stage.workspace for stage in plan.stages],
         "head chunk": [stage.head_chunk for stage in plan.stages],
         "engine weights": [stage.engine_weights for stage in plan.stages],
         "KV cache": [stage.kv_cache for stage in plan.stages],
+        "engine reserved": [stage.engine_reserved for stage in plan.stages],
         "publish": [stage.publish for stage in plan.stages],
         "reserved": [stage.reserved for stage in plan.stages],
         "training": [stage.while_training for stage in plan.stages],
@@ -158,13 +175,20 @@ def plan_as_json(plan: Plan) -> dict[str, Any]:
         "layers": plan.kind,
         "fits": plan.fits,
         "peak_bytes": plan.peak,
+        "host_at_save_of_a_node": plan.host_at_save_of_a_node,
         "stages": [_stage_as_json(stage) for stage in plan.stages],
         "traffic_bytes": dataclasses.asdict(plan.traffic),
+        "publish": None if plan.publishing is None else dataclasses.asdict(plan.publishing),
         "step": {
             "sequences": plan.work.sequences,
             "tokens": plan.work.tokens,
+            "mean_tokens": plan.work.mean_tokens,
+            "lengths_from": None if plan.stored is None else plan.stored.told,
             "updates": plan.work.updates,
             "microbatches": plan.microbatches,
+            "slowest_rank": plan.even.slowest,
+            "slots_used": plan.even.slots_used,
+            "scoring": None if plan.scoring is None else dataclasses.asdict(plan.scoring),
             "flops": plan.flops.total,
             "bubble_share": plan.bubble_share,
             "seconds": {**dataclasses.asdict(plan.time), "total": plan.time.total},

@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from functools import lru_cache
 from statistics import NormalDist
 
+import numpy as np
+
 from megatron_klear.config import Entry, Settings
+from megatron_klear.records import IntArray
 
 _QUANTILES = 512
 SPREAD = 1.0
 """Standard deviation of the logarithm of a sequence's length: chains of thought have a long tail."""
-
-SLOTS_USED = 0.98
-"""Share of packed positions that hold a token; benchmarks/packing_plan.py finds 0.998 with bins of a whole epoch."""
 
 MEAN_SHARE = 10_000 / 32_768
 """Mean length over the longest, where no mean is given: about 10K tokens for the paper's 32K."""
@@ -46,21 +46,64 @@ class Workload:
         """Tokens of a step."""
         return self.sequences * self.mean_tokens
 
-    def microbatches(self, token_budget: int, dp: int) -> int:
-        """Microbatches of one update on each data-parallel rank."""
-        per_rank = self.tokens / self.updates / dp
-        return max(1, math.ceil(per_rank / (token_budget * SLOTS_USED)))
+
+def idle_ranks(settings: Settings, entry: Entry, gpus: int) -> list[str]:
+    """Why so many ranks are too many, if they are: some would have no sequence, or no bin, of an update.
+
+    Args:
+        settings: settings that fit together.
+        entry: `sft` or `rl`.
+        gpus: ranks of the trainer.
+    """
+    parallel = settings.parallel
+    dp = gpus // (parallel.tp * parallel.pp * parallel.cp)
+    if entry == "rl":
+        count = settings.rl.minibatch_prompts * settings.rollout.responses_per_prompt
+        named = f"{count:,} responses (rl.minibatch_prompts * rollout.responses_per_prompt)"
+    elif settings.sft.batch_bins is not None:
+        count, named = settings.sft.batch_bins, f"{settings.sft.batch_bins:,} bins (sft.batch_bins)"
+    else:
+        count = settings.sft.batch_sequences
+        named = f"{count:,} sequences (sft.batch_sequences)"
+    if dp <= count:
+        return []
+    shared = f"{parallel.tp} * {parallel.pp} * {parallel.cp}"
+    return [
+        f"--gpus: got {gpus:,}, which with tp * pp * cp = {shared} are {dp:,} data-parallel ranks, more than an update "
+        f"has {named}; take fewer, or a larger update"
+    ]
 
 
-def workload(settings: Settings, entry: Entry, mean_tokens: float | None = None) -> Workload:
-    """The work of one step.
+def stored_workload(lengths: IntArray, updates: Sequence[IntArray]) -> Workload:
+    """The work of one step of fine-tuning on conversations whose lengths are known.
+
+    Args:
+        lengths: int64 [N], tokens of each.
+        updates: of each of some updates, those of its sequences.
+    """
+    wide = lengths.astype(np.float64)
+    return Workload(
+        sequences=max(1, round(sum(len(update) for update in updates) / len(updates))),
+        mean_tokens=float(wide.mean()),
+        mean_square=float((wide**2).mean()),
+        updates=1,
+        scored=False,
+        longest=int(lengths.max()),
+    )
+
+
+def workload(
+    settings: Settings, entry: Entry, mean_tokens: float | None = None, *, slots_used: float = 1.0
+) -> Workload:
+    """The work of one step with lengths that are not known.
 
     Args:
         settings: settings that fit together.
         entry: `sft` (a step is one update) or `rl` (a step is one rollout batch, every group kept).
         mean_tokens: mean length of a sequence; None for `MEAN_SHARE` of the longest.
+        slots_used: share of bins' positions that hold a token, where a step is made of bins (`filled_share`).
     """
-    budget = min(settings.packing.token_budget, settings.architecture.max_position_embeddings)
+    budget = min(settings.packing.token_budget, settings.yarn.training_positions(settings.architecture))
     longest = budget
     if entry == "rl":
         longest = min(budget, settings.data.max_prompt_tokens + settings.rollout.max_response_tokens)
@@ -71,7 +114,7 @@ def workload(settings: Settings, entry: Entry, mean_tokens: float | None = None)
         count = settings.sft.batch_sequences
         bins = settings.sft.batch_bins
         if bins is not None:  # full microbatches in place of sequences
-            count = max(1, round(bins * settings.packing.token_budget * SLOTS_USED / mean))
+            count = max(1, round(bins * settings.packing.token_budget * slots_used / mean))
         return Workload(
             sequences=count, mean_tokens=mean, mean_square=square, updates=1, scored=False, longest=longest,
         )  # fmt: skip

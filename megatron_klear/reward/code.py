@@ -131,7 +131,7 @@ def grade_code(
     from any thread and on any text. Use `CodeGraderPool` for many responses.
 
     Args:
-        response: decoded response text, without the prompt.
+        response: decoded response text; of the prompt only an opening marker that it ends with.
         reference: tests as JSON, see `code_tests`.
         finish_reason: why the generation ended; `abort` is ungraded, `length` is graded as far as it got.
         rules: rewards; default `CodeRewardRules()`.

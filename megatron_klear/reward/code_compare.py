@@ -9,16 +9,20 @@ from decimal import Decimal, InvalidOperation
 from itertools import zip_longest
 from typing import Any
 
-_NUMBER = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d{1,4})?")
+# Without zeros in front: 0011 is a name or a string of bits and not eleven.
+_NUMBER = re.compile(r"[+-]?(?:(?:0|[1-9][0-9]*)(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]{1,4})?")
 _LONGEST_NUMBER = 100
 _SHOWN = 40
+_SMALLEST_ERROR = 1e-12
+"""Allowed in results of calls whatever their size, as pytest.approx does: the noise of a sum that should be zero."""
 
 
 def different_text(expected: str, output: bytes, tolerance: float) -> str:
     """What is wrong with printed text, or an empty text.
 
     Lines are compared without space at their ends, the whole without empty lines around it. A line that differs is
-    compared word by word: words that are numbers are equal as decimals, or within `tolerance`.
+    compared word by word, however they are spaced: words that are numbers, without zeros in front, are equal as
+    decimals (1.0 is 1), or within `tolerance`.
 
     Args:
         expected: what a right program prints.
@@ -38,7 +42,7 @@ def different_value(expected: Any, output: bytes, tolerance: float) -> str:
     Args:
         expected: JSON data.
         output: the result as JSON.
-        tolerance: allowed error of numbers that are not whole, absolute or relative.
+        tolerance: allowed error of numbers that are not whole, relative to the expected one (1e-12 at least).
     """
     if not output:
         return "the call gave no result"
@@ -69,11 +73,13 @@ def _equal_numbers(expected: str, got: str, tolerance: float) -> bool:
             return True
     except InvalidOperation:
         return False
-    return tolerance > 0 and _close(float(expected), float(got), tolerance)
+    wanted = float(expected)
+    return tolerance > 0 and _within(wanted, float(got), tolerance * max(1.0, abs(wanted)))
 
 
-def _close(expected: float, got: float, tolerance: float) -> bool:
-    return math.isfinite(got) and abs(expected - got) <= tolerance * max(1.0, abs(expected))
+def _within(expected: float, got: float, error: float) -> bool:
+    """Whether two finite numbers are that close; infinite ones have no distance."""
+    return math.isfinite(expected) and math.isfinite(got) and abs(expected - got) <= error
 
 
 def _equal(expected: Any, got: Any, tolerance: float) -> bool:
@@ -83,8 +89,11 @@ def _equal(expected: Any, got: Any, tolerance: float) -> bool:
     if isinstance(expected, (int, float)) and isinstance(got, (int, float)):
         if isinstance(expected, int):
             return expected == got
+        if math.isnan(expected):
+            return isinstance(got, float) and math.isnan(got)
         try:
-            return expected == got or _close(float(expected), float(got), tolerance)
+            error = max(tolerance * abs(expected), _SMALLEST_ERROR if tolerance else 0.0)
+            return expected == got or _within(expected, float(got), error)
         except OverflowError:  # a whole number beyond the floats
             return False
     if isinstance(expected, list) and isinstance(got, list):

@@ -8,23 +8,34 @@
 `json_schema()` is the whole schema. Every kind may have `preamble` (code run before the answer, such as imports),
 `solution` (an answer known to be right, for the linter) and `cpu_seconds` (the limit of one test, in place of the
 setting's). All tests of a problem are run for every response, in their order.
+
+Tests that are code mean what they say whatever an answer defines: names of the preamble, of Python and of the standard
+library are theirs. A name that is asked of the answer all the same is found where it is the only one that the tests can
+be about (`assert sum(1, 2) == 3`); otherwise `defines` tells. A function of the preamble without a body is the answer's
+to write.
 """
 
 from __future__ import annotations
 
 import ast
 import functools
+import hashlib
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
+from megatron_klear.reward.code_cases import cases_of, require_plain_tests
 from megatron_klear.reward.code_compare import different_text, different_value
+from megatron_klear.reward.code_names import Names, names_of_tests
+from megatron_klear.reward.sandbox.limits import Limits
 
 _STRICT = ConfigDict(strict=True, extra="forbid")
 _Tolerance = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+_Identifier = Annotated[str, Field(pattern=r"^[A-Za-z_]\w*$")]
 _Seconds = Annotated[float | None, Field(gt=0, le=600)]
 
 ANSWER_FILE = "answer"
@@ -52,7 +63,7 @@ class _Problem:
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class StdinTest:
-    """What a program is given and must print; trailing space and empty lines at the end do not count."""
+    """What a program is given and must print; how words are spaced and empty lines around the whole do not count."""
 
     input: str
     output: str
@@ -67,7 +78,7 @@ class StdinProblem(_Problem):
     tolerance: _Tolerance = 0.0
     """Absolute or relative error allowed in printed numbers; 0 compares decimals exactly (1.50 equals 1.5)."""
 
-    def messages(self) -> list[dict[str, str]]:
+    def messages(self) -> list[dict[str, Any]]:
         """What the sandbox is told of each test; never what is expected."""
         return [{"kind": "stdin", "input": test.input} for test in self.tests]
 
@@ -90,12 +101,12 @@ class CallProblem(_Problem):
     """A function, at the top level or in a class `Solution`."""
 
     kind: Literal["call"]
-    function: Annotated[str, Field(pattern=r"^[A-Za-z_]\w*$")]
+    function: _Identifier
     tests: Annotated[list[CallTest], Field(min_length=1)]
     tolerance: _Tolerance = 1e-6
-    """Absolute or relative error allowed where a number is not whole."""
+    """Relative error allowed where a number is not whole; NaN and Infinity must be just that."""
 
-    def messages(self) -> list[dict[str, str]]:
+    def messages(self) -> list[dict[str, Any]]:
         """What the sandbox is told of each test; never what is expected."""
         return [
             {"kind": "call", "function": self.function, "arguments": json.dumps([test.args, test.kwargs])}
@@ -108,7 +119,30 @@ class CallProblem(_Problem):
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
-class AssertProblem(_Problem):
+class _CheckedProblem(_Problem):
+    """Tests that are code. They run beside the answer, in a process with a preamble of its own."""
+
+    defines: list[_Identifier] = Field(default_factory=list)
+    """Names that an answer must define although they are builtins, or names of the preamble or the standard library;
+    needed only where the tests do not tell (code_names.py)."""
+
+    def judge(self, index: int, output: bytes) -> str:
+        """Whether the test came to its end, as the process that ran it says."""
+        return "" if output == b"passed" else "the test did not come to its end"
+
+    def _messages(self, setup: str, tests: Sequence[tuple[str, str]]) -> list[dict[str, Any]]:
+        """What the sandbox is told of tests, each some code and the name of the one case of it that is run."""
+        names = self._names(setup, [code for code, _ in tests])
+        shared = {"kind": "assert", "preamble": self.preamble, "setup": setup, **names._asdict()}
+        return [{**shared, "test": code, "case": case} for code, case in tests]
+
+    def _names(self, setup: str, tests: Sequence[str]) -> Names:
+        _parsed(self.preamble, "preamble")
+        return names_of_tests(self.preamble, setup, tuple(tests), tuple(self.defines))
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class AssertProblem(_CheckedProblem):
     """Pieces of code, each of them one test: assertions, test functions, `unittest` cases."""
 
     kind: Literal["assert"]
@@ -118,82 +152,34 @@ class AssertProblem(_Problem):
 
     def __post_init__(self) -> None:
         for where, code in (("setup", self.setup), *((f"tests.{i}", test) for i, test in enumerate(self.tests))):
-            if not _parsed(code, where).body and where != "setup":
+            parsed = _parsed(code, where)
+            if not parsed.body and where != "setup":
                 raise ValueError(f"{where}: holds no code")
-            _require_plain_tests(code, where)
+            require_plain_tests(parsed, where)
+        self._names(self.setup, self.tests)
 
-    def messages(self) -> list[dict[str, str]]:
+    def messages(self) -> list[dict[str, Any]]:
         """What the sandbox is told of each test: the process of the answer is told nothing of it."""
-        return [{"kind": "assert", "setup": self.setup, "test": test} for test in self.tests]
-
-    def judge(self, index: int, output: bytes) -> str:
-        """Whether the test came to its end, as the process that ran it says."""
-        return _unless_passed(output)
+        return self._messages(self.setup, [(test, "") for test in self.tests])
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
-class PytestProblem(_Problem):
+class PytestProblem(_CheckedProblem):
     """A file of tests as pytest would collect it, without fixtures: each function or method is one test."""
 
     kind: Literal["pytest"]
     code: str
 
     def __post_init__(self) -> None:
-        _require_plain_tests(self.code, "code")
-        if not self._calls():
-            raise ValueError("code: defines no function test_... and no class Test... with one")
+        parsed = _parsed(self.code, "code")
+        require_plain_tests(parsed, "code")
+        if not cases_of(parsed):
+            raise ValueError("code: defines no function test_... and no class Test... with one, or all are skipped")
+        self._names("", [self.code])
 
-    def messages(self) -> list[dict[str, str]]:
+    def messages(self) -> list[dict[str, Any]]:
         """What the sandbox is told of each test; see `AssertProblem`."""
-        return [{"kind": "assert", "setup": self.code, "test": call} for call in self._calls()]
-
-    def judge(self, index: int, output: bytes) -> str:
-        """Whether the test came to its end."""
-        return _unless_passed(output)
-
-    def _calls(self) -> list[str]:
-        calls = []
-        for item in _parsed(self.code, "code").body:
-            if isinstance(item, ast.FunctionDef) and item.name.startswith("test"):
-                calls.append(f"{item.name}()")
-            elif isinstance(item, ast.ClassDef) and item.name.startswith("Test"):
-                calls += _calls_of_class(item)
-        return calls
-
-
-def _calls_of_class(item: ast.ClassDef) -> list[str]:
-    """One call for each test method; a case of unittest runs it with its own setUp and tearDown."""
-    methods = {f.name: f for f in item.body if isinstance(f, ast.FunctionDef)}
-    tests = [name for name in methods if name.startswith("test")]
-    if any(ast.unparse(base).rpartition(".")[2] == "TestCase" for base in item.bases):
-        judged = "assert _result.wasSuccessful(), (_result.errors + _result.failures)[0][1]"
-        return [f"_result = {item.name}({name!r}).run(); {judged}" for name in tests]
-    if "setup_method" not in methods:
-        return [f"_test = {item.name}(); _test.{name}()" for name in tests]
-    given = "_test.{}" if len(methods["setup_method"].args.args) > 1 else ""
-    return [f"_test = {item.name}(); _test.setup_method({given.format(name)}); _test.{name}()" for name in tests]
-
-
-def _yields(node: ast.AST) -> bool:
-    """Whether a function is a generator; those defined within it do not count."""
-    inner = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
-    return any(
-        isinstance(child, (ast.Yield, ast.YieldFrom)) or (not isinstance(child, inner) and _yields(child))
-        for child in ast.iter_child_nodes(node)
-    )
-
-
-def _require_plain_tests(code: str, where: str) -> None:
-    """Refuse tests whose call runs nothing of them.
-
-    Raises:
-        ValueError: a test is a coroutine or a generator.
-    """
-    for item in ast.walk(_parsed(code, where)):
-        is_test = isinstance(item, (ast.FunctionDef, ast.AsyncFunctionDef)) and item.name.startswith("test")
-        if is_test and (_yields(item) or isinstance(item, ast.AsyncFunctionDef)):
-            name = getattr(item, "name", "")
-            raise ValueError(f"{where}: {name} is async or yields, so that calling it asserts nothing")
+        return self._messages("", [(self.code, case) for case in cases_of(_parsed(self.code, "code"))])
 
 
 CodeProblem = StdinProblem | CallProblem | AssertProblem | PytestProblem
@@ -226,6 +212,23 @@ def parse_problem(reference: str) -> CodeProblem:
         raise BadTestsError(f"the tests cannot be read: {type(error).__name__}") from error
 
 
+def met_tests(problem: CodeProblem, messages: Sequence[dict[str, Any]], limits: Limits) -> str:
+    """A fingerprint of what an answer is scored by: the tests as they are run and judged, their order, their limits.
+
+    Args:
+        problem: what judges them.
+        messages: the tests that are run, in their order.
+        limits: of each.
+
+    Returns:
+        Their number and a digest, for instance "16 tests 5c0d1e7f9a3b2c4d".
+    """
+    judged = _ADAPTER.dump_json(problem, exclude={"solution"})
+    digest = hashlib.blake2b(judged, digest_size=8)
+    digest.update(json.dumps([messages, asdict(limits)]).encode())
+    return f"{len(messages)} tests {digest.hexdigest()}"
+
+
 def _dotted(location: Sequence[str | int]) -> str:
     """A place in the reference, without the name of the kind that pydantic puts first."""
     path = ".".join(str(part) for part in location if part not in ("stdin", "call", "assert", "pytest"))
@@ -237,7 +240,3 @@ def _parsed(code: str, where: str) -> ast.Module:
         return ast.parse(code)
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise ValueError(f"{where}: is not Python: {error}") from error
-
-
-def _unless_passed(output: bytes) -> str:
-    return "" if output == b"passed" else "the test did not come to its end"

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from megatron_klear.errors import RewardError
 from megatron_klear.reward.code_answers import CodeQuestion
-from megatron_klear.reward.code_tests import CodeProblem, parse_problem
+from megatron_klear.reward.code_tests import ANSWER_FILE, CodeProblem, met_tests, parse_problem
 from megatron_klear.reward.pool import Died, StartError
 from megatron_klear.reward.rules import Verdict
 from megatron_klear.reward.sandbox import Limits, SandboxError, SandboxMode, SandboxProcess
+from megatron_klear.reward.sandbox.process import printable
+
+_MOST_FAULTS = 10_000
+"""Problems whose own faults a worker remembers."""
 
 
 class CodeWorker:
@@ -37,6 +43,7 @@ class CodeWorker:
         max_timeouts: int | None = None,
     ) -> None:
         self._limits, self._all_or_nothing, self._max_timeouts = limits, all_or_nothing, max_timeouts
+        self._faults: dict[str, str] = {}
         try:
             self._sandbox = SandboxProcess(mode, python=python, extra_paths=extra_paths, warm_modules=warm_modules)
         except (RewardError, OSError) as error:
@@ -67,19 +74,21 @@ class CodeWorker:
             Died: the sandbox failed; it is of no more use.
         """
         problem = parse_problem(question.reference)
-        limits = self._limits
-        if problem.cpu_seconds is not None:
-            longer = problem.cpu_seconds * limits.wall_seconds / limits.cpu_seconds
-            limits = replace(limits, cpu_seconds=problem.cpu_seconds, wall_seconds=longer)
+        limits = limits_of(problem, self._limits)
+        messages = problem.messages()
+        tests = met_tests(problem, messages, limits)
         try:
             fault = self._sandbox.open(problem.sources(question.program), limits)
-            failures = {0: fault} if fault else self._failures(problem)
+            failures = {0: fault} if fault else self._failures(problem, messages)
             self._sandbox.close_answer()
+            broken = self._fault_of_tests(tests, messages, limits) if failures else ""
         except (SandboxError, OSError) as error:
             self._sandbox.kill()
             raise Died(str(error)) from error
-        total = len(problem.messages())
-        return _verdict(total, 0 if fault else total - len(failures), failures)
+        if broken:
+            return Verdict("ungraded", broken, tests=tests)
+        total = len(messages)
+        return _verdict(total, 0 if fault else total - len(failures), failures)._replace(tests=tests)
 
     def kill(self) -> None:
         """End it at once."""
@@ -89,10 +98,31 @@ class CodeWorker:
         """End it and give back what it holds."""
         self._sandbox.discard()
 
-    def _failures(self, problem: CodeProblem) -> dict[int, str]:
+    def _fault_of_tests(self, tests: str, messages: Sequence[dict[str, Any]], limits: Limits) -> str:
+        """What is wrong with the tests themselves, whatever the answer; found where no answer is, so that none brings
+        it about.
+
+        Args:
+            tests: their fingerprint.
+        """
+        if messages[0]["kind"] != "assert":
+            return ""
+        if tests not in self._faults:
+            if len(self._faults) >= _MOST_FAULTS:
+                self._faults.clear()
+            self._sandbox.open({ANSWER_FILE: ""}, limits)
+            told = ((i, self._sandbox.run(message, answered=False)) for i, message in enumerate(messages, start=1))
+            found = next(((i, result.output) for i, result in told if result.output), None)
+            self._sandbox.close_answer()
+            self._faults[tests] = ""
+            if found:
+                text = printable(found[1].decode("utf-8", "replace"))
+                self._faults[tests] = f"test {found[0]} fails without any answer: {text}"
+        return self._faults[tests]
+
+    def _failures(self, problem: CodeProblem, messages: Sequence[dict[str, Any]]) -> dict[int, str]:
         """What is wrong, by number of the test; a test that is not run for good reason counts as failed."""
         failures: dict[int, str] = {}
-        messages = problem.messages()
         num_timeouts = 0
         for index, message in enumerate(messages):
             result = self._sandbox.run(message)
@@ -104,6 +134,14 @@ class CodeWorker:
             if decided or (self._max_timeouts is not None and num_timeouts >= self._max_timeouts):
                 return failures | dict.fromkeys(range(index + 1, len(messages)), "not run")
         return failures
+
+
+def limits_of(problem: CodeProblem, limits: Limits) -> Limits:
+    """The limits of each test of a problem, which may bring a CPU time of its own; the clock's grows with it."""
+    if problem.cpu_seconds is None:
+        return limits
+    longer = problem.cpu_seconds * limits.wall_seconds / limits.cpu_seconds
+    return replace(limits, cpu_seconds=problem.cpu_seconds, wall_seconds=longer)
 
 
 def _verdict(total: int, passed: int, failures: dict[int, str]) -> Verdict:

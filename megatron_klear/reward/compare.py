@@ -1,42 +1,59 @@
 """Deciding one question with math-verify; runs inside a killable worker, because it can take any time and memory.
 
-What counts as equal is math-verify's: units are dropped (5 cm equals 5), a percentage equals its number and its
-fraction (50% equals 50 and 0.5), an inequality equals its interval, the order of a comma list does not matter.
+What counts as equal is math-verify's: a unit that one side does not name is dropped (5 cm equals 5), a percentage
+equals its number and its fraction (50% equals 50 and 0.5), an inequality equals its interval, the order of a comma list
+does not matter. What it forgets of how an answer is written is compared beside it: named values, sets and tuples, two
+different units, the sides of an equation, the base of a number, repeated values (see `shape.py` and `units.py`).
 """
 
 from __future__ import annotations
 
-import importlib
-import logging
-import math
+import functools
+import itertools
 from typing import Any
 
-from megatron_klear.reward.answers import Question, choice_letter, last_box, normalize_expression, words
+from megatron_klear.reward import conditions, remarks, shape
+from megatron_klear.reward.answers import Question, last_box
+from megatron_klear.reward.in_words import judge_congruence, judge_text, with_digits
+from megatron_klear.reward.letters import tell_apart, with_imaginary_unit
+from megatron_klear.reward.mathematics import Mathematics
 from megatron_klear.reward.rules import Verdict
+from megatron_klear.reward.spelling import normalize_expression
+from megatron_klear.reward.values import bare, units_disagree, without_units
 
-FLOAT_DECIMALS = 6
-"""Decimals to which floats must agree (math-verify's default): 0.333333 equals 1/3, 0.333 does not."""
-SIGNIFICANT_DIGITS = 4
-"""Digits to which a float must agree with a small reference, whatever the decimals."""
+EQUATION_TOLERANCE = 1e-9
+"""Share by which the sides of an equation of numbers may differ; more where one is a rounded decimal: 22/7 = 3.14."""
+PLAIN_NUMBER = "0.8271"
+"""An answer that any reference can be compared with."""
+MOST_PAIRED = 64
+"""Values of a list that are paired one by one where some are repeated."""
+
+
+@functools.lru_cache(maxsize=64)
+def _without_remarks(text: str) -> str:
+    """An expression without the set of its parameter, with both signs written out."""
+    expression, _, _ = remarks.split_domain(remarks.with_plain_letters(normalize_expression(text)))
+    return shape.both_signs(expression)
+
+
+def _in_one_parameter(reference: str, answer: str) -> tuple[str, str]:
+    """Both without remarks; a parameter that both give a set has one name."""
+    (_, name, _), (_, given, _) = (remarks.split_domain(normalize_expression(text)) for text in (reference, answer))
+    gold, text = _without_remarks(reference), _without_remarks(answer)
+    return gold, remarks.rename_letter(text, given, name) if name and given and name != given else text
 
 
 class MathVerify:
-    """math-verify 0.9.0 with its own time limits off: they use SIGALRM, which cannot stop a big-integer power.
+    """Judges questions: first what needs no mathematics, then the way both texts are written, then what they mean.
 
     Raises:
         ImportError: math-verify or its parser is not installed.
     """
 
     def __init__(self) -> None:
-        # Imported here and untyped: the caller's process must not load sympy, and neither package has types.
-        library: Any = importlib.import_module("math_verify")
-        self._parser: Any = importlib.import_module("math_verify.parser")
-        self._sympy: Any = importlib.import_module("sympy")
-        self._parse, self._verify = library.parse, library.verify
-        logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns about the limits switched off
-        boxed = library.LatexExtractionConfig(boxed_match_priority=0)
-        self._boxed_targets = [boxed]
-        self._prose_targets = [boxed, library.ExprExtractionConfig()]
+        self.mathematics = Mathematics()
+        self._read, self._equal = self.mathematics.read, self.mathematics.equal
+        self._sympy: Any = self.mathematics.sympy
 
     def judge(self, question: Question) -> Verdict:
         """The verdict on one question; whatever math-verify raises becomes `ungraded` with the reason.
@@ -54,77 +71,249 @@ class MathVerify:
         if problem:
             return Verdict("ungraded", f"the reference cannot be read: {problem}")
         reference = question.reference if reference is None else reference
-        decided = self._judge_text(question, reference)
+        question, reference = with_digits(question, reference)
+        decided = judge_text(question, reference) or judge_congruence(question, reference)
         if decided:
             return decided
-        gold, problem = self._read(reference)
-        if problem or not self._is_defined(gold):
+        gold, problem = self._read(bare(_without_remarks(reference)))
+        if problem or not self.mathematics.is_defined(gold):
             return Verdict("ungraded", f"the reference cannot be read as mathematics: {problem or 'it is undefined'}")
         if question.answer is None:
             return Verdict("wrong", question.no_answer_reason)
-        answer, problem = self._read(question.answer, is_boxed=question.is_boxed)
+        try:
+            return self._compare(reference, gold, question.answer, is_boxed=question.is_boxed)
+        except (RecursionError, MemoryError) as error:
+            # The reference was read: the answer alone is too much, and must not escape its grade by that.
+            return Verdict("wrong", f"the answer takes more than the grader has: {type(error).__name__}")
+        except Exception as error:
+            # The same here: an answer on which math-verify fails is to blame, unless it fails on the reference, too.
+            for sound in (reference, PLAIN_NUMBER):
+                self._compare(reference, gold, sound, is_boxed=True)
+            return Verdict("wrong", f"the answer cannot be compared: {type(error).__name__}: {str(error)[:200]}")
+
+    def _compare(self, reference: str, gold: Any, text: str, *, is_boxed: bool) -> Verdict:
+        """Compare an answer with a reference that was read; both as they were written, and as mathematics."""
+        if not is_boxed:
+            answer, problem = self._read(text, is_boxed=False)
+            return self._verdict(gold, answer, problem)
+        read_as = bare(_without_remarks(reference))
+        decided = self._judge_remarks(reference, text)
+        if decided is not None:
+            return decided
+        reference, text = _in_one_parameter(reference, text)
+        reference, text = with_imaginary_unit(*tell_apart(reference, text))
+        decided = self._judge_approximation(reference, gold, text) or self._judge_shape(reference, text)
+        if decided is not None:
+            return decided
+        decided = self._judge_conditions(reference, text)
+        if decided is not None:
+            return decided
+        rewritten, text = self._common_form(reference, text)
+        percentages = shape.percentage(rewritten), shape.percentage(text)
+        if any(percentages):
+            return self._compare_percentages(rewritten, text, *percentages)
+        if rewritten != read_as:
+            gold, problem = self._read(rewritten)
+            if problem:
+                raise ValueError(f"the reference cannot be read as {rewritten[:80]!r}")
+        answer, problem = self._read(text)
+        verdict = self._verdict(gold, answer, problem)
+        if verdict.outcome == "correct" and not self._same_repetitions(rewritten, text):
+            return Verdict("wrong", "other values are repeated than in the reference")
+        if verdict.outcome == "wrong" and conditions.has_inequality(rewritten) and conditions.has_inequality(text):
+            return self._compare_conditions(rewritten, text) or verdict
+        return verdict
+
+    def _verdict(self, gold: Any, answer: Any, problem: str) -> Verdict:
         if problem:
             return Verdict("wrong", f"the answer cannot be read as mathematics: {problem}")
-        equal = self._verify(
-            gold,
-            answer,
-            float_rounding=self._decimals(gold),
-            allow_set_relation_comp=True,
-            timeout_seconds=None,
-            raise_on_error=True,
-        )
+        equal = self._equal(gold, answer)
         return Verdict("correct", "equal to the reference") if equal else Verdict("wrong", "not equal to the reference")
 
-    def _judge_text(self, question: Question, reference: str) -> Verdict | None:
-        """The verdict where the reference is a choice or words; None leaves it to the mathematics."""
-        letter, phrase = choice_letter(reference), words(reference)
-        if letter is None and phrase is None:
-            return None
-        if question.answer is None:
-            return Verdict("wrong", question.no_answer_reason)
-        if letter is not None and choice_letter(question.answer, with_text=True) == letter:
-            return Verdict("correct", f"the choice is {letter}")
-        answer_words = words(question.answer)
-        if phrase is not None and answer_words is not None:
-            same = phrase == answer_words
-            return Verdict("correct", "the same words") if same else Verdict("wrong", "not the words of the reference")
+    @staticmethod
+    def _judge_remarks(reference: str, answer: str) -> Verdict | None:
+        """The verdict where an answer says something beside its value which the reference does not say."""
+        reference, answer = normalize_expression(reference), normalize_expression(answer)
+        more = remarks.changing_words(answer) - remarks.changing_words(reference)
+        if more:
+            return Verdict("wrong", f"the answer adds to its value: {', '.join(sorted(more))[:80]}")
+        if remarks.is_to_be_done(shape.sides(answer)[-1]) and not remarks.is_to_be_done(reference):
+            return Verdict("wrong", "the answer leaves a sum, product, limit, derivative or integral to be done")
+        domains = [remarks.split_domain(text)[2] for text in (reference, answer)]
+        if all(domains) and domains[0] != domains[1]:
+            return Verdict("wrong", "the parameter is of another set than in the reference")
         return None
 
-    def _read(self, text: str, *, is_boxed: bool = True) -> tuple[Any, str]:
-        """The sympy object of a text and an empty text, or None and the problem.
+    def _judge_approximation(self, reference: str, gold: Any, answer: str) -> Verdict | None:
+        """The verdict on `a \\approx b`: both must agree as far as b is written, and one with the reference."""
+        parts = remarks.approximations(answer)
+        if len(parts) < 2 or len(remarks.approximations(reference)) > 1:
+            return None
+        named = parts[1:] if shape.is_name(parts[0]) else parts  # x \\approx 5
+        values = [(self.mathematics.number(shape.sides(part)[-1]), part) for part in named]
+        exact = values[0][0]
+        if exact is None or any(
+            value is None or abs(value - exact) > shape.last_place(part, abs(exact)) for value, part in values[1:]
+        ):
+            return Verdict("wrong", "the answer calls numbers approximately equal that are not")
+        verdicts = [self._compare(reference, gold, part, is_boxed=True) for part in named]
+        return next((verdict for verdict in verdicts if verdict.outcome == "correct"), verdicts[0])
+
+    def _judge_conditions(self, reference: str, answer: str) -> Verdict | None:
+        """The verdict where several inequalities are joined, which math-verify takes for a list."""
+        joined, given = conditions.connectives(reference), conditions.connectives(answer)
+        if not joined and not given:
+            return None
+        verdict = self._compare_conditions(reference, answer)
+        if verdict is None and len(joined) == len(given) == 1 and joined | given == {"and", "or"}:
+            return Verdict("wrong", "the conditions are joined otherwise than in the reference")
+        return verdict
+
+    def _compare_conditions(self, reference: str, answer: str) -> Verdict | None:
+        gold, given = (
+            conditions.solutions(text, lambda part: self._read(part)[0], self._sympy) for text in (reference, answer)
+        )
+        if gold is None or given is None:
+            return None
+        if gold.name != given.name and gold.name and given.name:
+            return Verdict("wrong", f"a condition on {given.name}, where the reference has {gold.name}")
+        return self._verdict(gold.values, given.values, "")
+
+    def _compare_percentages(self, reference: str, answer: str, gold: str | None, given: str | None) -> Verdict:
+        """Compare where one at least is a percentage, which equals its number and its fraction."""
+        value, problem = self._read(reference if gold is None else gold)
+        if problem:
+            raise ValueError(f"the reference cannot be read as {reference[:80]!r}")
+        other, problem = self._read(answer if given is None else given)
+        verdict = self._verdict(value, other, problem)
+        numbers = isinstance(value, self._sympy.Expr) and isinstance(other, self._sympy.Expr)
+        if verdict.outcome == "correct" or not numbers or (gold is not None) == (given is not None):
+            return verdict
+        return self._verdict(value / 100, other, "") if gold is not None else self._verdict(value, other / 100, "")
+
+    def _judge_shape(self, reference: str, answer: str) -> Verdict | None:
+        """The verdict where the way an answer is written decides; None leaves it to the mathematics."""
+        time = shape.clock(reference)
+        if time is not None:
+            given = shape.clock(answer, needs_half=False)
+            same = given is not None and given[:2] == time[:2] and given.half in ("", time.half)
+            return Verdict("correct", "the same time") if same else Verdict("wrong", "not the time of the reference")
+        terms, given_terms = shape.ratio(reference), shape.ratio(answer)
+        if max(len(terms), len(given_terms)) > 2:
+            same = not shape.are_named_otherwise(reference, answer) and self._are_proportional(terms, given_terms)
+            return Verdict("correct", "the same ratio") if same else Verdict("wrong", "not the ratio of the reference")
+        if shape.are_times(reference, answer) and reference.strip() != answer.strip():
+            return Verdict("wrong", "not the time of the reference")
+        if shape.has_ellipsis(reference) != shape.has_ellipsis(answer):
+            return Verdict("wrong", "one of reference and answer goes on without end, the other ends")
+        in_base = shape.same_in_base(reference, answer)
+        if in_base is not None:
+            return Verdict("correct", "the same number") if in_base else Verdict("wrong", "not the number in that base")
+        kinds = {shape.brackets(reference), shape.brackets(answer)}
+        if kinds == {"set", "tuple"}:
+            return Verdict("wrong", "one of reference and answer is a set, the other has an order")
+        if shape.are_of_other_ends(reference, answer):
+            return Verdict("wrong", "a pair in other brackets than in the reference")
+        if shape.has_cases(answer) and not shape.has_cases(reference):
+            return Verdict("wrong", "the answer says several things for several cases")
+        if shape.is_closed_at_infinity(answer) and not shape.is_closed_at_infinity(reference):
+            return Verdict("wrong", "an interval that includes infinity")
+        named, given_names = shape.named_values(reference), shape.named_values(answer)
+        several_names = given_names is not None and len({name.split("_")[0] for name in given_names}) > 1
+        if shape.are_single_alternatives(reference) and (several_names or shape.brackets(answer) == "tuple"):
+            return Verdict("wrong", "the values of the reference are alternatives, those of the answer are not")
+        if shape.brackets(reference) == "tuple" and shape.are_single_alternatives(answer):
+            return Verdict("wrong", "the answer has alternatives, the reference values that belong together")
+        if named is not None and given_names is not None:
+            return self._compare_named(named, given_names)
+        if named is not None and shape.brackets(answer) == "set":
+            return Verdict("wrong", "the answer is a set, the values of the reference have names")
+        if shape.are_of_different_functions(reference, answer):
+            return Verdict("wrong", "the answer is about another function, or another place")
+        if self._is_false(answer):
+            return Verdict("wrong", "the answer is an equation that does not hold")
+        disagreement = units_disagree(reference, answer)
+        if disagreement:
+            return Verdict("wrong", disagreement)
+        gold_way, way = shape.directions(reference), shape.directions(answer)
+        if gold_way and way and gold_way != way:
+            return Verdict("wrong", f"{', '.join(sorted(way))}, where the reference says {', '.join(sorted(gold_way))}")
+        return None
+
+    def _are_proportional(self, golds: list[str], answers: list[str]) -> bool:
+        """Whether two ratios with terms (a, b, ...) and (p, q, ...) are one: a q = b p for all pairs of neighbours.
 
         Raises:
-            RecursionError, MemoryError: the parser gave up for lack of resources; math-verify would hide that.
+            ValueError: a term of the reference cannot be read.
         """
-        expression = normalize_expression(text) if is_boxed else text
-        source = rf"\boxed{{{expression}}}" if is_boxed else expression
-        targets = self._boxed_targets if is_boxed else self._prose_targets
-        found = self._parse(source, extraction_config=targets, parsing_timeout=None, raise_on_error=True)
-        for item in found:
-            if not isinstance(item, str):
-                return item, ""
-        if is_boxed and found:
-            self._raise_resource_error(found[0])
-        shown = text if len(text) <= 80 else text[:77] + "..."
-        return None, repr(shown)
+        if len(golds) != len(answers):
+            return False
+        left, right = ([self._read(term)[0] for term in terms] for terms in (golds, answers))
+        if any(term is None for term in left):
+            raise ValueError(f"the ratio {':'.join(golds)[:80]!r} of the reference cannot be read")
+        if any(term is None or self.mathematics.value(term) == 0 for term in right):
+            return False
+        pairs = itertools.pairwise(zip(left, right, strict=True))
+        return all(self._equal(self._sympy.sympify(a) * q, b * p) for (a, p), (b, q) in pairs)
 
-    def _raise_resource_error(self, normalized: str) -> None:
-        """Parse a text that failed once more, to tell a text without meaning from a parser out of resources."""
-        try:
-            self._parser.parse_latex_cached(normalized)
-        except (RecursionError, MemoryError):
-            raise
-        except Exception:
-            return  # a syntax error: the text is no mathematics
+    def _compare_named(self, named: dict[str, str], given: dict[str, str]) -> Verdict:
+        if set(named) != set(given):
+            return Verdict("wrong", f"values of {', '.join(given)}, where the reference has {', '.join(named)}")
+        for name in named:
+            value, given_value = without_units(named[name], given[name])
+            gold, problem = self._read(value)
+            if problem:
+                return Verdict("ungraded", f"the reference cannot be read as mathematics: {problem}")
+            answer, problem = self._read(given_value)
+            if problem or not self._equal(gold, answer):
+                return Verdict("wrong", f"not equal to the reference in {name}")
+        return Verdict("correct", "equal to the reference in each name")
 
-    def _is_defined(self, gold: Any) -> bool:
-        return not (gold == self._sympy.nan or gold == self._sympy.zoo)
+    def _common_form(self, reference: str, answer: str) -> tuple[str, str]:
+        """Reference and answer so that mathematics alone is left: same unit, no names that one of them lacks."""
+        reference, answer = without_units(reference, answer)
+        named, given = shape.named_values(reference), shape.named_values(answer)
+        if named is not None and given is None:
+            reference = f"({', '.join(shape.in_order(named))})"
+            return reference, f"({answer})" if shape.brackets(answer) == "list" else answer
+        if given is not None:
+            values = ", ".join(shape.in_order(given))
+            return reference, f"({values})" if shape.brackets(reference) == "tuple" else values
+        columns = shape.column(reference), shape.column(answer)
+        if columns[0] and shape.brackets(answer) == "tuple":
+            reference = columns[0]
+        elif columns[1] and shape.brackets(reference) == "tuple":
+            answer = columns[1]
+        right_sides = shape.same_left_side(reference, answer)
+        if right_sides is not None:
+            return right_sides
+        value = shape.value_of_function(reference)
+        return (value, answer) if value is not None and len(shape.sides(answer)) == 1 else (reference, answer)
 
-    def _decimals(self, gold: Any) -> int:
-        """Decimals for comparing floats: six, and more for small references, so that 1e-7 is not 2e-7."""
-        if not isinstance(gold, self._sympy.Number):
-            return FLOAT_DECIMALS
-        size = abs(float(gold))
-        if size == 0.0 or not math.isfinite(size):
-            return FLOAT_DECIMALS
-        return max(FLOAT_DECIMALS, SIGNIFICANT_DIGITS - 1 - math.floor(math.log10(size)))
+    def _is_false(self, text: str) -> bool:
+        """Whether a text is an equation, or a chain of them, of which two sides are numbers that differ."""
+        parts = shape.sides(text)
+        if len(parts) < 2:
+            return False
+        known = [
+            (value, shape.rounding(part)) for part in parts if (value := self.mathematics.number(part)) is not None
+        ]
+        return any(
+            abs(left - right) > max(EQUATION_TOLERANCE * max(abs(left), abs(right)), one, other)
+            for (left, one), (right, other) in itertools.combinations(known, 2)
+        )
+
+    def _same_repetitions(self, reference: str, answer: str) -> bool:
+        """Whether two lists of equal length repeat the same values; as sets, math-verify counts each once."""
+        golds, answers = shape.items(reference), shape.items(answer)
+        if len(golds) != len(answers) or not 2 < len(golds) <= MOST_PAIRED:
+            return True
+        left = [self._read(part)[0] for part in answers]
+        for gold in (self._read(part)[0] for part in golds):
+            if gold is None:
+                return True
+            found = next((i for i, value in enumerate(left) if value is not None and self._equal(gold, value)), None)
+            if found is None:
+                return False
+            del left[found]
+        return True

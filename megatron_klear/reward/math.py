@@ -29,7 +29,7 @@ def grade_math(
     ones, with a limit of 5 seconds; safe from any thread and on any text. Use `MathGraderPool` for many responses.
 
     Args:
-        response: decoded response text, without the prompt.
+        response: decoded response text; of the prompt only an opening marker that it ends with.
         reference: gold answer: a number, LaTeX, a choice letter or words, with or without a box or dollar signs.
         finish_reason: why the generation ended; `abort` is ungraded, `length` is graded as far as it got.
         rules: rewards; default `RewardRules()`.

@@ -21,7 +21,7 @@ from megatron_klear.reward.rules import Verdict
 logger = logging.getLogger(__name__)
 
 ATTEMPTS = 2
-"""Workers that may die on one answer before it is ungraded."""
+"""Workers that may die on one question before it is given up."""
 START_ATTEMPTS = 2
 
 _CLOSED = Verdict("ungraded", "the grader pool was closed")
@@ -35,11 +35,23 @@ class StartError(Exception):
 
 
 class TimedOut(Exception):
-    """A worker did not answer within the limit, which the text names."""
+    """A worker did not answer within the wall-clock limit, which the text names: the machine may be to blame."""
+
+
+class Overrun(Exception):
+    """A question took a worker beyond a limit of its own, which the text names: any machine would have seen it."""
 
 
 class Died(Exception):
-    """A worker ended, or answered nonsense, while it had a question."""
+    """A worker ended, or answered nonsense, while it had a question.
+
+    Attributes:
+        crashed: by a fault of its own, as an overflow of its stack; nobody killed it.
+    """
+
+    def __init__(self, text: str, *, crashed: bool = False) -> None:
+        super().__init__(text)
+        self.crashed = crashed
 
 
 class PoolWorker(Protocol[QuestionT_contra]):
@@ -54,7 +66,7 @@ class PoolWorker(Protocol[QuestionT_contra]):
         """Block until it can be asked; raises StartError."""
 
     def ask(self, question: QuestionT_contra) -> Verdict:
-        """Its verdict; raises TimedOut or Died, and then it is of no more use."""
+        """Its verdict; raises TimedOut, Overrun or Died, and then it is of no more use."""
 
     def kill(self) -> None:
         """End it at once."""
@@ -78,10 +90,21 @@ class WorkerPool(Generic[QuestionT]):
         make_worker: starts a worker; raises StartError.
         num_workers: processes, and questions decided at the same time.
         what: names the graders in messages.
+        without_answer: the question that the reference alone leaves. It is asked when a question overran or crashed its
+            worker: if that one ends well, the answer is to blame and is wrong, else the question is ungraded. Without
+            it such questions are ungraded.
     """
 
-    def __init__(self, make_worker: Callable[[], PoolWorker[QuestionT]], num_workers: int, what: str) -> None:
+    def __init__(
+        self,
+        make_worker: Callable[[], PoolWorker[QuestionT]],
+        num_workers: int,
+        what: str,
+        *,
+        without_answer: Callable[[QuestionT], QuestionT] | None = None,
+    ) -> None:
         self._make_worker, self._num_workers, self._what = make_worker, num_workers, what
+        self._without_answer = without_answer
         self._jobs: SimpleQueue[_Job[QuestionT] | None] = SimpleQueue()
         self._lock = threading.Lock()  # guards the four below, and "a slot serves" against "a job is queued"
         self._slots: list[threading.Thread] = []
@@ -186,24 +209,56 @@ class WorkerPool(Generic[QuestionT]):
         Raises:
             StartError: the worker died and no other can be started; the job is not settled.
         """
-        death = ""
+        worker, found = self._ask(worker, job.question)
+        if isinstance(found, Overrun):
+            worker, found = self._blame(worker, job.question, found)
+        job.verdict.set_result(found)
+        return worker
+
+    def _blame(
+        self, worker: PoolWorker[QuestionT] | None, question: QuestionT, overrun: Overrun
+    ) -> tuple[PoolWorker[QuestionT] | None, Verdict]:
+        """Whether answer or reference was too much; an answer must not escape its grade by being that."""
+        if self._without_answer is None:
+            return worker, Verdict("ungraded", f"the question {overrun}")
+        worker, alone = self._ask(worker, self._without_answer(question))
+        if alone is _CLOSED:
+            return worker, _CLOSED
+        if isinstance(alone, Verdict) and alone.outcome != "ungraded":
+            return worker, Verdict("wrong", f"the answer {overrun}")
+        why = f": {alone.reason}" if isinstance(alone, Verdict) else ""
+        return worker, Verdict("ungraded", f"the reference {overrun}{why}")
+
+    def _ask(
+        self, worker: PoolWorker[QuestionT] | None, question: QuestionT
+    ) -> tuple[PoolWorker[QuestionT] | None, Verdict | Overrun]:
+        """The worker if it is still good, and its verdict or what the question did to it.
+
+        Raises:
+            StartError: the worker died and no other can be started.
+        """
+        death = Died("")
         for _ in range(ATTEMPTS):
             worker = self._living(worker)
             try:
-                job.verdict.set_result(worker.ask(job.question))
-                return worker
+                return worker, worker.ask(question)
             except TimedOut as error:
                 self._discard(worker)
-                job.verdict.set_result(Verdict("ungraded", str(error)))
-                return None
+                return None, Verdict("ungraded", str(error))
+            except Overrun as error:
+                self._discard(worker)
+                return None, _CLOSED if self._closed else error
             except Died as error:
                 self._discard(worker)
-                worker, death = None, str(error)
+                worker, death = None, error
                 if self._closed:
                     break
-        died = Verdict("ungraded", f"the worker died {ATTEMPTS} times ({death})")
-        job.verdict.set_result(_CLOSED if self._closed else died)
-        return None
+        if self._closed:
+            return None, _CLOSED
+        told = f"died {ATTEMPTS} times ({death})"
+        return None, Overrun(f"ended its worker, which {told}") if death.crashed else Verdict(
+            "ungraded", f"the worker {told}"
+        )
 
     def _living(self, worker: PoolWorker[QuestionT] | None) -> PoolWorker[QuestionT]:
         """The given worker if it lives, or a fresh one that is ready.

@@ -10,7 +10,8 @@ import re
 from typing import Literal, NamedTuple
 
 from megatron_klear.records import Domain, FinishReason, Outcome
-from megatron_klear.reward.answers import choice_letter, last_box, words
+from megatron_klear.reward.answers import last_box
+from megatron_klear.reward.textual import choice_letter, words
 
 Form = Literal["correct", "partial", "wrong", "no answer", "cut off", "cut off thinking", "untagged"]
 
@@ -120,6 +121,12 @@ def perturbed(reference: str) -> str:
     if _LAST_NUMBER.search(text):
         return _LAST_NUMBER.sub(lambda match: f"{int(match.group(1)) + 1}{match.group(2)}", text)
     return f"{text} + 1"
+
+
+def in_lines(response: str) -> str:
+    """The response as chat templates set it: the markers on lines of their own, then an empty line."""
+    thinking, answer = response.removeprefix("<think>").split("</think>")
+    return f"<think>\n{thinking}\n</think>\n\n{answer.lstrip()}"
 
 
 def rewritten(response: str, think_start: str, think_end: str) -> str:

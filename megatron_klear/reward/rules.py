@@ -17,11 +17,13 @@ class Verdict(NamedTuple):
 
     Attributes:
         pass_rate: share of the tests that a code answer passed; None for math.
+        tests: fingerprint of those tests, see `Grade`.
     """
 
     outcome: Outcome
     reason: str
     pass_rate: float | None = None
+    tests: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,17 +99,17 @@ class CodeRewardRules:
             "malformed": self.malformed,
             "ungraded": 0.0,
         }
-        return Grade(outcome=outcome, reward=float(rewards[outcome]), reason=verdict.reason)
+        return Grade(outcome=outcome, reward=float(rewards[outcome]), reason=verdict.reason, tests=verdict.tests)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AnswerFormat:
     r"""What a response must look like to be graded.
 
+    Where the chat template ends prompts with `think_start`, that is the beginning of the response's text.
+
     Attributes:
         think_start, think_end: markers around the thinking part, as they appear in decoded text.
-        prompt_opens_think: the chat template already ended the prompt with `think_start`, so the response starts
-            inside the thinking part and must not open it again.
         require_think: a response without any marker is malformed; if False, such a response is all answer.
         require_box: only the last `\boxed{...}` after the thinking part counts; if False and there is no box,
             math-verify looks for the last expression of the answer text, which guesses more often.
@@ -119,7 +121,6 @@ class AnswerFormat:
 
     think_start: str = "<think>"
     think_end: str = "</think>"
-    prompt_opens_think: bool = False
     require_think: bool = True
     require_box: bool = True
     max_answer_chars: int = 4096

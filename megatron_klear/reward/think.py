@@ -33,12 +33,12 @@ def split_thinking(
 ) -> ThinkSplit:
     """Cut a response at its thinking markers, or say why that cannot be done.
 
-    Well formed is: optional white space, one opening marker (none if the prompt already opened it), thinking that
-    may be empty, one closing marker, an answer that is not only white space. Nothing else is repaired: a lenient
-    split would let a policy put answers into its thinking part.
+    Well formed is: optional white space, one opening marker, thinking that may be empty, one closing marker, an answer
+    that is not only white space. Nothing else is repaired: a lenient split would let a policy put answers into its
+    thinking part.
 
     Args:
-        response: decoded response text, without the prompt.
+        response: decoded response text; of the prompt only an opening marker that it ends with.
         answer_format: markers and strictness; default `AnswerFormat()`.
         finish_reason: `length` only changes the words of `problem`.
     """
@@ -49,7 +49,7 @@ def split_thinking(
     problem = _count_problem(fmt, starts, ends, finish_reason)
     if problem:
         return ThinkSplit(problem=problem)
-    before, thinking = ("", response) if fmt.prompt_opens_think else response.split(fmt.think_start)
+    before, thinking = response.split(fmt.think_start)
     if before.strip():
         where = "the thinking part is closed before it is opened" if fmt.think_end in before else "text comes before it"
         return ThinkSplit(problem=f"{fmt.think_start} must open the response, but {where}")
@@ -62,9 +62,7 @@ def split_thinking(
 
 def _count_problem(fmt: AnswerFormat, starts: int, ends: int, finish_reason: FinishReason) -> str:
     """What is wrong with the numbers of markers, or an empty text."""
-    if fmt.prompt_opens_think and starts:
-        return f"{fmt.think_start} is opened again: the prompt has opened it already"
-    if not fmt.prompt_opens_think and starts == 0:
+    if starts == 0:
         return f"{fmt.think_start} is missing"
     if starts > 1:
         return f"{fmt.think_start} occurs {starts} times, must be once"

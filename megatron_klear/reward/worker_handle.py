@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -14,13 +15,16 @@ from typing import cast
 
 from megatron_klear.records import Outcome
 from megatron_klear.reward.answers import Question
-from megatron_klear.reward.pool import Died, StartError, TimedOut
+from megatron_klear.reward.pool import Died, Overrun, StartError, TimedOut
 from megatron_klear.reward.rules import Verdict
 from megatron_klear.reward.worker_main import READY
 
 logger = logging.getLogger(__name__)
 
 START_TIMEOUT_SECONDS = 120.0
+WALL_CLOCK_FACTOR = 10.0
+"""The wall-clock limit, in CPU limits: for a worker that is stopped, or waits for the machine."""
+_CRASHES = (signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGFPE, signal.SIGILL)
 
 # A bare -c and not multiprocessing's spawn: that one would import the entry's main module, torch included.
 _BOOT = (
@@ -33,12 +37,16 @@ _ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM
 class Worker:
     """One child process and the socket to it; used by a single thread, but `kill` may come from any.
 
+    Args:
+        memory_limit_bytes: address space, 0 for no limit.
+        cpu_seconds: CPU time of one question, in which the kernel ends the process; ten times that on the wall clock.
+
     Raises:
         StartError: the process, its socket or its error file cannot be made.
     """
 
-    def __init__(self, memory_limit_bytes: int, timeout_seconds: float) -> None:
-        self._timeout_seconds = timeout_seconds
+    def __init__(self, memory_limit_bytes: int, cpu_seconds: float) -> None:
+        self._cpu_seconds = cpu_seconds
         self._number = 0
         with ExitStack() as on_failure:
             try:
@@ -52,7 +60,8 @@ class Worker:
             on_failure.pop_all()
 
     def _start(self, socket_fd: int, memory_limit_bytes: int) -> subprocess.Popen[bytes]:
-        numbers = [str(number) for number in (socket_fd, os.getpid(), memory_limit_bytes)]
+        cpu_microseconds = max(1, round(self._cpu_seconds * 1e6))
+        numbers = [str(number) for number in (socket_fd, os.getpid(), memory_limit_bytes, cpu_microseconds)]
         return subprocess.Popen(
             [sys.executable, "-c", _BOOT, json.dumps([str(entry) for entry in sys.path]), *numbers],
             stdin=subprocess.DEVNULL,
@@ -91,18 +100,24 @@ class Worker:
         """The worker's verdict.
 
         Raises:
-            TimedOut, Died: the worker is of no more use.
+            TimedOut, Overrun, Died: the worker is of no more use.
         """
         self._number += 1
         message = json.dumps([self._number, question.answer, question.reference, question.is_boxed])
+        wall_seconds = self._cpu_seconds * WALL_CLOCK_FACTOR
         try:
             self._connection.send_bytes(message.encode("ascii"))
-            if not self._connection.poll(self._timeout_seconds):
-                raise TimedOut(f"no verdict within {self._timeout_seconds:g} s")
+            if not self._connection.poll(wall_seconds):
+                raise TimedOut(
+                    f"no verdict within {wall_seconds:g} s, though less than {self._cpu_seconds:g} s of CPU time"
+                )
             number, outcome, reason = json.loads(self._connection.recv_bytes())
         except (EOFError, OSError, ValueError, TypeError) as error:
             self.kill()
-            raise Died(f"exit status {self._process.returncode}") from error
+            status = self._process.returncode
+            if status == -signal.SIGPROF:
+                raise Overrun(f"took more than {self._cpu_seconds:g} s of CPU time") from error
+            raise Died(f"exit status {status}", crashed=-status in _CRASHES) from error
         if number != self._number:
             raise Died("it answered another question")
         return Verdict(cast(Outcome, outcome), reason or question.no_answer_reason)

@@ -21,7 +21,7 @@ RECURSION_LIMIT = 20_000
 _PR_SET_PDEATHSIG = 1
 
 
-def main(socket_fd: int, parent_pid: int, memory_limit_bytes: int) -> None:
+def main(socket_fd: int, parent_pid: int, memory_limit_bytes: int, cpu_microseconds: int) -> None:
     """Serve questions from `socket_fd`.
 
     Messages are JSON: `[number, answer, reference, is_boxed]` in, `[number, outcome, reason]` out.
@@ -30,8 +30,10 @@ def main(socket_fd: int, parent_pid: int, memory_limit_bytes: int) -> None:
         socket_fd: inherited socket to the parent.
         parent_pid: process that started this one; this process dies with it.
         memory_limit_bytes: address space this process may use, 0 for no limit.
+        cpu_microseconds: CPU time of one question; then the kernel ends this process with SIGPROF.
     """
     _die_with_parent(parent_pid)
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business; it closes the socket
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     sys.setrecursionlimit(RECURSION_LIMIT)
@@ -51,7 +53,11 @@ def main(socket_fd: int, parent_pid: int, memory_limit_bytes: int) -> None:
         _silence()
         while True:
             number, answer, reference, is_boxed = json.loads(connection.recv_bytes())
+            # The default action of SIGPROF ends a process also within one C call, as 9^(9^9) is. CPU time, so that a
+            # busy machine changes no grade.
+            signal.setitimer(signal.ITIMER_PROF, cpu_microseconds * 1e-6)
             verdict = grader.judge(Question(answer, reference, is_boxed=is_boxed))
+            signal.setitimer(signal.ITIMER_PROF, 0.0)
             connection.send_bytes(json.dumps([number, verdict.outcome, verdict.reason]).encode("ascii"))
 
 

@@ -14,6 +14,8 @@ from megatron_klear.reward.rules import AnswerFormat, RewardRules, Verdict
 from megatron_klear.reward.worker_handle import Worker
 
 MINIMUM_MEMORY_BYTES = 256 * 2**20
+_PLAIN_ANSWER = "0.8271"
+"""Cheap to read and to compare: what is too much beside it is the reference."""
 
 
 class GradeRequest(NamedTuple):
@@ -33,9 +35,11 @@ class MathGraderPool(WorkerPool[Question]):
 
     Args:
         workers: processes, and answers graded at the same time.
-        timeout_seconds: wall-clock limit of one answer; its worker is killed and the answer is `ungraded`.
-        memory_limit_bytes: address space of a worker (RLIMIT_AS), None for no limit. An allocation that fails
-            inside sympy's simplification may be swallowed there and end as "not equal".
+        timeout_seconds: CPU time of one answer; its worker is ended, and the answer is `wrong` if the reference
+            compares with a plain number within the limit, else `ungraded`. Ten times as long on the wall clock, for a
+            worker that gets no CPU time: then the answer is `ungraded`.
+        memory_limit_bytes: address space of a worker (RLIMIT_AS), None for no limit. An answer that needs more is
+            `wrong`. An allocation that fails inside sympy's simplification may be swallowed there: "not equal".
         rules, answer_format: rewards, and the form a response must have.
 
     Raises:
@@ -63,7 +67,12 @@ class MathGraderPool(WorkerPool[Question]):
             raise ConfigError(problems)
         self.rules = rules or RewardRules()
         self.answer_format = answer_format or AnswerFormat()
-        super().__init__(lambda: Worker(memory_limit_bytes or 0, timeout_seconds), workers, "math grading")
+        super().__init__(
+            lambda: Worker(memory_limit_bytes or 0, timeout_seconds),
+            workers,
+            "math grading",
+            without_answer=lambda question: question._replace(answer=_PLAIN_ANSWER, is_boxed=True),
+        )
 
     def grade_many(
         self,

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import numpy as np
+from typing import TYPE_CHECKING, Any, Literal
 
 from megatron_klear.config.sampler import SamplerSettings
 from megatron_klear.config.serving import SglangSettings
+from megatron_klear.config.yarn import Yarn
 from megatron_klear.data import ChatTokenizer, load_chat_tokenizer
 from megatron_klear.errors import CheckpointError, ConfigError
-from megatron_klear.records import Domain, IntArray, Prompt
+from megatron_klear.records import Domain, Prompt
 from megatron_klear.rollout.cached import CachedSampler, ResponseSource
 from megatron_klear.rollout.engine import SamplingParams
 from megatron_klear.rollout.response_cache import ResponseCache
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     import torch
 
     from megatron_klear.rollout.sglang import EngineFacts
+
+log = logging.getLogger(__name__)
 
 _SAMPLE_TEXTS = ("The quick brown fox, 12345.", "x^2 + y^2 = z^2\n")
 _BLOCK_BYTES = 1 << 22
@@ -37,13 +39,10 @@ class Sampler:
     Attributes:
         chat: its tokenizer.
         responses: draws, and remembers.
-        prompt_opens_think: whether the chat template ends a prompt with the opening think marker, so that responses
-            do not hold it.
     """
 
     chat: ChatTokenizer
     responses: CachedSampler
-    prompt_opens_think: bool
 
     def prompt(self, prompt_id: str, domain: Domain, messages: Sequence[dict[str, str]]) -> Prompt:
         """A conversation that ends with a question, as the engine takes it.
@@ -55,12 +54,6 @@ class Sampler:
             prompt_id=prompt_id, domain=domain, token_ids=self.chat.encode_prompt(list(messages)), reference=""
         )
 
-    def text(self, response_ids: IntArray) -> str:
-        """A response as text, without the token that ended it and with the think marker that the prompt opened."""
-        ended = len(response_ids) > 0 and int(response_ids[-1]) in self.chat.stop_ids
-        text = self.chat.decode(response_ids[:-1] if ended else response_ids)
-        return f"{self.chat.think_start}{text}" if self.prompt_opens_think else text
-
 
 @contextmanager
 def open_sampler(
@@ -70,6 +63,7 @@ def open_sampler(
     cache: Path,
     seed: int,
     config_changes: Mapping[str, Any] | None = None,
+    servers_yarn: Yarn | Literal["any"] = "any",
 ) -> Iterator[Sampler]:
     """Load tokenizer and engine, and open the file with the responses; all is closed at the end.
 
@@ -79,6 +73,7 @@ def open_sampler(
         cache: file with the responses where the settings name none.
         seed: of all responses.
         config_changes: keys of the model's config.json that a local engine takes otherwise, such as `rope_parameters`.
+        servers_yarn: what servers must compute with; `any` takes whatever they have.
 
     Raises:
         ConfigError, DataError, CheckpointError: the model's directory or a server is not what it must be.
@@ -86,33 +81,35 @@ def open_sampler(
     """
     assert settings.hf_dir is not None
     directory = Path(settings.hf_dir)
-    chat = load_chat_tokenizer(directory, stop_tokens=settings.stop_tokens)
+    chat = load_chat_tokenizer(directory, stop_tokens=settings.stop_tokens, model_dir=directory)
     sampling = SamplingParams(
         temperature=settings.temperature,
         top_p=settings.top_p,
         max_response_tokens=settings.max_response_tokens,
         stop_token_ids=chat.stop_ids,
     )
-    asked = chat.encode_prompt([{"role": "user", "content": "why?"}])
-    opens_think = bool(np.isin(chat.think_start_id, asked)) and not bool(np.isin(chat.think_end_id, asked))
     with (
         ResponseCache(settings.cache or cache, setting=f"{section}.cache") as stored,
-        _engine(settings, section, chat, config_changes or {}) as (engine, fingerprint),
+        _engine(settings, section, chat, config_changes or {}, servers_yarn) as (engine, fingerprint),
     ):
         chunk = settings.chunk_responses
         responses = CachedSampler(
             engine, stored, model=fingerprint, sampling=sampling, seed=seed, chunk_responses=chunk
         )
-        yield Sampler(chat=chat, responses=responses, prompt_opens_think=opens_think)
+        yield Sampler(chat=chat, responses=responses)
 
 
 @contextmanager
 def _engine(
-    settings: SamplerSettings, section: str, chat: ChatTokenizer, config_changes: Mapping[str, Any]
+    settings: SamplerSettings,
+    section: str,
+    chat: ChatTokenizer,
+    config_changes: Mapping[str, Any],
+    servers_yarn: Yarn | Literal["any"],
 ) -> Iterator[tuple[ResponseSource, str]]:
     """The engine, and the fingerprint of what it runs."""
     if settings.engine == "sglang":
-        with _servers(settings, section, chat) as found:
+        with _servers(settings, section, chat, servers_yarn) as found:
             yield found
         return
     import torch
@@ -171,7 +168,9 @@ def directory_fingerprint(directory: Path, *, dtype: str) -> str:
 
 
 @contextmanager
-def _servers(settings: SamplerSettings, section: str, chat: ChatTokenizer) -> Iterator[tuple[ResponseSource, str]]:
+def _servers(
+    settings: SamplerSettings, section: str, chat: ChatTokenizer, yarn: Yarn | Literal["any"]
+) -> Iterator[tuple[ResponseSource, str]]:
     from megatron_klear.rollout.sglang import Expected, SglangEngine
 
     directory = Path(settings.hf_dir or "")
@@ -181,6 +180,8 @@ def _servers(settings: SamplerSettings, section: str, chat: ChatTokenizer) -> It
         longest_sequence=settings.max_prompt_tokens + settings.max_response_tokens,
         tokenizer_samples=[(text, encode(text, add_special_tokens=False)["input_ids"]) for text in _SAMPLE_TEXTS],
         architecture=None,
+        yarn=yarn,
+        stop_ids=chat.stop_ids,
     )
     client = SglangSettings(urls=settings.urls, idle_seconds=settings.idle_seconds, retries=settings.retries)
     try:
@@ -194,19 +195,43 @@ def _servers(settings: SamplerSettings, section: str, chat: ChatTokenizer) -> It
 
 
 def _servers_fingerprint(facts: Sequence[EngineFacts], settings: SamplerSettings, section: str) -> str:
-    """What the servers say of their model; their weights themselves cannot be seen.
+    """What the servers say of their model, and a digest of its files where their folder can be read from here.
+
+    Else other weights under the same path cannot be told from the old ones, and a line in the log says so.
 
     Raises:
         ConfigError: they do not say the same.
     """
-    told = [[f.model_path, f.weight_version, f.dtype, str(f.quantization), settings.weights_name] for f in facts]
+    told = [
+        [
+            f.model_path,
+            f.weight_version,
+            f.dtype,
+            str(f.quantization),
+            f.overrides,
+            str(f.context_length),
+            settings.weights_name,
+        ]
+        for f in facts
+    ]
     for url, mine in zip(settings.urls, told, strict=True):
         if mine != told[0]:
             raise ConfigError(
-                [f"{section}.urls: {url} serves {mine[:4]}, but {settings.urls[0]} serves {told[0][:4]}; all must "
+                [f"{section}.urls: {url} serves {mine[:6]}, but {settings.urls[0]} serves {told[0][:6]}; all must "
                  "serve the same weights"]
             )  # fmt: skip
-    return "sglang " + json.dumps(told[0])
+    folder = Path(facts[0].model_path)
+    files = ""
+    if (folder / "config.json").is_file() and any(folder.glob("*.safetensors")):
+        files = directory_fingerprint(folder, dtype=facts[0].dtype)
+    else:
+        log.warning(
+            "%s.urls: the servers' model %s cannot be read from here, so other weights under this name would "
+            "not be noticed; change %s.weights_name whenever the servers get other weights, or kept "
+            "responses pass for theirs",
+            section, folder, section,
+        )  # fmt: skip
+    return "sglang " + json.dumps([*told[0], files])
 
 
 def _vocab_size(directory: Path, section: str) -> int:

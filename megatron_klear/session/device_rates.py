@@ -13,7 +13,8 @@ import torch.distributed as dist
 
 from megatron_klear.checkpoint.collective import agree, together
 from megatron_klear.observe import DeviceRates
-from megatron_klear.observe.device_rate import datasheet_rate, device_name, product_rate
+from megatron_klear.observe.datasheets import datasheet_rate
+from megatron_klear.observe.device_rate import device_name, product_rate
 from megatron_klear.observe.replace import replace_file
 from megatron_klear.records import ParallelContext
 

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable
 from typing import Literal
 
 from megatron_klear.errors import WeightSyncError
 from megatron_klear.session.turn import Turn
-from megatron_klear.weight_sync import EngineCaller, EngineGroup
-
-log = logging.getLogger(__name__)
+from megatron_klear.weight_sync import EngineGroup
 
 Stage = Literal["kv_cache", "weights"]
 _TAGS: dict[Stage, list[str]] = {"kv_cache": ["kv_cache", "cuda_graph"], "weights": ["weights"]}
@@ -30,14 +27,17 @@ class EngineMemory:
     request. That holds since servers join a group in the engines' turn only, with all their memory.
 
     Args:
-        group: the servers that are left.
-        end: ends a server's process; used on one that gave no answer, for it may still hold its memory.
+        group: the servers that are left; one that gives no answer is ended by its `on_lost`, for its memory.
         waiting: called while answers are waited for, several times a second.
+        is_stopping: whether the run is being stopped: it then waits for no server that is starting, for whoever asked
+            it to stop gives it less time to save than a start may take.
     """
 
-    def __init__(self, group: EngineGroup, end: Callable[[EngineCaller], None], waiting: Callable[[], None]) -> None:
+    def __init__(
+        self, group: EngineGroup, waiting: Callable[[], None], is_stopping: Callable[[], bool] = lambda: False
+    ) -> None:
         self.turn = Turn()
-        self._group, self._end, self._waiting = group, end, waiting
+        self._group, self._waiting, self._is_stopping = group, waiting, is_stopping
 
     def quieten(self) -> None:
         """Begin the trainer's turn: end what is in flight, and wait until no server computes.
@@ -48,7 +48,7 @@ class EngineMemory:
         Raises:
             WeightSyncError: a server fails and cannot be done without; so do all methods.
         """
-        self.turn.take(self._waiting)
+        self.turn.take(self._waiting, self._is_stopping)
         self._call("/pause_generation", {"mode": "abort"}, _GIVE)
         deadline = time.monotonic() + _DRAIN_SECONDS
         while True:
@@ -77,11 +77,4 @@ class EngineMemory:
         self._call("/continue_generation", {}, _TAKE)
 
     def _call(self, path: str, body: dict[str, object], what: str) -> None:
-        before = self._group.callers
-        try:
-            self._group.call(path, body, what=what)
-        finally:
-            for caller in before:
-                if caller not in self._group.callers:
-                    log.warning("%s gave no answer to %s; it is ended, for its memory", caller.name, path)
-                    self._end(caller)
+        self._group.call(path, body, what=what)

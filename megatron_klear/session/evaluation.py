@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from functools import partial
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from megatron_klear.checkpoint.collective import agree, together
 from megatron_klear.data import PromptData
 from megatron_klear.observe import names
+from megatron_klear.observe.metrics import read_metrics
 from megatron_klear.observe.replace import replace_file
+from megatron_klear.session.recorded import Recorded
 from megatron_klear.session.rollouts import Accuracy, Rollouts
 from megatron_klear.session.session import Session
 
@@ -20,6 +22,9 @@ RESULT_FILE = "result.json"
 class Evaluation:
     """Owns the run's engine and graders, and evaluates on held-out problems where there are any.
 
+    There is an engine where the run generates or evaluates: fine-tuning and a replay of recorded responses
+    (`scheduling.replay_from`) have one for evaluations only, and none where there are no evaluations.
+
     Args:
         session: the run.
         heldout: problems that are never trained on; None evaluates nothing.
@@ -28,14 +33,17 @@ class Evaluation:
     def __init__(self, session: Session, heldout: PromptData | None) -> None:
         self.session = session
         self.heldout = heldout
-        # SFT without held-out problems needs no engine at all.
-        needed = heldout is not None or session.entry == "rl"
-        self._rollouts = Rollouts(session) if needed else None
+        self._is_generating = session.settings.generates(session.entry)
+        self._rollouts = Rollouts(session) if session.settings.needs_engine(session.entry) else None
         self._last_step: int | None = None
 
     @property
-    def rollouts(self) -> Rollouts:
-        """The engine and graders of this run."""
+    def rollouts(self) -> Rollouts | Recorded:
+        """What brings the responses that are trained on."""
+        return self._engine if self._is_generating else Recorded(self.session)
+
+    @property
+    def _engine(self) -> Rollouts:
         assert self._rollouts is not None
         return self._rollouts
 
@@ -49,32 +57,44 @@ class Evaluation:
             self._rollouts.__exit__(kind, error, trace)
 
     def at_start(self) -> None:
-        """Evaluate the weights that a fresh run starts from, when evaluations during training are on."""
-        if self.session.step == 0 and self.session.settings.evaluation.every_steps:
-            self._evaluate(0)
+        """Evaluate the weights that a run starts from, when evaluations during training are on.
+
+        Of a resumed run, if they are due at the step that it goes on from and are not in its log: an earlier life was
+        asked to stop before it could.
+        """
+        session, every = self.session, self.session.settings.evaluation.every_steps
+        if not every or self.heldout is None or session.was_done or session.step % every:
+            return
+        if session.step == 0 or agree("read the figures that were logged", self._logged, session.context) is None:
+            self._evaluate(session.step)
 
     def when_due(self, step: int) -> None:
-        """Evaluate every `evaluation.every_steps` steps."""
-        every = self.session.settings.evaluation.every_steps
-        if every and step % every == 0 and step < self.session.total_steps:
+        """Evaluate every `evaluation.every_steps` steps; the last step is left to `at_end`, where that evaluates."""
+        evaluation = self.session.settings.evaluation
+        is_last = step >= self.session.total_steps
+        if evaluation.every_steps and step % evaluation.every_steps == 0 and not (is_last and evaluation.at_end):
             self._evaluate(step)
 
     def at_end(self) -> None:
-        """Evaluate the final weights and write the result to `result.json`."""
+        """Evaluate the final weights and write the result to `result.json`.
+
+        Where an earlier start was killed between logging the figures and writing them there, they are taken from the
+        log: a step is evaluated and logged once.
+        """
         if not self.session.settings.evaluation.at_end or self.heldout is None:
             return
-        if self.session.was_done and agree("read result.json", self._is_told, self.session.context):
-            return  # the run was finished before it was started again
-        accuracy = self._evaluate(self.session.step)
-        if accuracy is None:
-            return
-        result = {
-            "entry": self.session.entry,
-            "step": self.session.step,
-            "accuracy": accuracy.mean if accuracy.count else None,
-            "stderr": accuracy.stderr,
-            "count": accuracy.count,
-        }
+        figures: dict[str, Any] | None = None
+        if self.session.was_done:
+            if agree("read result.json", self._is_told, self.session.context):
+                return  # the run was finished before it was started again
+            figures = agree("read the figures that were logged", self._logged, self.session.context)
+        if figures is None:
+            accuracy = self._evaluate(self.session.step)
+            if accuracy is None:
+                return
+            mean = accuracy.mean if accuracy.count else None
+            figures = {"accuracy": mean, "stderr": accuracy.stderr, "count": accuracy.count}
+        result = {"entry": self.session.entry, "step": self.session.step, **figures}
         text = json.dumps(result, indent=1) + "\n"
         write = partial(replace_file, self.session.root / RESULT_FILE, text)
         together("write the result of the run", write, self.session.context, only_first=True)
@@ -87,17 +107,31 @@ class Evaluation:
         except (OSError, ValueError, KeyError, TypeError):
             return False
 
+    def _logged(self) -> dict[str, Any] | None:
+        """Figures of the run's last step as metrics.jsonl has them; None where it was not evaluated."""
+        try:
+            rows = read_metrics(self.session.root)
+        except OSError:
+            return None
+        for row in reversed(rows):
+            if row["phase"] == "eval" and row["step"] == self.session.step:
+                mean, count = row[names.ACCURACY_HELDOUT], int(row[names.ACCURACY_HELDOUT_COUNT])
+                stderr = row[names.ACCURACY_HELDOUT_STDERR]
+                return {"accuracy": mean if count else None, "stderr": stderr, "count": count}
+        return None
+
     def _evaluate(self, step: int) -> Accuracy | None:
         if self.heldout is None or step == self._last_step:
             return None
         self._last_step = step
+        engine = self._engine
         with self.session.set_aside_phases():
-            published = self.rollouts.engine.policy_version
-            if published < step or self.session.entry == "sft":
-                self.rollouts.publish(version=step if published < 0 else published + 1)
-            accuracy = self.rollouts.evaluate(self.heldout.prompts, self.session.settings.evaluation, step=step)
-            if self.session.entry == "sft":  # which trains next; RL first generates what it trains on
-                self.rollouts.hand_to_trainer()
+            published = engine.engine.policy_version
+            if published < step or not self._is_generating:
+                engine.publish(version=step if published < 0 else published + 1)
+            accuracy = engine.evaluate(self.heldout.prompts, self.session.settings.evaluation, step=step)
+            if not self._is_generating:  # training is next; where an engine generates, that comes first
+                engine.hand_to_trainer()
         values = {
             names.ACCURACY_HELDOUT: accuracy.mean,
             names.ACCURACY_HELDOUT_COUNT: accuracy.count,
@@ -108,5 +142,5 @@ class Evaluation:
         self.session.progress.note(
             f"step {step}: held-out accuracy {accuracy.mean:.3f} +- {accuracy.stderr:.3f} (n={accuracy.count})"
         )
-        self.session.keep_examples(self.rollouts.examples(accuracy.groups, step), step)
+        self.session.keep_examples(engine.examples(accuracy.groups, step), step)
         return accuracy

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import threading
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -49,24 +50,28 @@ class MachineFleets:
         self._making = threading.Lock()
         self._places: list[tuple[int, int]] = []
         self._urls: list[str] = []
+        self.failed: dict[int, str] = {}
+        """Servers, by number, that did not start, and why."""
         if machines.is_leader:
-            machines.offer("start its servers", lambda waiting: self._here().start_all(waiting))
+            machines.offer("start its servers", lambda most, waiting: self._here().start_most(most, waiting))
+            machines.offer("look after its servers", self._look_after_here)
             machines.offer("start a server", lambda index, _: self._here().start(index))
             machines.offer("end a server", lambda index, _: self._here().stop(index))
             machines.offer("wait for a server", self._wait_here)
 
-    def start_all(self, waiting: Callable[[], None]) -> list[str]:
-        """Start all servers of all machines at once and wait until each answers.
+    def start_all(self, waiting: Callable[[], None], least: int | None = None) -> list[str]:
+        """Start all servers of all machines at once and wait until each answers, or has failed.
 
         Args:
             waiting: called while waiting, several times a second.
+            least: how few servers will do; None needs all of them.
 
         Returns:
-            their URLs, in order.
+            their URLs, in order; those in `failed` do not answer.
 
         Raises:
             ConfigError: no SGLang environment on a machine, too few GPUs, or a fixed port that is taken.
-            RolloutError: a server ended or is not ready in time; carries the end of its log.
+            RolloutError: too many servers ended or are not ready in time; carries the ends of their logs.
         """
         self._here()  # writes what the others read
         given_up = threading.Event()
@@ -77,7 +82,11 @@ class MachineFleets:
 
         count = self._machines.count
         with ThreadPoolExecutor(count, thread_name_prefix="start servers") as threads:
-            calls = [threads.submit(self._machines.call, m, "start its servers", waiting=between) for m in range(count)]
+            # A machine does not know of the others' failures; together they are counted below.
+            most = 0 if least is None else 10**6
+            calls = [
+                threads.submit(self._machines.call, m, "start its servers", most, waiting=between) for m in range(count)
+            ]
             try:
                 left = set(calls)
                 while left:
@@ -90,9 +99,22 @@ class MachineFleets:
                 self.close()  # as every other rank does when it is told of the failure
                 raise
         found = [call.result() for call in calls]
-        self._places = [(machine, index) for machine, urls in enumerate(found) for index in range(len(urls))]
-        self._urls = [url for urls in found for url in urls]
+        self._places = [(machine, index) for machine, served in enumerate(found) for index in range(len(served))]
+        servers = [server for served in found for server in served]
+        self._urls = [url for url, _ in servers]
+        self.failed = {number: problem for number, (_, problem) in enumerate(servers) if problem}
+        if least is not None and len(servers) - len(self.failed) < least:
+            self.close()
+            few = f"{len(servers) - len(self.failed)} of {len(servers)} servers started, and scheduling.min_engines is"
+            raise RolloutError("\n".join([f"{few} {least}:", *self.failed.values()]))
         return list(self._urls)
+
+    def require_running(self, seconds: float, waiting: Callable[[], None]) -> None:
+        """Require that every server still runs; see `ServerFleet.require_running`."""
+        deadline = time.monotonic() + seconds
+        for machine in range(self._machines.count):
+            left = max(deadline - time.monotonic(), 0.0)
+            self._machines.call(machine, "look after its servers", left, waiting=waiting)
 
     def start(self, index: int) -> None:
         """Start server number `index` anew, on a port of its own; it is not ready yet.
@@ -113,6 +135,10 @@ class MachineFleets:
         machine, local = self._places[index]
         self._machines.call(machine, "end a server", local)
 
+    def place(self, index: int) -> tuple[int, int]:
+        """Machine of server number `index`, and its number among the servers there."""
+        return self._places[index]
+
     def url(self, index: int) -> str:
         """Where server number `index` answers, once it was ready."""
         return self._urls[index]
@@ -131,6 +157,9 @@ class MachineFleets:
             if self._fleet is None:
                 self._fleet = self._make()
             return self._fleet
+
+    def _look_after_here(self, seconds: float, waiting: Callable[[], None]) -> None:
+        self._here().require_running(seconds, waiting)
 
     def _wait_here(self, index: int, waiting: Callable[[], None]) -> str:
         fleet = self._here()

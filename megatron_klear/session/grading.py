@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from megatron_klear.config import CodeRewardSettings, RewardSettings, Settings
-from megatron_klear.data import PromptData
+from megatron_klear.data import ChatTokenizer, PromptData
 from megatron_klear.errors import ConfigError, DataError, RewardError
-from megatron_klear.records import Domain, Grade
+from megatron_klear.records import Domain, Grade, RolloutGroup
 from megatron_klear.reward import (
     AnswerFormat,
     BadTestsError,
@@ -121,6 +121,23 @@ class Graders:
             return self._code
 
 
+def grade_requests(chat: ChatTokenizer, groups: Sequence[RolloutGroup]) -> list[tuple[Domain, GradeRequest]]:
+    """What to grade of groups, response by response: their texts with what the chat template opens for them."""
+    return [
+        (
+            group.prompt.domain,
+            GradeRequest(
+                f"{i}: {group.prompt.prompt_id}#{j}",
+                chat.response_text(rollout.response_ids),
+                group.prompt.reference,
+                rollout.finish_reason,
+            ),
+        )
+        for i, group in enumerate(groups)
+        for j, rollout in enumerate(group.rollouts)
+    ]
+
+
 def answer_format(settings: GradingSettings) -> AnswerFormat:
     """What a response must look like."""
     return AnswerFormat(
@@ -152,7 +169,22 @@ def code_graders(
         workers: sandboxes of this process; default its share of the machine's.
     """
     code = settings.code_reward
-    limits = Limits(
+    return CodeGraderPool(
+        workers=workers or max(1, code.workers // ranks_per_machine),
+        sandbox=code.sandbox,
+        limits=code_limits(code),
+        rules=CodeRewardRules(correct=code.correct, wrong=code.wrong, malformed=code.malformed, score=code.score),
+        answer_format=answer_format(settings),
+        python=code.python,
+        extra_paths=code.extra_paths,
+        warm_modules=code.warm_modules,
+        max_timeouts=code.max_timeouts,
+    )
+
+
+def code_limits(code: CodeRewardSettings) -> Limits:
+    """The limits of one test that the settings ask for."""
+    return Limits(
         cpu_seconds=code.cpu_seconds,
         wall_seconds=code.wall_seconds,
         memory_bytes=code.memory_bytes,
@@ -161,17 +193,6 @@ def code_graders(
         output_bytes=code.output_bytes,
         tasks=code.tasks,
         allow_processes=code.allow_processes,
-    )
-    return CodeGraderPool(
-        workers=workers or max(1, code.workers // ranks_per_machine),
-        sandbox=code.sandbox,
-        limits=limits,
-        rules=CodeRewardRules(correct=code.correct, wrong=code.wrong, malformed=code.malformed, score=code.score),
-        answer_format=answer_format(settings),
-        python=code.python,
-        extra_paths=code.extra_paths,
-        warm_modules=code.warm_modules,
-        max_timeouts=code.max_timeouts,
     )
 
 

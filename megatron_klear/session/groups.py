@@ -5,12 +5,13 @@ from __future__ import annotations
 from megatron_klear.data import PromptData
 from megatron_klear.session.ledger import RunLedger
 from megatron_klear.session.managed import ManagedGroups
+from megatron_klear.session.recorded import Recorded
 from megatron_klear.session.rollouts import Rollouts
 from megatron_klear.session.serving import ServedEngine
 from megatron_klear.session.session import Session
 
 
-def step_groups(session: Session, prompts: PromptData, rollouts: Rollouts) -> RunLedger | ManagedGroups:
+def step_groups(session: Session, prompts: PromptData, rollouts: Rollouts | Recorded) -> RunLedger | ManagedGroups:
     """Servers are kept busy by the manager; the engine inside the training processes generates when it is asked to.
 
     A replay generates nothing, and `scheduling.rollout_only` has no training to generate beside.
@@ -18,7 +19,10 @@ def step_groups(session: Session, prompts: PromptData, rollouts: Rollouts) -> Ru
     Raises:
         CheckpointError: the ledger cannot be used, or is not the one of the run's checkpoint.
     """
-    engine, scheduling = rollouts.engine, session.settings.scheduling
-    if not isinstance(engine, ServedEngine) or scheduling.replay_from is not None or scheduling.rollout_only:
+    if isinstance(rollouts, Recorded) or session.settings.scheduling.rollout_only:
         return RunLedger(session, prompts)
-    return ManagedGroups(session, prompts, rollouts, engine.endpoints, engine.restart)
+    engine = rollouts.engine
+    if not isinstance(engine, ServedEngine):
+        return RunLedger(session, prompts)
+    engine.expect_manager()
+    return ManagedGroups(session, prompts, rollouts, engine.endpoints, engine.restart, engine.most_requests)

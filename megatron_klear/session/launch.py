@@ -56,7 +56,12 @@ class StopRequest:
         self.received = True
 
 
-def run_entry(entry: Entry, body: Callable[[Settings, StopRequest], None], argv: Sequence[str] | None = None) -> int:
+def run_entry(
+    entry: Entry,
+    body: Callable[[Settings, StopRequest], None],
+    argv: Sequence[str] | None = None,
+    more_outlook: Callable[[Settings, int], str] | None = None,
+) -> int:
     """Parse the command line, run the entry's body, and return the exit status.
 
     Settings are judged before `body` imports torch. The status also goes to the file named by `KLEAR_STATUS_FILE`, if
@@ -67,20 +72,28 @@ def run_entry(entry: Entry, body: Callable[[Settings, StopRequest], None], argv:
         entry: which entry runs.
         body: does the work; imports what it needs itself.
         argv: arguments; by default the process's.
+        more_outlook: further lines for `--check`, of settings and number of ranks; no torch.
 
     Returns:
         0 done, 1 failed, 2 bad input, 75 stopped early and resumable.
     """
     try:
-        status = _run(entry, body, sys.argv[1:] if argv is None else argv)
+        status = _run(entry, body, sys.argv[1:] if argv is None else argv, more_outlook)
     except SystemExit as leaving:
-        _note_status(int(leaving.code or 0))
+        note_status(int(leaving.code or 0))
         raise
-    _note_status(status)
+    note_status(status)
     return status
 
 
-def _note_status(status: int) -> None:
+def status_of(error: BaseException) -> int:
+    """The exit status of an entry that ends with this error."""
+    if isinstance(error, KlearError):
+        return error.exit_status
+    return EXIT_RESUMABLE if isinstance(error, Preempted | KeyboardInterrupt) else EXIT_FAILED
+
+
+def note_status(status: int) -> None:
     """Write rank 0's exit status to the file that was asked for; a full disk changes nothing about the run."""
     file = os.environ.get(STATUS_FILE)
     if file and os.environ.get("RANK", "0") == "0":
@@ -90,8 +103,13 @@ def _note_status(status: int) -> None:
             print(f"{STATUS_FILE}={file}: {error.strerror or error}", file=sys.stderr)
 
 
-def _run(entry: Entry, body: Callable[[Settings, StopRequest], None], argv: Sequence[str]) -> int:
-    settings = parse_command_line(argv, entry)
+def _run(
+    entry: Entry,
+    body: Callable[[Settings, StopRequest], None],
+    argv: Sequence[str],
+    more_outlook: Callable[[Settings, int], str] | None,
+) -> int:
+    settings = parse_command_line(argv, entry, more_outlook=more_outlook)
     rank = int(os.environ.get("RANK", "0"))
     # Megatron warns on import of every optional package that is not there; none of it is news to the user.
     warnings.filterwarnings("ignore", module=r"megatron\..*")

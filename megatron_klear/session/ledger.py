@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -17,34 +18,60 @@ from megatron_klear.rollout.ledger import (
     Ledger,
     LedgerPosition,
     LedgerReader,
+    check_replay,
+    open_groups,
     position,
     reconcile,
     replay_step,
     scored_group,
 )
+from megatron_klear.session.recorded import Recorded
 from megatron_klear.session.rollouts import Rollouts
 from megatron_klear.session.session import Session
+from megatron_klear.session.terms import run_terms
+from megatron_klear.session.walk import caught_up, next_prompts
+
+log = logging.getLogger(__name__)
 
 
-def reconcile_with_checkpoint(ledger: Ledger, session: Session, prompts: PromptData) -> None:
-    """Make the ledger agree with what the run resumes from; on rank 0.
+def reconcile_with_checkpoint(
+    ledger: Ledger, session: Session, prompts: PromptData, *, keep_next_step: bool
+) -> list[tuple[int, str]]:
+    """Make the ledger agree with what the run resumes from and with its settings; on rank 0.
+
+    Args:
+        ledger: of the run.
+        session: the run.
+        prompts: the data that steps are drawn from.
+        keep_next_step: see `reconcile`.
+
+    Returns:
+        (epoch, prompt_id) of the groups that are not trained, in the ledger's order.
 
     Raises:
         CheckpointError: it is not the ledger of the run's checkpoint.
     """
     settings = session.settings
-    stored = None if session.resumed is None else session.resumed.get("ledger")
+    saved = None if session.resumed is None else session.resumed.get("ledger")
+    stored = None if saved is None else LedgerPosition.from_json(saved)
     first_weights = (settings.model, settings.checkpoint.start_from, settings.run.seed, prompts.fingerprint)
-    reconcile(
+    found = reconcile(
         ledger,
         session.step,
-        None if stored is None else LedgerPosition.from_json(stored),
+        stored,
         identity=hashlib.blake2b(repr(first_weights).encode(), digest_size=16).hexdigest(),
         prompts={prompt.prompt_id: prompt for prompt in prompts.prompts},
         num_responses=settings.rollout.responses_per_prompt,
-        # Otherwise the order of the data alone says which groups a step has.
-        keep_next_step=settings.scheduling.order == "completion",
+        terms=run_terms(settings, session.chat),
+        keep_next_step=keep_next_step,
     )
+    other = found.other_terms
+    if other.why:
+        log.warning(
+            "prompt groups in flight under other settings: %d are drawn anew, %d are graded anew (%s)",
+            other.redrawn, other.regraded, other.why,
+        )  # fmt: skip
+    return [(epoch, prompt_id) for _, epoch, prompt_id in open_groups(ledger)]
 
 
 class RunLedger:
@@ -66,6 +93,9 @@ class RunLedger:
         self._close = ExitStack()
         self._ledger: Ledger | None = None
         self._reader: LedgerReader | None = None
+        self._open_groups: list[tuple[int, str]] = []  # as the run found them
+        self._pending: list[tuple[int, Prompt]] | None = None
+        """Prompts that the cursor has passed and that are not trained, the oldest first; None before the first step."""
         together("open the rollout ledger", self._open, session.context, only_first=True)
         session.ledger_position = self._position
 
@@ -77,31 +107,56 @@ class RunLedger:
     ) -> None:
         self._close.close()
 
-    def groups(self, step: int, cursor: DataCursor, rollouts: Rollouts) -> list[ScoredGroup]:
+    def groups(self, step: int, cursor: DataCursor, rollouts: Rollouts | Recorded) -> list[ScoredGroup]:
         """The scored groups of a step, in the order of its prompts, the same on every rank.
 
         Args:
             step: to train.
-            cursor: walks over the data; moved on by one batch.
+            cursor: walks over the data; moved on by one batch, unless enough prompts that it has passed are not
+                trained, and at the first step past all that the ledger has in flight.
             rollouts: generates and grades what is not there yet, with the weights that precede the step.
         """
-        first = cursor.rows_taken
-        batch = [self._prompts.prompts[i] for i in cursor.next_batch()]
         if self.session.settings.scheduling.replay_from is not None:
+            cursor.next_batch()
             with self.session.phase("replay"):
                 return self._scored(agree("replay a step", lambda: self._replayed(step), self.session.context))
-        keyed = [((first + i) // len(self._prompts), prompt) for i, prompt in enumerate(batch)]
-        recalled = self._scored(
-            agree("read the rollout ledger", lambda: self._recalled(step, keyed), self.session.context)
+        assert not isinstance(rollouts, Recorded)
+        drawn, keyed = self._next(cursor)
+        batch = [prompt for _, prompt in keyed]
+        graded, ungraded = agree(
+            "read the rollout ledger", lambda: self._recalled(step, drawn, keyed), self.session.context
         )
-        known = {group.group.prompt.prompt_id: group for group in recalled}
+        known = {group.group.prompt.prompt_id: group for group in self._scored(graded)}
+        fresh = rollouts.score_stored(ungraded) if ungraded else []
+        known.update({group.group.prompt.prompt_id: group for group in fresh})
         missing = [prompt for prompt in batch if prompt.prompt_id not in known]
-        fresh = rollouts.score(missing, rollouts.generate(missing, step=step)) if missing else []
+        fresh += rollouts.score(missing, rollouts.generate(missing, step=step)) if missing else []
         together(
             "write the rollout ledger", lambda: self._record(step, keyed, fresh), self.session.context, only_first=True
         )
         known.update({group.group.prompt.prompt_id: group for group in fresh})
         return [known[prompt.prompt_id] for prompt in batch]
+
+    def _next(self, cursor: DataCursor) -> tuple[list[tuple[int, Prompt]], list[tuple[int, Prompt]]]:
+        """(epoch, prompt) of what the cursor has passed now, and of the next step: the oldest, and no prompt twice."""
+        per_step = self.session.settings.rl.prompts_per_step
+        drawn: list[tuple[int, Prompt]] = []
+        if self._pending is None:
+            left = agree("read the rollout ledger", lambda: self._open_groups, self.session.context)
+            drawn += caught_up(cursor, self._prompts, left)
+            self._pending = [*drawn]
+        if len({prompt.prompt_id for _, prompt in self._pending}) < per_step:  # a batch has as many, all different
+            batch = next_prompts(cursor, self._prompts)
+            drawn += batch
+            self._pending += batch
+        chosen: dict[str, tuple[int, Prompt]] = {}
+        for epoch, prompt in self._pending:
+            if len(chosen) < per_step:
+                chosen.setdefault(prompt.prompt_id, (epoch, prompt))
+        keyed = list(chosen.values())
+        taken = {(epoch, prompt.prompt_id) for epoch, prompt in keyed}
+        self._pending = [(epoch, prompt) for epoch, prompt in self._pending if (epoch, prompt.prompt_id) not in taken]
+        return drawn, keyed
 
     def trained(self, step: int) -> None:
         """Note that the updates of a step are done; before its checkpoint.
@@ -113,9 +168,9 @@ class RunLedger:
         together("write the rollout ledger", lambda: self._trained(step), self.session.context, only_first=True)
 
     @contextmanager
-    def publishing(self, version: int) -> Iterator[None]:
+    def publishing(self, version: int) -> Iterator[bool]:
         """Around a publish; the ranks that generate are the ones that publish, so nothing is in flight."""
-        yield
+        yield True
 
     @contextmanager
     def sharing_engines(self) -> Iterator[None]:
@@ -127,34 +182,52 @@ class RunLedger:
         source = settings.scheduling.replay_from
         if source is not None:
             self._reader = self._close.enter_context(LedgerReader(Path(source) / LEDGER_FILE))
+            other = check_replay(self._reader, run_terms(settings, session.chat))
+            if other:
+                log.warning("replaying responses and grades that were made under other settings: %s", other)
             return
         self._ledger = self._close.enter_context(Ledger(session.root / LEDGER_FILE))
-        reconcile_with_checkpoint(self._ledger, session, self._prompts)
+        # The order of the data alone says which groups a step has.
+        found = reconcile_with_checkpoint(self._ledger, session, self._prompts, keep_next_step=False)
+        self._open_groups = [] if settings.scheduling.rollout_only else found  # there they are recorded steps
 
     def _position(self) -> dict[str, Any] | None:
-        return None if self._ledger is None else position(self._ledger, self.session.step).to_json()
+        if self._ledger is None:
+            return None
+        return position(self._ledger, self.session.step).to_json()
 
     def _replayed(self, step: int) -> list[tuple[RolloutGroup, tuple[Grade, ...]]]:
         assert self._reader is not None
         std = self.session.settings.algorithm.advantage_std
         return [(group.group, group.grades) for group in replay_step(self._reader, step, normalize_std=std)]
 
-    def _recalled(self, step: int, keyed: Sequence[tuple[int, Prompt]]) -> list[tuple[RolloutGroup, tuple[Grade, ...]]]:
-        """Reserve the step's groups, and take those whose responses are there and from the current weights."""
+    def _recalled(
+        self, step: int, drawn: Sequence[tuple[int, Prompt]], keyed: Sequence[tuple[int, Prompt]]
+    ) -> tuple[list[tuple[RolloutGroup, tuple[Grade, ...]]], list[RolloutGroup]]:
+        """Reserve what was drawn, and take those of the step whose responses are all there and from its weights.
+
+        Returns:
+            Groups with their grades, and groups that are to be graded.
+        """
         ledger = self._ledger
         assert ledger is not None
-        ids = ledger.reserve(keyed, num_responses=self.session.settings.rollout.responses_per_prompt)
-        found = []
+        # All that was drawn, in its order, also for later steps: the checkpoint names what is in flight by the ledger.
+        num_responses = self.session.settings.rollout.responses_per_prompt
+        ids = ledger.reserve([*drawn, *keyed], num_responses=num_responses)[len(drawn) :]
+        graded, ungraded = [], []
         for group_id in ids:
             [stored] = ledger.load([group_id])
-            if stored.state in ("graded", "committed") and stored.oldest_version == step - 1:
-                found.append((stored.rollout_group(), tuple(stored.grades[i] for i in range(stored.num_responses))))
+            is_current = stored.oldest_version == step - 1
+            if stored.state in ("graded", "committed") and is_current:
+                graded.append((stored.rollout_group(), tuple(stored.grades[i] for i in range(stored.num_responses))))
+            elif stored.state == "generated" and is_current:
+                ungraded.append(stored.rollout_group())
             elif stored.rollouts:
                 ledger.replace_responses(group_id, {}, why=f"not sampled by the weights before step {step}")
-        return found
+        return graded, ungraded
 
     def _record(self, step: int, keyed: Sequence[tuple[int, Prompt]], fresh: Sequence[ScoredGroup]) -> None:
-        """Write down what was generated, and promise the whole batch to the step, in one transaction."""
+        """Write down what was generated or graded, and promise the whole batch to the step, in one transaction."""
         ledger = self._ledger
         assert ledger is not None
         with ledger.transaction():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import threading
 from collections import deque
 from collections.abc import Sequence
@@ -10,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
 from megatron_klear.errors import RewardError, RolloutError
-from megatron_klear.parallel import Machines
+from megatron_klear.parallel import Machines, SilentMachine
 from megatron_klear.records import Grade
 
 log = logging.getLogger(__name__)
@@ -38,10 +39,16 @@ class MachineGraders:
         machines: of the launch.
         pool: this machine's workers; None on all but its first process.
         workers: in each pool.
+        limit_seconds: how long another machine may take over `workers` responses, at most, before it is asked no more.
     """
 
-    def __init__(self, machines: Machines, pool: GraderPool | None, *, workers: int) -> None:
+    def __init__(
+        self, machines: Machines, pool: GraderPool | None, *, workers: int, limit_seconds: float = math.inf
+    ) -> None:
         self._machines, self._pool, self._workers = machines, pool, workers
+        self._limit_seconds = limit_seconds
+        self._silent: set[int] = set()
+        self._is_closed = threading.Event()
         if pool is not None:
             machines.offer("grade", lambda requests, _: pool.grade_many(requests))
 
@@ -68,7 +75,7 @@ class MachineGraders:
                         return
                     at, some = left.popleft()
                 try:
-                    found = self._machines.call(machine, "grade", some)
+                    found = self._call(machine, some)
                 except (RewardError, RolloutError) as error:
                     log.warning("machine %d grades no more of these responses: %s", machine, error)
                     with done:
@@ -77,8 +84,9 @@ class MachineGraders:
                     return
                 grades[at : at + len(some)] = found
 
+        asked = [machine for machine in range(count) if machine not in self._silent]
         with ThreadPoolExecutor(_CALLS_PER_MACHINE * count, thread_name_prefix="grade") as threads:
-            list(threads.map(work, [*range(count)] * _CALLS_PER_MACHINE))
+            list(threads.map(work, asked * _CALLS_PER_MACHINE))
         # What a machine gave back after the others had finished.
         for at, some in left:
             grades[at : at + len(some)] = self._anywhere(some, problems)
@@ -88,14 +96,32 @@ class MachineGraders:
     def _anywhere(self, requests: Sequence[Any], problems: list[str]) -> list[Grade]:
         """Grades by the first machine that can; why others cannot is added to `problems`."""
         for machine in range(self._machines.count):
+            if machine in self._silent:
+                continue
             try:
-                found: list[Grade] = self._machines.call(machine, "grade", requests)
-                return found
+                return self._call(machine, requests)
             except (RewardError, RolloutError) as error:
                 problems.append(f"machine {machine}: {error}")
         raise RewardError("no machine can grade: " + "; ".join(sorted(set(problems))))
 
+    def _call(self, machine: int, requests: Sequence[Any]) -> list[Grade]:
+        """Grades by one machine, which is not asked again once it has let its time pass."""
+        try:
+            found: list[Grade] = self._machines.call(
+                machine, "grade", requests, waiting=self._require_open, limit_seconds=self._limit_seconds
+            )
+        except SilentMachine as error:
+            self._silent.add(machine)
+            limit = f"reward.machine_seconds = {self._limit_seconds:g}"
+            raise RolloutError(f"{error}; it is not asked again in this run ({limit})") from error
+        return found
+
+    def _require_open(self) -> None:
+        if self._is_closed.is_set():
+            raise RolloutError("the graders were closed")
+
     def close(self) -> None:
-        """End this machine's workers; a second call does nothing."""
+        """End this machine's workers, and calls to others; a second call does nothing."""
+        self._is_closed.set()
         if self._pool is not None:
             self._pool.close()

@@ -2,22 +2,34 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from types import TracebackType
 from typing import Any, Self
 
 from megatron_klear.checkpoint.collective import agree, together
 from megatron_klear.data import DataCursor, PromptData
-from megatron_klear.parallel import FirstRank
 from megatron_klear.records import Grade, Prompt, RolloutGroup, ScoredGroup
 from megatron_klear.rollout import SamplingParams
 from megatron_klear.rollout.endpoint import Endpoint
-from megatron_klear.rollout.ledger import LEDGER_FILE, Ledger, position, scored_group, with_names_of_their_own
+from megatron_klear.rollout.ledger import (
+    LEDGER_FILE,
+    Ledger,
+    position,
+    scored_group,
+    with_names_of_their_own,
+)
 from megatron_klear.rollout.manager import Restart, RolloutManager, Sampling
 from megatron_klear.session.ledger import reconcile_with_checkpoint
+from megatron_klear.session.metrics import since
+from megatron_klear.session.recorded import Recorded
 from megatron_klear.session.rollouts import Rollouts
 from megatron_klear.session.session import Session
+from megatron_klear.session.walk import caught_up, next_prompts
+
+log = logging.getLogger(__name__)
 
 _POLL_SECONDS = 5.0
 """Longest time that other ranks wait in an exchange for rank 0, however long generation takes."""
@@ -32,6 +44,7 @@ class ManagedGroups:
         rollouts: grades responses, on rank 0.
         endpoints: called on rank 0 once the engines have their first weights.
         restart: see `RolloutManager`.
+        most_requests: called with `endpoints`: how many requests one generates for at a time, None if not known.
 
     Raises:
         CheckpointError: the ledger cannot be used, or is not the one of the run's checkpoint.
@@ -44,18 +57,18 @@ class ManagedGroups:
         rollouts: Rollouts,
         endpoints: Callable[[], Sequence[Endpoint]],
         restart: Restart | None = None,
+        most_requests: Callable[[], int | None] = lambda: None,
     ) -> None:
         self.session, self._prompts, self._rollouts = session, prompts, rollouts
-        self._endpoints, self._restart = endpoints, restart
+        self._endpoints, self._restart, self._most_requests = endpoints, restart, most_requests
         self._close = ExitStack()
         self._ledger: Ledger | None = None
         self._manager: RolloutManager | None = None
         self._published = False
-        self._first_rank = FirstRank(
-            session.context,
-            silence_seconds=session.settings.parallel.timeout_seconds,
-            beat=session.heartbeat.renew,
-        )
+        self._counts: dict[str, float] = {}
+        self._open_groups: list[tuple[int, str]] = []  # as the run found them
+        self._ahead: int | None = None
+        """Prompts that the cursor has passed and that are not trained; None before the first step."""
         together("open the rollout ledger", self._open, session.context, only_first=True)
         session.ledger_position = self._position
 
@@ -67,28 +80,35 @@ class ManagedGroups:
     ) -> None:
         self._close.close()
 
-    def groups(self, step: int, cursor: DataCursor, rollouts: Rollouts) -> list[ScoredGroup]:
+    def groups(self, step: int, cursor: DataCursor, rollouts: Rollouts | Recorded) -> list[ScoredGroup]:
         """The scored groups of a step, the same on every rank; waits for them without staying in an exchange.
 
         Args:
             step: to train.
-            cursor: walks over the data; moved on as far as staleness lets generation run ahead.
+            cursor: walks over the data; moved on as far as staleness lets generation run ahead, and at the first step
+                past all that the ledger has in flight: the manager goes on with it at once.
             rollouts: not used here; grading has begun already.
         """
         context, settings = self.session.context, self.session.settings
         wanted: list[tuple[int, Prompt]] = []
-        last = min(step + settings.scheduling.staleness, self.session.total_steps)
-        while cursor.rows_taken < last * settings.rl.prompts_per_step:
-            first = cursor.rows_taken
-            rows = cursor.next_batch()
-            wanted += [((first + i) // len(self._prompts), self._prompts.prompts[r]) for i, r in enumerate(rows)]
+        if self._ahead is None:
+            left = agree("read the rollout ledger", lambda: self._open_groups, context)
+            wanted += caught_up(cursor, self._prompts, left)
+            self._ahead = len(wanted)
+        steps = min(settings.scheduling.staleness, self.session.total_steps - step) + 1
+        # By prompts and not by steps: those before may have had another number of prompts.
+        while self._ahead < steps * settings.rl.prompts_per_step:
+            wanted += next_prompts(cursor, self._prompts)
+            self._ahead += settings.rl.prompts_per_step
         with self.session.phase("generate"):
             together("reserve prompts", lambda: self._running.submit(wanted), context, only_first=True)
             found = None
             while found is None:
                 found = agree("generate", lambda: self._take(step), context)
+                self.session.heartbeat.renew()
                 if found is None:
                     self.session.stop_if_asked()
+        self._ahead -= len(found)
         std = settings.algorithm.advantage_std
         return [scored_group(group, grades, normalize_std=std) for group, grades in found]
 
@@ -97,18 +117,31 @@ class ManagedGroups:
         together("write the rollout ledger", lambda: self._running.trained(step), self.session.context, only_first=True)
 
     @contextmanager
-    def publishing(self, version: int) -> Iterator[None]:
-        """Around a publish: nothing is in flight while the weights change, and generation goes on with them after."""
+    def publishing(self, version: int) -> Iterator[bool]:
+        """Around a publish: nothing is in flight while the weights change, and generation goes on with them after.
+
+        Yields:
+            whether to publish; not where the run is asked to stop while responses that are not interrupted are waited
+            for: the step that was trained is then to be finished, and with it the run.
+        """
         context = self.session.context
-        if self._published:
-            with self.session.phase("pause"):
-                # Not in an exchange: where responses are not interrupted, this takes as long as the longest.
-                self._first_rank.run(
-                    "pause generation", lambda: self._running.pause_for_publish(self._first_rank.alive)
-                )
-        yield
+        if self._published and not self._is_paused(version):
+            self.session.noted |= agree("count what was generated", self._news, context)
+            yield False
+            return
+        yield True
         together("resume generation", lambda: self._resume(version), context, only_first=True)
         self._published = True
+
+    def _is_paused(self, version: int) -> bool:
+        """Wait until nothing is in flight, as long as the longest response takes; False when asked to stop before."""
+        with self.session.phase("pause"):
+            while not agree("pause", lambda: self._running.pause_for_publish(_POLL_SECONDS), self.session.context):
+                self.session.heartbeat.renew()
+                # In the last step there is nothing to come back for, and what is in flight is all that is left.
+                if version < self.session.total_steps and self.session.is_asked_to_stop():
+                    return False
+        return True
 
     @contextmanager
     def sharing_engines(self) -> Iterator[None]:
@@ -125,11 +158,14 @@ class ManagedGroups:
 
     def _open(self) -> None:
         self._ledger = self._close.enter_context(Ledger(self.session.root / LEDGER_FILE))
-        reconcile_with_checkpoint(self._ledger, self.session, self._prompts)
+        # By completion a step that is trained again has the same groups as before.
+        keep = self.session.settings.scheduling.order == "completion"
+        self._open_groups = reconcile_with_checkpoint(self._ledger, self.session, self._prompts, keep_next_step=keep)
 
     def _resume(self, version: int) -> None:
         if self._manager is not None:
             self._manager.resume(version)
+            self.session.noted |= self._news()
             return
         settings, ledger = self.session.settings, self._ledger
         assert ledger is not None
@@ -144,7 +180,7 @@ class ManagedGroups:
             RolloutManager(
                 self._endpoints(),
                 ledger,
-                settings=settings.scheduling,
+                settings=replace(settings.scheduling, in_flight=self._in_flight()),
                 sampling=Sampling(
                     params=params,
                     num_responses=rollout.responses_per_prompt,
@@ -159,6 +195,22 @@ class ManagedGroups:
             )
         )
 
+    def _news(self) -> dict[str, float]:
+        """On the first rank: metrics of what was generated since this was last asked."""
+        before, self._counts = self._counts, self._running.counts()
+        return since(before, self._counts)
+
+    def _in_flight(self) -> int:
+        """Requests for one engine at a time: none that would only wait in it.
+
+        One that waits there is bound to it, while another may have room; and how long it waits says nothing of it.
+        """
+        wanted, most = self.session.settings.scheduling.in_flight, self._most_requests()
+        if most is None or most >= wanted:
+            return wanted
+        log.info("an engine gets %d requests at a time: more would wait in it (scheduling.in_flight %d)", most, wanted)
+        return most
+
     def _take(self, step: int) -> list[tuple[RolloutGroup, tuple[Grade, ...]]] | None:
         groups = self._running.take(step, self.session.settings.rl.prompts_per_step, _POLL_SECONDS)
         if groups is None:
@@ -167,4 +219,6 @@ class ManagedGroups:
         return [(g.rollout_group(), tuple(g.grades[i] for i in range(g.num_responses))) for g in named]
 
     def _position(self) -> dict[str, Any] | None:
-        return None if self._ledger is None else position(self._ledger, self.session.step).to_json()
+        if self._ledger is None:
+            return None
+        return position(self._ledger, self.session.step).to_json()

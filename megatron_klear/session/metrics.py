@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import reduce
 from operator import add
 
@@ -27,6 +27,8 @@ def update_metrics(reports: Sequence[UpdateReport]) -> dict[str, float]:
         names.OPTIMIZER_LR: reports[-1].lr,
         names.OPTIMIZER_GRAD_NORM: float(np.mean([r.grad_norm for r in reports])),
         names.SLOTS_USED: float(np.mean([r.slots_used for r in reports])),
+        names.BUDGET_USED: float(np.mean([r.budget_used for r in reports])),
+        names.FLOPS_MAX_OVER_MEAN: float(np.mean([r.flops_max_over_mean for r in reports])),
         "throughput/tokens": float(sum(r.tokens for r in reports)),
     }
     regions = reduce(add, [r.regions for r in reports])
@@ -61,4 +63,11 @@ def rollout_metrics(groups: Sequence[ScoredGroup], kept: Sequence[ScoredGroup]) 
         names.FILTER_GROUPS_KEPT: float(len(kept)),
         names.FILTER_GROUPS_TOTAL: float(len(groups)),
         **{names.grades(outcome): float(count) for outcome, count in counts.items()},
+    }
+
+
+def since(before: Mapping[str, float], now: Mapping[str, float]) -> dict[str, float]:
+    """How the counts of a rollout manager went up, and as it stands now what is no count."""
+    return {
+        name: value if name == names.ENGINES_SERVING else value - before.get(name, 0.0) for name, value in now.items()
     }

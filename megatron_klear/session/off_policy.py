@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -15,6 +16,10 @@ from megatron_klear.observe import names
 from megatron_klear.records import FloatArray, ScoredGroup
 from megatron_klear.session.session import Session
 from megatron_klear.trainer import rollout_logprobs
+
+WeightProof = Literal["same tensors", "checksum", "logprobs", "recorded"]
+"""How it is known that an engine's weights of a version are the trainer's: it is handed the tensors themselves; each
+tensor's checksum; only the log-probabilities of a probe; or not at all, for another run's tokens that are replayed."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -82,7 +87,12 @@ def sampled_tokens(groups: Sequence[ScoredGroup], old: Mapping[str, FloatArray])
 
 
 def off_policy(
-    session: Session, groups: Sequence[ScoredGroup], old: Mapping[str, FloatArray], *, published: int, attested: bool
+    session: Session,
+    groups: Sequence[ScoredGroup],
+    old: Mapping[str, FloatArray],
+    *,
+    published: int,
+    proof: WeightProof,
 ) -> tuple[dict[str, FloatArray] | None, dict[str, float]]:
     """Compare the engine's logprobs with the trainer's; the same on every rank.
 
@@ -91,7 +101,7 @@ def off_policy(
         groups: the step's groups.
         old: the trainer's logprobs by sequence name, float32 [L]; its sequences are compared.
         published: version of the weights that `old` is from.
-        attested: whether engines are known to have the weights of the versions they report.
+        proof: how it is known that engines have the weights of the versions they report.
 
     Returns:
         Off-policy weights by sequence name, float32 [L], None with `correction.kind=none`; and metrics of the step.
@@ -104,17 +114,8 @@ def off_policy(
     settings = session.settings.correction
     tokens = sampled_tokens(groups, old)
     weights, stats = tokens.weigh(settings)
-    require_agreement(tokens, stats, settings, step=session.step + 1, published=published, attested=attested)
-    values = stats.values()
-    stale = (tokens.sampled & (tokens.versions < published)).sum() / tokens.sampled.sum()
-    metrics = {
-        names.KL_ROLLOUT_TRAINER: values["kl_k3"],
-        names.KL_ROLLOUT_TRAINER_K1: values["kl_k1"],
-        names.MISMATCH_MEAN_ABS: values["mean_abs"],
-        names.MISMATCH_MAX_ABS: values["max_abs"],
-        names.MISMATCH_SHARE_BEYOND: values["share_beyond"],
-        names.MISMATCH_SHARE_STALE: float(stale),
-    }
+    require_agreement(tokens, stats, settings, step=session.step + 1, published=published, proof=proof)
+    values, metrics = stats.values(), _distance(tokens, stats, published)
     if settings.kind == "none":
         return None, metrics
     metrics[names.CORRECTION_WEIGHT_MEAN] = values["weight_mean"]
@@ -124,6 +125,46 @@ def off_policy(
     return {name: part.numpy() for name, part in zip(tokens.names, parts, strict=True)}, metrics
 
 
+def left_out_mismatch(
+    session: Session,
+    groups: Sequence[ScoredGroup],
+    old: Mapping[str, FloatArray],
+    *,
+    published: int,
+    proof: WeightProof,
+) -> dict[str, float]:
+    """As `off_policy` for the sample of groups that are not trained on: the same limits, no weights.
+
+    Returns:
+        The distance, for a step that trains on nothing, and its mean under a name of its own.
+
+    Raises:
+        MismatchError: past `correction.stop_above_mean` or `correction.stop_above_share`.
+    """
+    if not old:
+        return {}
+    settings = session.settings.correction
+    tokens = sampled_tokens(groups, old)
+    _, stats = tokens.weigh(settings)
+    of = f" on {len(groups)} responses of groups that are not trained on"
+    require_agreement(tokens, stats, settings, step=session.step + 1, published=published, proof=proof, of=of)
+    metrics = _distance(tokens, stats, published)
+    return metrics | {names.MISMATCH_LEFT_OUT_MEAN_ABS: metrics[names.MISMATCH_MEAN_ABS]}
+
+
+def _distance(tokens: SampledTokens, stats: OffPolicyStats, published: int) -> dict[str, float]:
+    values = stats.values()
+    stale = (tokens.sampled & (tokens.versions < published)).sum() / tokens.sampled.sum()
+    return {
+        names.KL_ROLLOUT_TRAINER: values["kl_k3"],
+        names.KL_ROLLOUT_TRAINER_K1: values["kl_k1"],
+        names.MISMATCH_MEAN_ABS: values["mean_abs"],
+        names.MISMATCH_MAX_ABS: values["max_abs"],
+        names.MISMATCH_SHARE_BEYOND: values["share_beyond"],
+        names.MISMATCH_SHARE_STALE: float(stale),
+    }
+
+
 def require_agreement(
     tokens: SampledTokens,
     stats: OffPolicyStats,
@@ -131,13 +172,14 @@ def require_agreement(
     *,
     step: int,
     published: int,
-    attested: bool,
+    proof: WeightProof,
+    of: str = "",
 ) -> None:
     """Stop a run whose engine and trainer are too far apart, and say where the difference comes from.
 
-    Three causes look alike in the mean. Tokens of the published version that differ are either numerics, when the
-    engine's weights are known to be the trainer's, or an engine without the weights that it reports. Where only
-    tokens of older versions differ, it is their age.
+    Three causes look alike in the mean. Tokens of the published version that differ are numerics, when the engine's
+    weights are known to be the trainer's bit by bit; else they may be of other weights than the engine reports. Where
+    only tokens of older versions differ, it is their age.
 
     Raises:
         MismatchError: past a limit, or a log-probability is not a number.
@@ -145,7 +187,8 @@ def require_agreement(
     if not _exceeded(stats, settings):
         return
     current, older = tokens.sampled & (tokens.versions >= published), tokens.sampled & (tokens.versions < published)
-    lines = [f"step {step}: engine and trainer disagree: {'; '.join(_exceeded(stats, settings))}. No update was made."]
+    passed = "; ".join(_exceeded(stats, settings))
+    lines = [f"step {step}: engine and trainer disagree{of}: {passed}. No update was made."]
     found = {}
     for name, mask in ((f"version {published}, the published one", current), ("older versions", older)):
         if mask.any():
@@ -156,7 +199,7 @@ def require_agreement(
                 f"largest {values['max_abs']:.3g}, {values['share_beyond']:.2%} beyond {settings.bound:g}"
             )
     if current.any() and _exceeded(next(iter(found.values())), settings):
-        lines.append(_NUMERICS if attested else _UNKNOWN_WEIGHTS.format(version=published))
+        lines.append(_AT_PUBLISHED_VERSION[proof].format(version=published))
     else:
         first, last = int(tokens.versions[older].min()), int(tokens.versions[older].max())
         lines.append(_STALENESS.format(first=first, last=last, version=published))
@@ -168,9 +211,21 @@ _NUMERICS = (
     "quantisation, attention, temperature and end tokens of both."
 )
 _UNKNOWN_WEIGHTS = (
-    "Cause: stale weights, or numerics. The engine reports version {version}, but its weights were not compared with "
-    "the trainer's: compare their checksums first; if they are equal it is numerics."
+    "Cause: stale weights, or numerics. The engine reports version {version}, which log-probabilities of a probe "
+    "proved within weight_sync.logprob_tolerance and no checksum: set weight_sync.verify=checksum where the engine's "
+    "weights are not quantised; if that passes it is numerics."
 )
+_RECORDED = (
+    "Cause: other weights, or numerics. The tokens were recorded by the run in scheduling.replay_from as of its "
+    "version {version}, and nothing tells whether this run's weights are the same: compare both runs' first weights "
+    "and settings; if they are equal it is numerics."
+)
+_AT_PUBLISHED_VERSION: Mapping[WeightProof, str] = {
+    "same tensors": _NUMERICS,
+    "checksum": _NUMERICS,
+    "logprobs": _UNKNOWN_WEIGHTS,
+    "recorded": _RECORDED,
+}
 _STALENESS = (
     "Cause: staleness. These tokens were sampled by versions {first} to {last}, and version {version} is published: "
     "allow less staleness, or lower optimizer.lr; a correction.kind makes up for some of it, under a higher limit."

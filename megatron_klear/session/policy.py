@@ -54,11 +54,13 @@ def minibatches(groups: Sequence[ScoredGroup], settings: RlSettings) -> Iterator
         yield [groups[i] for i in part]
 
 
-def old_logprobs(session: Session, groups: Sequence[ScoredGroup]) -> dict[str, FloatArray]:
-    """Logprobs of pi_old by the trainer, by sequence name."""
+def old_logprobs(
+    session: Session, groups: Sequence[ScoredGroup], *, phase: str = "old logprobs"
+) -> dict[str, FloatArray]:
+    """Logprobs of pi_old by the trainer, by sequence name (a collective)."""
     sequences = to_score(groups)
     if not sequences:
         return {}
-    with session.phase("old logprobs"):
+    with session.phase(phase):
         scored = session.trainer.token_logprobs(sequences, temperature=session.settings.rollout.temperature)
     return {s.sequence_id: values for s, values in zip(sequences, scored, strict=True)}

@@ -1,4 +1,4 @@
-"""Servers of ours that were lost: started anew beside the training, with the weights of the last publish."""
+"""Servers that were lost: back beside the training, with the weights of the last publish."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 
-from megatron_klear.errors import RolloutError
+from megatron_klear.errors import KlearError, RolloutError
 from megatron_klear.rollout.endpoint import Endpoint
+from megatron_klear.rollout.manager import StartLimit
 from megatron_klear.rollout.sglang import ConnectedEngine, SglangEngine
 from megatron_klear.session.fleets import MachineFleets
+from megatron_klear.session.others import ServersOfOthers
 from megatron_klear.session.turn import Turn
 from megatron_klear.weight_sync import EngineGroup
 
@@ -32,7 +34,7 @@ class EngineRestarts:
     nothing is published: so it has missed nothing.
 
     Args:
-        fleet: started the servers.
+        fleet: started the servers, or waits for those of others.
         engine: generates on them for evaluation.
         group: those that are published to.
         bring_up: see `BringUp`.
@@ -41,7 +43,7 @@ class EngineRestarts:
 
     def __init__(
         self,
-        fleet: MachineFleets,
+        fleet: MachineFleets | ServersOfOthers,
         engine: SglangEngine,
         group: EngineGroup,
         bring_up: BringUp,
@@ -49,8 +51,7 @@ class EngineRestarts:
     ) -> None:
         self._fleet, self._engine, self._group, self._bring_up = fleet, engine, group, bring_up
         self._turn = turn
-        self._numbers: dict[int, int] = {}
-        self._endpoints: list[Endpoint] = []
+        self._numbers: dict[int, tuple[int, Endpoint]] = {}  # by id, which no other object gets while it stands here
         self._publishing = threading.Lock()
         self._one_at_a_time = [threading.Lock() for _ in engine.engines]
         self._closed = threading.Event()
@@ -75,21 +76,27 @@ class EngineRestarts:
         finally:
             self._publishing.release()
 
-    async def restart(self, endpoint: Endpoint, why: str) -> Endpoint:
+    async def restart(self, endpoint: Endpoint, why: str, limit: StartLimit) -> Endpoint:
         """Start a lost server anew with current weights; called in the manager's event loop.
+
+        Its turn and the end of a publish are waited for outside of the limit.
 
         Raises:
             KlearError: it does not start, or cannot be given the weights of the last publish.
         """
-        index = self._numbers[id(endpoint)]
+        index, _ = self._numbers[id(endpoint)]
         given_up = threading.Event()
-        log.warning("%s is started anew: %s", endpoint.name, why)
+        log.warning("%s is to come back: %s", endpoint.name, why)
         try:
-            await asyncio.get_running_loop().run_in_executor(self._threads, self._restart, index, given_up)
+            await asyncio.get_running_loop().run_in_executor(self._threads, self._restart, index, given_up, limit)
         except asyncio.CancelledError:
             given_up.set()
             raise
+        except KlearError as error:
+            log.warning("%s cannot be used again: %s", endpoint.name, error)
+            raise
         await endpoint.close()
+        del self._numbers[id(endpoint)]
         return self._endpoint(index)
 
     def close(self) -> None:
@@ -99,34 +106,50 @@ class EngineRestarts:
 
     def _endpoint(self, index: int) -> Endpoint:
         made = self._engine.another_endpoint(index)
-        self._endpoints.append(made)  # so that no other object gets its id
-        self._numbers[id(made)] = index
+        self._numbers[id(made)] = (index, made)
         return made
 
-    def _restart(self, index: int, given_up: threading.Event) -> None:
+    def _restart(self, index: int, given_up: threading.Event, limit: StartLimit) -> None:
         """In a thread: end what is left of the server, start it, bring it up to date, let it join."""
 
         def waiting() -> None:
-            if given_up.is_set() or self._closed.is_set():
+            is_urgent = self._turn is not None and self._turn.is_urgent
+            if given_up.is_set() or self._closed.is_set() or is_urgent:
                 raise RolloutError(f"the restart of server {index} was given up")
 
         began = time.monotonic()
         with self._one_at_a_time[index]:
             waiting()
             self._fleet.stop(index)  # a publish that waits for an answer of it goes on without
-            with self.publishing(waiting):
+            with _after_others(self.publishing(waiting), limit):
                 self._group.leave(self._engine.engines[index].caller)
-            with nullcontext() if self._turn is None else self._turn.starting(waiting):
-                fresh = self._start(index, waiting)
+            with nullcontext() if self._turn is None else _after_others(self._turn.starting(waiting), limit):
+                try:
+                    fresh = self._start(index, waiting, limit)
+                except BaseException:
+                    if self._turn is not None:
+                        self._fleet.stop(index)  # it may hold memory, and the trainer's turn may begin now
+                    raise
         log.info("%s is back with the current weights after %.0f s", fresh.endpoint.name, time.monotonic() - began)
 
-    def _start(self, index: int, waiting: Callable[[], None]) -> ConnectedEngine:
+    def _start(self, index: int, waiting: Callable[[], None], limit: StartLimit) -> ConnectedEngine:
         """Start a server, and have it join with the weights of the last publish."""
         self._fleet.start(index)
-        self._fleet.wait_ready(index, waiting)
-        with self.publishing(waiting):
+        with limit.absent() if isinstance(self._fleet, ServersOfOthers) else nullcontext():
+            self._fleet.wait_ready(index, waiting)
+        with _after_others(self.publishing(waiting), limit):
             fresh = self._engine.connect(index, self._fleet.url(index))
             self._bring_up(fresh, waiting)
+            waiting()  # whoever has given it up would not use it, and yet it would be published to
             self._engine.replace(index, fresh)
             self._group.take_in(fresh.caller)
         return fresh
+
+
+@contextmanager
+def _after_others(entered: AbstractContextManager[None], limit: StartLimit) -> Iterator[None]:
+    """Inside of what is entered only when others are done with it; that wait is not the server's."""
+    with ExitStack() as inside:
+        with limit.waiting_for_others():
+            inside.enter_context(entered)
+        yield

@@ -19,6 +19,7 @@ _FIXED = {
     "parallel.distributed_optimizer": "the optimizer's state is stored accordingly",
     "run.seed": "it decides the order of the data",
     "data.shuffle": "it decides the order of the data",
+    "scheduling.rollout_only": "its steps are either recorded, to be replayed (scheduling.replay_from), or trained",
 }
 """Settings that a run keeps for its whole life, and why."""
 
@@ -32,10 +33,12 @@ def changes_at_resume(settings: Settings, entry: Entry) -> list[str]:
     Nothing when the run has no checkpoint, or one whose settings cannot be read: whether it is whole is judged later.
 
     Raises:
-        ConfigError: the run is another entry's, or a setting has changed that a run must keep; all of them at once.
+        ConfigError: the run is another entry's, a setting has changed that a run must keep (all of them at once), or
+            another run is to be replayed into one that has a ledger.
     """
     root = Path(settings.run.dir) / "checkpoints"
     steps = layout.finished_steps(root)
+    _refuse_replay_over(settings, entry, root, steps)
     if not steps or not settings.run.resume:
         return []
     checkpoint = layout.step_directory(root, steps[0])
@@ -63,6 +66,30 @@ def changes_at_resume(settings: Settings, entry: Entry) -> list[str]:
     if problems:
         raise ConfigError(problems)
     return [f"{p}: {_shown(before[p])} -> {_shown(now[p])}" for p in changed if not p.startswith(_NO_NEWS)]
+
+
+def _refuse_replay_over(settings: Settings, entry: Entry, root: Path, steps: list[int]) -> None:
+    """Refuse to replay another run in a directory whose own run has a ledger.
+
+    A replay knows nothing of that ledger: its prompts in flight would be left behind, or trained a second time.
+    """
+    if entry != "rl" or settings.scheduling.replay_from is None:
+        return
+    has_ledger = (Path(settings.run.dir) / "ledger.sqlite").exists()
+    if not has_ledger and steps:
+        try:
+            state = json.loads((layout.step_directory(root, steps[0]) / layout.RUN_STATE).read_text(encoding="utf-8"))
+            has_ledger = state.get("ledger") is not None
+        except (OSError, ValueError, AttributeError):
+            return  # whether it is whole is judged later
+    if has_ledger:
+        raise ConfigError(
+            [
+                f"scheduling.replay_from: {settings.run.dir} holds a run with a rollout ledger of its own, whose "
+                "prompts in flight a replay would leave behind; replay in another run.dir, and to start from this "
+                f"run's weights set checkpoint.start_from={settings.run.dir} there"
+            ]
+        )
 
 
 def _flat(settings: Any) -> dict[str, Any]:

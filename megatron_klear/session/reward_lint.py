@@ -8,24 +8,39 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
 
 from megatron_klear.config import Settings
+from megatron_klear.data.chat import ChatTokenizer, ConversationError
 from megatron_klear.data.rows import PromptRow
 from megatron_klear.records import Domain, Grade, Prompt, Rollout, RolloutGroup
 from megatron_klear.reward import BadTestsError, GradeRequest, parse_problem
 from megatron_klear.reward.answers import last_box
-from megatron_klear.reward.probes import FORM_REFERENCE, FORMS, Probe, boxed, built_in, fenced, perturbed, rewritten
+from megatron_klear.reward.code_tests import CodeProblem, met_tests
+from megatron_klear.reward.code_worker import limits_of
+from megatron_klear.reward.probes import (
+    FORM_REFERENCE,
+    FORMS,
+    Probe,
+    boxed,
+    built_in,
+    fenced,
+    in_lines,
+    perturbed,
+    rewritten,
+)
 from megatron_klear.rollout.ledger import scored_group
-from megatron_klear.session.grading import Graders
+from megatron_klear.session.answer_keys import SHOWN, AnswerKeys, Row
+from megatron_klear.session.grading import Graders, code_limits, grade_requests
 from megatron_klear.session.policy import filtered
 
-_SHOWN = 3
-
-Row = tuple[str, PromptRow]
-"""A setting that lists files, and a row of one of them."""
+_GROUPS = 64
+"""Code problems, taken evenly, of which a whole group is graded."""
+_PROGRAMS = ("pass", "pass  # another", "print(0)", "def other():\n    return 0")
+"""Responses of a group: different texts, so that each is graded by itself."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,6 +62,7 @@ def lint_rewards(
     settings: Settings,
     rows: Sequence[Row],
     graders: Graders,
+    chat: ChatTokenizer,
     *,
     probes: Sequence[Probe] = (),
     max_ungraded: float = 0.01,
@@ -57,6 +73,7 @@ def lint_rewards(
         settings: of the run.
         rows: problems that the settings name, as many as are to be graded.
         graders: made from the same settings.
+        chat: the run's tokenizer.
         probes: of the user, besides the built-in ones.
         max_ungraded: largest share of gold answers that may be ungraded.
 
@@ -66,10 +83,11 @@ def lint_rewards(
     domains = frozenset(row.domain for _, row in rows) or frozenset[Domain]({"math"})
     return [
         _filter_row(settings),
-        *_order_rows(settings, graders, sorted(domains)),
-        *_test_rows(rows),
-        *_gold_rows(settings, rows, graders, max_ungraded),
-        *_probe_rows(settings, graders, [*built_in(domains), *probes], bool(probes)),
+        *_template_rows(chat, graders, sorted(domains)),
+        *_order_rows(settings, graders, chat, sorted(domains)),
+        *_same_test_rows(settings, rows, graders, chat),
+        *_gold_rows(rows, graders, chat, max_ungraded),
+        *_probe_rows(graders, chat, [*built_in(domains), *probes], bool(probes)),
     ]
 
 
@@ -114,12 +132,59 @@ def _grades(rewards: Sequence[float]) -> tuple[Grade, ...]:
     return tuple(Grade(outcome=names.get(reward, "partial"), reward=reward) for reward in rewards)  # type: ignore[arg-type]
 
 
-def _order_rows(settings: Settings, graders: Graders, domains: Sequence[Domain]) -> Iterator[LintRow]:
+def _template_rows(chat: ChatTokenizer, graders: Graders, domains: Sequence[Domain]) -> Iterator[LintRow]:
+    """Grade the tokens of a right answer, as the template has the model write them, by the run's own way to its text.
+
+    All else that is graded here is text with both thinking tags, which a run has only by that way.
+    """
+    for domain in domains:
+        try:
+            group = _answered(chat, domain)
+        except ConversationError as error:  # a model that cannot write this answer may be able to write others
+            found, passed = f"cannot be told of this tokenizer: {error}", True
+        else:
+            (grade,) = graders.grade_many(grade_requests(chat, [group]))
+            opened = f"the template opens {chat.opening!r}" if chat.opening else "the template opens nothing"
+            found, passed = f"{opened}; {grade.outcome} ({grade.reason})", grade.outcome == "correct"
+        yield LintRow(
+            check=f"{domain}: a right answer in the form of the chat template is correct", found=found, passed=passed
+        )
+
+
+def _answered(chat: ChatTokenizer, domain: Domain) -> RolloutGroup:
+    """A prompt with the tokens of a right answer to it.
+
+    Raises:
+        ConversationError: the tokenizer cannot spell it.
+    """
+    response, finish_reason = FORMS[domain]["correct"]
+    content = rewritten(in_lines(response), chat.think_start, chat.think_end)
+    asked = {"role": "user", "content": "why?"}
+    (encoded,) = chat.encode_conversations([[asked, {"role": "assistant", "content": content}]])
+    if isinstance(encoded, ConversationError):
+        raise encoded
+    ((start, end),) = encoded.trained_spans
+    rollout = Rollout(
+        response_ids=encoded.token_ids[start:end].astype(np.int64),
+        rollout_logprobs=np.zeros(end - start, dtype=np.float32),
+        finish_reason=finish_reason,
+        policy_versions=((0, end - start),),
+    )
+    prompt = Prompt(
+        prompt_id=f"template {domain}", domain=domain, token_ids=chat.encode_prompt([asked]),
+        reference=FORM_REFERENCE[domain],
+    )  # fmt: skip
+    return RolloutGroup(prompt=prompt, rollouts=(rollout,))
+
+
+def _order_rows(
+    settings: Settings, graders: Graders, chat: ChatTokenizer, domains: Sequence[Domain]
+) -> Iterator[LintRow]:
     """Grade a response of every form: a worse one must not earn more."""
     for domain in domains:
         forms = FORMS[domain]
         requests = [
-            GradeRequest(form, _rewritten(settings, response), FORM_REFERENCE[domain], finish)
+            GradeRequest(form, _as_graded(chat, response), FORM_REFERENCE[domain], finish)
             for form, (response, finish) in forms.items()
         ]
         grades = dict(zip(forms, graders.grade_many([(domain, request) for request in requests]), strict=True))
@@ -148,51 +213,78 @@ def _order_rows(settings: Settings, graders: Graders, domains: Sequence[Domain])
         )
 
 
-def _test_rows(rows: Sequence[Row]) -> Iterator[LintRow]:
-    """The same problem must have the same tests wherever it stands: its responses form one group."""
-    references: dict[str, set[str]] = defaultdict(set)
-    names: dict[str, list[str]] = defaultdict(list)
-    for _, row in rows:
-        question = "\n".join(message["content"] for message in row.messages)
-        references[question].add(row.reference)
-        names[question].append(row.row_id)
-    twice = [", ".join(names[question][:_SHOWN]) for question, found in references.items() if len(found) > 1]
+def key_rows(keys: AnswerKeys) -> Iterator[LintRow]:
+    """What all rows of the files must have in common, seen one by one before any is graded."""
     yield LintRow(
+        # Its responses form one group, wherever it stands.
         check="a problem has the same answer key or tests wherever it occurs",
-        found=f"{len(references)} different problems in {len(rows)} rows" + _examples(twice, "with different keys"),
-        passed=not twice,
+        found=f"{keys.questions} different problems in all {keys.rows} rows"
+        + _counted(keys.num_unlike, keys.unlike, "with different keys"),
+        passed=not keys.num_unlike,
     )
-    code = [row for _, row in rows if row.domain == "code"]
-    if not code:
+    if keys.code:
+        yield LintRow(
+            check="code: tests can be used",
+            found=f"all {keys.code} problems" + _counted(keys.num_unusable, keys.unusable, "cannot be used"),
+            passed=not keys.num_unusable,
+        )
+
+
+def _same_test_rows(
+    settings: Settings, rows: Sequence[Row], graders: Graders, chat: ChatTokenizer
+) -> Iterator[LintRow]:
+    """Grade groups of different programs, then the same groups again: all must be scored by all tests of the row.
+
+    Every grade says which tests it comes from (`Grade.tests`), so that tests drawn at random, fewer of them, another
+    order or other limits show, whichever worker graded and whenever.
+    """
+    problems: list[tuple[PromptRow, CodeProblem]] = []
+    for _, row in rows:
+        if row.domain == "code":
+            with suppress(BadTestsError):  # another row's business
+                problems.append((row, parse_problem(row.reference)))
+    if not problems:
         return
-    unusable, unlike = [], []
-    for row in code:
-        try:
-            # Twice, past the cache: what every response of a group is run against must not depend on the draw.
-            first, second = (parse_problem.__wrapped__(row.reference).messages() for _ in range(2))
-        except BadTestsError as error:
-            unusable.append(f"{row.row_id} ({error})")
-            continue
-        if first != second:
-            unlike.append(row.row_id)
+    groups = problems[:: -(-len(problems) // _GROUPS)]
+    requests: list[tuple[Domain, GradeRequest]] = []
+    for number, (row, problem) in enumerate(groups):
+        programs = [*_PROGRAMS, *([problem.solution] if problem.solution else [])]
+        for member, program in enumerate(programs):
+            response = _as_graded(chat, fenced(program))
+            requests.append(("code", GradeRequest(f"{number} {member}", response, row.reference)))
+    met: dict[int, list[str]] = defaultdict(list)
+    for _ in range(2):
+        for (_, request), grade in zip(requests, graders.grade_many(requests), strict=True):
+            if grade.outcome != "ungraded":  # another row's business
+                met[int(request.request_id.split()[0])].append(grade.tests)
+    faults: list[str] = []
+    for number, (row, problem) in enumerate(groups):
+        limits = limits_of(problem, code_limits(settings.code_reward))
+        wanted = met_tests(problem, problem.messages(), limits)
+        odd = [tests for tests in met[number] if tests != wanted]
+        if odd:
+            others = ", ".join(sorted({tests or "tests that the grader does not name" for tests in odd})[:SHOWN])
+            faults.append(f"{row.row_id} (has {wanted}; {len(odd)} of {len(met[number])} gradings met {others})")
     yield LintRow(
         check="code: all responses of a group meet the same tests",
-        found=f"{len(code)} problems, every response runs all tests" + _examples(unlike, "whose tests change"),
-        passed=not unlike,
+        found=f"{len(groups)} groups of {len(_PROGRAMS)} responses and more, graded twice"
+        + _examples(faults, "whose responses met other tests"),
+        passed=not faults,
     )
+    stop, code = settings.code_reward.max_timeouts, settings.code_reward
     yield LintRow(
-        check="code: tests can be used",
-        found=f"{len(code)} problems" + _examples(unusable, "cannot be used"),
-        passed=not unusable,
+        check="code: no response is stopped early where that could change its score",
+        found="every test is run" if stop is None else f"code_reward.max_timeouts={stop}, score={code.score}",
+        passed=stop is None or code.score == "hard",
     )
 
 
-def _gold_rows(settings: Settings, rows: Sequence[Row], graders: Graders, max_ungraded: float) -> Iterator[LintRow]:
+def _gold_rows(rows: Sequence[Row], graders: Graders, chat: ChatTokenizer, max_ungraded: float) -> Iterator[LintRow]:
     """Grade each problem's own answer and another one."""
     requests: list[tuple[Domain, GradeRequest]] = []
     for number, (_, row) in enumerate(rows):
         for kind, response in _gold_and_other(row):
-            request = GradeRequest(f"{kind} {number}", _rewritten(settings, response), row.reference)
+            request = GradeRequest(f"{kind} {number}", _as_graded(chat, response), row.reference)
             requests.append((row.domain, request))
     if not requests:
         return
@@ -243,9 +335,9 @@ def _gold_and_other(row: PromptRow) -> Iterator[tuple[str, str]]:
     yield "other", fenced("pass")
 
 
-def _probe_rows(settings: Settings, graders: Graders, probes: Sequence[Probe], with_own: bool) -> Iterator[LintRow]:
+def _probe_rows(graders: Graders, chat: ChatTokenizer, probes: Sequence[Probe], with_own: bool) -> Iterator[LintRow]:
     requests = [
-        GradeRequest(str(n), _rewritten(settings, probe.response), probe.reference, probe.finish_reason)
+        GradeRequest(str(n), _as_graded(chat, probe.response), probe.reference, probe.finish_reason)
         for n, probe in enumerate(probes)
     ]
     grades = graders.grade_many([(p.domain, request) for p, request in zip(probes, requests, strict=True)])
@@ -263,12 +355,18 @@ def _probe_rows(settings: Settings, graders: Graders, probes: Sequence[Probe], w
     )
 
 
-def _rewritten(settings: Settings, response: str) -> str:
-    return rewritten(response, settings.tokenizer.think_start, settings.tokenizer.think_end)
+def _as_graded(chat: ChatTokenizer, response: str) -> str:
+    """A written response with the run's markers, and opened by the template where it does not open itself."""
+    text = rewritten(response, chat.think_start, chat.think_end)
+    return text if text.lstrip().startswith(chat.think_start) else chat.opening + text
 
 
 def _examples(names: Sequence[str], what: str) -> str:
-    if not names:
+    return _counted(len(names), names, what)
+
+
+def _counted(count: int, names: Sequence[str], what: str) -> str:
+    if not count:
         return ""
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return f"; {len(names)} {what}: {'; '.join(names[:_SHOWN])}{more}"
+    more = f" and {count - SHOWN} more" if count > SHOWN else ""
+    return f"; {count} {what}: {'; '.join(names[:SHOWN])}{more}"

@@ -17,13 +17,15 @@ from rich.text import Text
 from megatron_klear.config import Settings, load_settings
 from megatron_klear.data.jsonl import read_objects
 from megatron_klear.data.problems import Problems
-from megatron_klear.data.rows import DOMAINS, read_prompt_rows
+from megatron_klear.data.rows import DOMAINS
 from megatron_klear.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED, ConfigError, DataError, RewardError
 from megatron_klear.records import FinishReason, Outcome
 from megatron_klear.reward.probes import Probe
 from megatron_klear.rollout.ledger import GroupFilter, LedgerReader
+from megatron_klear.session.answer_keys import AnswerKeys, survey
 from megatron_klear.session.grading import Graders, require_sandbox
-from megatron_klear.session.reward_lint import LintRow, Row, lint_rewards
+from megatron_klear.session.reward_lint import LintRow, key_rows, lint_rewards
+from megatron_klear.session.tokenizer import run_tokenizer
 
 _SECTIONS = ("reward.", "code_reward.")
 
@@ -44,15 +46,17 @@ def lint_command(
         overrides: `section.field=value` texts.
         console: to print the table on.
         probes: file of further probes, rows {"domain", "response", "reference", "expected": outcome or outcomes,
-            "name"?, "finish_reason"?}.
+            "name"?, "finish_reason"?}; a response that does not open its thinking begins where the model does.
         max_ungraded: largest share of ungraded answer keys.
         max_rows: most problems to grade, taken evenly from all files.
     """
     try:
         settings = load_settings(config, overrides, entry="rl", world_size=int(os.environ.get("WORLD_SIZE", "1")))
-        rows = _problems(settings)
+        with AnswerKeys(max_rows) as keys:
+            survey(settings, keys)
         more = _read_probes(probes) if probes else []
-        if any(row.domain == "code" for _, row in rows):
+        chat = run_tokenizer(settings)
+        if "code" in keys.domains or any(probe.domain == "code" for probe in more):
             require_sandbox(settings)
     except ConfigError as error:
         rewards = [text for text in error.problems if text.startswith(_SECTIONS)]
@@ -67,23 +71,17 @@ def lint_command(
     except DataError as error:
         print(f"verify: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT
-    step = max(1, -(-len(rows) // max_rows))
+    rows = keys.sample()
     graders = Graders(settings)
     try:
-        found = lint_rewards(settings, rows[::step], graders, probes=more, max_ungraded=max_ungraded)
+        found = lint_rewards(settings, rows, graders, chat, probes=more, max_ungraded=max_ungraded)
     except RewardError as error:
         print(f"verify: {error}", file=sys.stderr)
         return EXIT_FAILED
     finally:
         graders.close()
-    return _show(console, [*found, *_recorded(settings, max_ungraded)], f"{len(rows[::step])} of {len(rows)} problems")
-
-
-def _problems(settings: Settings) -> list[Row]:
-    rows = [("data.prompts", row) for row in read_prompt_rows(settings.data.prompts, setting="data.prompts")]
-    if settings.data.heldout:
-        rows += [("data.heldout", row) for row in read_prompt_rows(settings.data.heldout, setting="data.heldout")]
-    return rows
+    found = [*found, *key_rows(keys), *_recorded(settings, max_ungraded)]
+    return _show(console, found, f"{len(rows)} of {keys.rows} problems graded")
 
 
 def _recorded(settings: Settings, max_ungraded: float) -> list[LintRow]:

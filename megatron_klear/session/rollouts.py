@@ -5,7 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -17,14 +17,16 @@ import torch
 import torch.distributed as dist
 
 from megatron_klear.config import EvaluationSettings
-from megatron_klear.model import hf_config, hf_named_tensors
-from megatron_klear.parallel import Machines
+from megatron_klear.model import HfWeights, hf_config
+from megatron_klear.parallel import AllRanks, Machines
 from megatron_klear.records import Grade, Prompt, RolloutGroup, ScoredGroup
-from megatron_klear.reward import GradeRequest
 from megatron_klear.rollout import LocalEngine, SamplingParams, merge_groups, shard_prompts
 from megatron_klear.rollout.ledger import scored_group
-from megatron_klear.session.grading import Graders
+from megatron_klear.session.closing import STOPPED_SECONDS, closed_within
+from megatron_klear.session.examples import example_rows
+from megatron_klear.session.grading import Graders, grade_requests
 from megatron_klear.session.machine_graders import GraderPool, MachineGraders
+from megatron_klear.session.off_policy import WeightProof
 from megatron_klear.session.serving import ServedEngine
 from megatron_klear.session.session import Session
 
@@ -65,12 +67,18 @@ class Rollouts:
         self.engine: LocalEngine | ServedEngine
         self.graders: GraderPool
         self._machines: Machines | None = None
+        # Of an engine in every rank: how long each takes for its share differs by more than an exchange waits.
+        self._all_ranks = AllRanks(
+            context, silence_seconds=settings.parallel.timeout_seconds, beat=session.heartbeat.renew
+        )
         if settings.rollout.engine == "sglang":
             self._machines = Machines(context)
             # First, so that machines grade as soon as there is something to grade.
             pool = Graders(settings) if self._machines.is_leader else None
             workers = max(settings.reward.workers, settings.code_reward.workers)
-            self.graders = MachineGraders(self._machines, pool, workers=workers)
+            self.graders = MachineGraders(
+                self._machines, pool, workers=workers, limit_seconds=settings.reward.machine_seconds
+            )
             self.engine = ServedEngine(session, self._machines)
         else:
             self.engine = LocalEngine(
@@ -90,23 +98,23 @@ class Rollouts:
     ) -> None:
         if self._machines is not None:
             self._machines.close()
+        if kind is not None:
+            closed_within(STOPPED_SECONDS, graders=self.graders.close, engines=self.engine.close)
+            return
         self.graders.close()
         self.engine.close()
 
     @property
-    def attested(self) -> bool:
-        """Whether the engine is known to have the weights of its version.
-
-        The one in this process is handed the tensors themselves, and no publish to servers ends without a proof.
-        """
-        return True
+    def proof(self) -> WeightProof:
+        """How it is known that the engine has the published weights; the same on every rank."""
+        return self.engine.proof if isinstance(self.engine, ServedEngine) else "same tensors"
 
     def publish(self, version: int) -> None:
         """Send the trainer's weights to every rank's engine under a new version (a collective)."""
         session = self.session
         with session.phase("publish"):
-            stream = hf_named_tensors(session.model, session.arch, session.context)
-            self.engine.update_weights(stream, version=version)
+            weights = HfWeights(model=session.model, arch=session.arch, context=session.context)
+            self.engine.update_weights(weights, version=version)
 
     def hand_to_trainer(self) -> None:
         """Before the ranks compute: where engines use their GPUs, these give up their memory until the next publish."""
@@ -129,14 +137,25 @@ class Rollouts:
         """Grade what `generate` gave; all groups in the order of `prompts`, with their advantages (Eq. 4)."""
         std = self.session.settings.algorithm.advantage_std
         if isinstance(self.engine, ServedEngine):
+            alive = self.engine.alive
             with self.session.phase("grade"):
-                told = self.engine.for_all("grade", lambda: self._graded_meanwhile(mine))
+                told = self.engine.for_all("grade", lambda: self._graded_meanwhile(mine, alive))
             return [scored_group(group, grades, normalize_std=std) for group, grades in zip(mine, told, strict=True)]
         with self.session.phase("grade"):
-            graded = {group.prompt.prompt_id: grades for group, grades in zip(mine, self.grade(mine), strict=True)}
+            found = self._graded_meanwhile(mine, self._all_ranks.alive)
+            graded = {group.prompt.prompt_id: grades for group, grades in zip(mine, found, strict=True)}
         with self.session.phase("gather"):
+            self._all_ranks.meet("generate and grade its share")
             groups, grades = self._gather(prompts, mine, graded)
         return [scored_group(group, grades[group.prompt.prompt_id], normalize_std=std) for group in groups]
+
+    def score_stored(self, groups: Sequence[RolloutGroup]) -> list[ScoredGroup]:
+        """Grade whole groups that every rank has, each rank its share; in their order, with advantages."""
+        prompts = [group.prompt for group in groups]
+        if isinstance(self.engine, ServedEngine):
+            return self.score(prompts, groups)
+        world = self.session.context.world
+        return self.score(prompts, groups[world.rank :: world.size])
 
     def evaluate(self, prompts: Sequence[Prompt], settings: EvaluationSettings, *, step: int) -> Accuracy:
         """Accuracy on held-out problems, avg@n (greedy when the temperature is 0)."""
@@ -171,27 +190,7 @@ class Rollouts:
 
     def examples(self, groups: Sequence[ScoredGroup], step: int) -> list[dict[str, Any]]:
         """Some right and some wrong responses as rows for the report."""
-        wanted = self.session.settings.observe.example_rollouts
-        answers = [(g, j) for g in groups for j in range(len(g.grades))]
-        right = [pair for pair in answers if pair[0].is_correct[pair[1]]]
-        wrong = [pair for pair in answers if not pair[0].is_correct[pair[1]]]
-        some = right[: (wanted + 1) // 2]
-        chosen = some + wrong[: wanted - len(some)]
-        return [self._example(group, j, step) for group, j in chosen]
-
-    def _example(self, group: ScoredGroup, j: int, step: int) -> dict[str, Any]:
-        prompt, rollout, grade = group.group.prompt, group.group.rollouts[j], group.grades[j]
-        return {
-            "step": step,
-            "prompt_id": prompt.prompt_id,
-            "prompt": prompt.text,
-            "reference": prompt.reference,
-            "response": self.session.chat.decode(rollout.response_ids),
-            "outcome": grade.outcome,
-            "reward": float(grade.reward),
-            "reason": grade.reason,
-            "finish_reason": rollout.finish_reason,
-        }
+        return example_rows(self.session, groups, step)
 
     def _generate(
         self, prompts: Sequence[Prompt], sampling: SamplingParams, num_responses: int, *, seed: int
@@ -207,39 +206,24 @@ class Rollouts:
                 nonlocal done
                 advance(progress.finished_responses - done)
                 done = progress.finished_responses
+                self._all_ranks.alive()
 
             return self.engine.generate(
                 mine, num_responses=num_responses, sampling=sampling, seed=seed, on_progress=show
             )
 
     def grade(self, groups: Sequence[RolloutGroup]) -> list[tuple[Grade, ...]]:
-        """Grades of each group's responses, which are decoded without the end-of-turn token that closes them."""
-        requests = [
-            GradeRequest(
-                f"{i}: {group.prompt.prompt_id}#{j}",
-                self._answer_text(rollout.response_ids),
-                group.prompt.reference,
-                rollout.finish_reason,
-            )
-            for i, group in enumerate(groups)
-            for j, rollout in enumerate(group.rollouts)
-        ]
-        domains = [group.prompt.domain for group in groups for _ in group.rollouts]
-        grades = iter(self.graders.grade_many(list(zip(domains, requests, strict=True))))
+        """Grades of each group's responses."""
+        grades = iter(self.graders.grade_many(grade_requests(self.session.chat, groups)))
         return [tuple(next(grades) for _ in group.rollouts) for group in groups]
 
-    def _graded_meanwhile(self, groups: Sequence[RolloutGroup]) -> list[tuple[Grade, ...]]:
-        """As `grade`, on the first rank, showing the others that it lives."""
-        assert isinstance(self.engine, ServedEngine)
+    def _graded_meanwhile(self, groups: Sequence[RolloutGroup], alive: Callable[[], None]) -> list[tuple[Grade, ...]]:
+        """As `grade`, showing the other ranks that this one lives."""
         with ThreadPoolExecutor(1, thread_name_prefix="grade") as thread:
             grading = thread.submit(self.grade, groups)
             while not concurrent.futures.wait([grading], timeout=_WAKE_SECONDS).done:
-                self.engine.alive()
+                alive()
             return grading.result()
-
-    def _answer_text(self, response_ids: np.ndarray) -> str:
-        ended = len(response_ids) > 0 and int(response_ids[-1]) in self.stop_token_ids
-        return self.session.chat.decode(response_ids[:-1] if ended else response_ids)
 
     def _gather(
         self,

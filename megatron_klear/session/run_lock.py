@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import logging
 import os
 import socket
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
+
+from megatron_klear.errors import ConfigError
 
 LOCK_FILE = ".lock"
 
@@ -70,3 +74,24 @@ class RunLock:
         if self._file is not None:
             self._file.close()
             self._file = None
+
+
+@contextlib.contextmanager
+def alone_in(root: Path, setting: str) -> Iterator[None]:
+    """Make a directory, and keep other runs out of it meanwhile.
+
+    Args:
+        root: the directory.
+        setting: dotted path of the setting, or the option, that names it.
+
+    Raises:
+        ConfigError: another run is in it; says which.
+    """
+    root.mkdir(parents=True, exist_ok=True)
+    lock = RunLock(root)
+    if lock.holder:
+        raise ConfigError([f"{setting}: {root} is in use by {lock.holder}; wait for it, end it, or choose another"])
+    try:
+        yield
+    finally:
+        lock.release()

@@ -8,14 +8,15 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict
-from typing import Any, TypeVar, cast
+from typing import Any, Literal, TypeVar, cast
 from urllib.parse import urlsplit
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-from megatron_klear.errors import WeightSyncError
+from megatron_klear.config.yarn import Yarn
+from megatron_klear.errors import ConfigError, WeightSyncError
 from megatron_klear.model import hf_config
 from megatron_klear.parallel import FirstRank, Machines
 from megatron_klear.records import FloatArray, IntArray, Prompt, RolloutGroup, TrainSequence
@@ -33,6 +34,8 @@ from megatron_klear.rollout.sglang import (
 from megatron_klear.session.engine_memory import EngineMemory
 from megatron_klear.session.fleets import MachineFleets, require_reachable
 from megatron_klear.session.handover import Handover
+from megatron_klear.session.others import ServersOfOthers
+from megatron_klear.session.probe import Probe
 from megatron_klear.session.restarting import EngineRestarts
 from megatron_klear.session.session import Session
 from megatron_klear.session.sharing import choose_sharing
@@ -50,8 +53,8 @@ from megatron_klear.weight_sync import (
     Transport,
     WeightFiles,
     common_layout,
+    lack_of_shared_memory,
     restore,
-    shared_memory_bytes,
 )
 
 log = logging.getLogger(__name__)
@@ -61,7 +64,13 @@ _PROBE_TOKENS = 64
 _ATTEMPTS = 4
 """How often an evaluation is begun when its servers are lost."""
 _WAKE_SECONDS = 0.5
+_END_SECONDS = 10.0
+"""How long a server of ours that gives no answer may take until its process has ended."""
 _Result = TypeVar("_Result")
+
+
+class _AskedToStop(Exception):
+    """Servers that are still starting are waited for no longer."""
 
 
 class ServedEngine:
@@ -97,7 +106,7 @@ class ServedEngine:
         self._files: WeightFiles | None = None
         self._restarts: EngineRestarts | None = None
         self._is_managed = False
-        self._probe: tuple[IntArray, FloatArray] | None = None
+        self._probe: Probe | None = None
         transport: Transport | None = None
         colocated = settings.sglang.placement == "colocated"
         self._handover = Handover(session, self._first_rank) if colocated else None
@@ -105,20 +114,30 @@ class ServedEngine:
             on_failure.callback(self._resources.close)
             if self._handover is not None:
                 self._handover.make_room()
-            layout = EngineLayout(**self._first_rank.run("start SGLang's servers", self._start))
+            found = self._first_rank.run("start SGLang's servers", self._start)
+            if found is None:
+                session.stop_if_asked()
+            assert found is not None
+            layout = EngineLayout(**found)
             on_failure.pop_all()
-        self._sharing = choose_sharing(session, self._first_rank, layout) if colocated else None
+        self._layout = layout
+        self._sharing = choose_sharing(session, machines, layout) if colocated else None
         memory: EngineMemory | None = None
         if self._engine is not None:
-            callers = [engine.caller for engine in self._engine.engines]
+            absent = self._engine.absent
+            callers = [engine.caller for index, engine in enumerate(self._engine.engines) if index not in absent]
             group = EngineGroup(callers, settings.weight_sync.timeout_seconds, waiting=self._first_rank.alive)
             transport = self._transport(group, layout)
             self._group = group
+            if settings.sglang.router_url is None:
+                self._engine.is_in_use = lambda caller: caller in group.callers
             if colocated:
-                memory = EngineMemory(group, self._end, self._first_rank.alive)
-            if self._fleets is not None and self._files is not None:
+                group.on_lost = self._end
+                memory = EngineMemory(group, self._first_rank.alive, lambda: session.stop.received)
+            if self._files is not None:
                 turn = None if memory is None else memory.turn
-                self._restarts = EngineRestarts(self._fleets, self._engine, group, self._bring_up, turn)
+                fleet = self._fleets or ServersOfOthers(settings.sglang.urls)
+                self._restarts = EngineRestarts(fleet, self._engine, group, self._bring_up, turn)
                 self._resources.callback(self._restarts.close)
         if self._handover is not None:
             self._handover.engines_started(memory)
@@ -141,6 +160,11 @@ class ServedEngine:
     def policy_version(self) -> int:
         """Version of the weights in use; -1 before the first publish."""
         return self._publisher.version
+
+    @property
+    def proof(self) -> Literal["checksum", "logprobs"]:
+        """How the weights in use were proved; the same on every rank."""
+        return "logprobs" if self._publisher.expected is None else "checksum"
 
     def update_weights(self, named_tensors: Iterable[tuple[str, torch.Tensor]], *, version: int) -> None:
         """Publish a full set of weights.
@@ -172,23 +196,30 @@ class ServedEngine:
         if self._handover is not None:
             self._handover.to_trainer()
 
-    def endpoints(self) -> list[Endpoint]:
-        """On the first rank: ways to all servers for the rollout manager, which judges them from now on.
+    def expect_manager(self) -> None:
+        """Let publishes, the first one, too, go on without servers that give no answer: the rollout manager will judge.
 
-        A publish then goes on without those of our own servers that give no answer: with `weight_sync.keep_on_disk` the
-        manager has them started anew with these weights, without it `scheduling.min_engines` must be left.
+        With `weight_sync.keep_on_disk` it has them brought back with these weights, and ends the run when too few serve
+        for too long; without it `scheduling.min_engines` must be left.
         """
+        settings = self.session.settings
+        if self._group is not None and settings.sglang.router_url is None:
+            self._group.least = settings.scheduling.min_engines if self._restarts is None else 0
+
+    def endpoints(self) -> list[Endpoint]:
+        """On the first rank: ways to all servers for the rollout manager, which judges them from now on."""
         assert self._engine is not None
-        assert self._group is not None
         self._is_managed = True
         if self.session.settings.sglang.router_url is not None:
             return [self._engine.routed_endpoint()]
         if self._restarts is not None:
-            self._group.least = 0
             return self._restarts.endpoints()
-        if self._fleets is not None:
-            self._group.least = self.session.settings.scheduling.min_engines
         return [self._engine.another_endpoint(index) for index in range(len(self._engine.engines))]
+
+    def most_requests(self) -> int | None:
+        """On the first rank: requests that an endpoint generates for at a time; None when that is not known."""
+        assert self._engine is not None
+        return None if self.session.settings.sglang.router_url is not None else self._engine.most_running
 
     @property
     def restart(self) -> Restart | None:
@@ -251,17 +282,23 @@ class ServedEngine:
         self._publisher.close()
         self._resources.close()
 
-    def _start(self) -> dict[str, Any]:
-        """On the first rank: start or find the servers; returns how they hold weights."""
+    def _start(self) -> dict[str, Any] | None:
+        """On the first rank: start or find the servers; returns how they hold weights, None if asked to stop before."""
+        try:
+            return self._started()
+        except _AskedToStop:
+            return None
+
+    def _started(self) -> dict[str, Any]:
         settings, arch = self.session.settings, self.session.arch
         longest = self._longest_sequence()
         with ExitStack() as on_failure:
             urls: Sequence[str] = settings.sglang.urls
             if self._fleets is not None:
                 require_reachable(settings.sglang.host, self._machines.host_names)
-                urls = self._fleets.start_all(self._first_rank.alive)
+                urls = self._fleets.start_all(self._alive_unless_asked_to_stop, self._least())
             else:
-                wait_until_answering(urls, settings.sglang.connect_seconds, self._first_rank.alive)
+                wait_until_answering(urls, settings.sglang.connect_seconds, self._alive_unless_asked_to_stop)
             encode = self.session.chat.hf
             samples = [(text, encode(text, add_special_tokens=False)["input_ids"]) for text in _SAMPLE_TEXTS]
             expected = Expected(
@@ -269,23 +306,51 @@ class ServedEngine:
                 longest_sequence=longest,
                 deterministic=settings.sglang.deterministic,
                 tokenizer_samples=samples,
+                yarn=self._yarn(),
+                stop_ids=self.session.chat.stop_ids,
+                setting="sglang.urls" if self._fleets is None else "sglang.*",
             )
-            engine = SglangEngine(urls, settings.sglang, expected, in_flight=settings.rollout.batch_responses)
+            try:
+                engine = SglangEngine(
+                    urls, settings.sglang, expected, in_flight=settings.rollout.batch_responses,
+                    spares_others=settings.weight_sync.pause_mode != "abort", least=self._least(),
+                )  # fmt: skip
+            except ConfigError:
+                if self._fleets is not None:  # a server that has ended is no mistake of the settings
+                    self._fleets.require_running(_END_SECONDS, self._first_rank.alive)
+                raise
             on_failure.callback(engine.close)
-            layouts = [
-                EngineLayout(
-                    tp=e.facts.tp,
-                    device="cuda" if e.facts.device == "cuda" else "cpu",
-                    dtype=settings.model.dtype if e.facts.dtype == "auto" else e.facts.dtype,
-                    quantized=e.facts.quantization is not None,
-                )
-                for e in engine.engines
-            ]
+            for index, problem in engine.absent.items():
+                started = "" if self._fleets is None else self._fleets.failed.get(index, "")
+                log.warning("the run begins without engine %d: %s", index, started or problem.problems[0])
+            layouts = [self._layout_of(e) for e in engine.engines]
             layout = common_layout(layouts, [e.endpoint.name for e in engine.engines])
             self._engine = engine
             self._resources.push(on_failure.pop_all())
         log.info("SGLang %s: %s", engine.engines[0].facts.version, ", ".join(urls))
         return asdict(layout)
+
+    def _least(self) -> int | None:
+        """How few servers the run begins with, where the rollout manager can have the others brought back; or None."""
+        settings = self.session.settings
+        generates_beside = self.session.entry == "rl" and not settings.scheduling.rollout_only
+        restores = settings.weight_sync.keep_on_disk and settings.sglang.router_url is None
+        may_lack = generates_beside and restores and settings.sglang.placement != "colocated"
+        return settings.scheduling.min_engines if may_lack else None
+
+    def _alive_unless_asked_to_stop(self) -> None:
+        self._first_rank.alive()
+        if self.session.stop.received:
+            raise _AskedToStop
+
+    def _layout_of(self, engine: ConnectedEngine) -> EngineLayout:
+        facts = engine.facts
+        return EngineLayout(
+            tp=facts.tp,
+            device="cuda" if facts.device == "cuda" else "cpu",
+            dtype=self.session.settings.model.dtype if facts.dtype == "auto" else facts.dtype,
+            quantized=facts.quantization is not None,
+        )
 
     def _fleet(self, machines: Machines) -> ServerFleet:
         settings = self.session.settings
@@ -330,13 +395,18 @@ class ServedEngine:
         published, version = None if self._files is None else self._files.newest, self.policy_version
         if published is None:
             raise WeightSyncError(f"{engine.endpoint.name}: there are no weights for it before the first publish")
-        seconds, expected = self.session.settings.weight_sync.timeout_seconds, self._publisher.expected
-        group = EngineGroup([engine.caller], seconds, waiting=waiting)
-        restore(group, published, version=version, expected=expected)
-        engine.endpoint.use_version(version)
-        if expected is None:
+        common_layout([self._layout, self._layout_of(engine)], ["the engines at the start", engine.endpoint.name])
+        settings, expected = self.session.settings.weight_sync, self._publisher.expected
+        group = EngineGroup([engine.caller], settings.timeout_seconds, waiting=waiting)
+        sent_to_tp = None if self._fleets is not None else self._layout.tp
+
+        def prove() -> None:
+            assert self._engine is not None
             assert self._probe is not None
-            self._compare(engine, *self._probe)
+            self._probe.prove(self._engine, [engine], group, settings, waiting)
+
+        engine.endpoint.use_version(version)
+        restore(group, published, version=version, expected=expected, prove=prove, sent_to_tp=sent_to_tp)
 
     def _dtype(self) -> str:
         chosen = self.session.settings.sglang.dtype
@@ -349,10 +419,12 @@ class ServedEngine:
         return settings.data.max_prompt_tokens + max(evaluated if settings.data.heldout else 0, trained)
 
     def _hf_config(self, dtype: str) -> dict[str, Any]:
+        return hf_config(self.session.arch, dtype=dtype, yarn=self._yarn())
+
+    def _yarn(self) -> Yarn | None:
         """Servers have one rotary embedding: after SFT that of evaluation, in RL the trainer's (see config/yarn.py)."""
         yarn, arch = self.session.settings.yarn, self.session.arch
-        in_use = yarn.in_training(arch) if self.session.entry == "rl" else yarn.scaling(arch)
-        return hf_config(arch, dtype=dtype, yarn=in_use)
+        return yarn.in_training(arch) if self.session.entry == "rl" else yarn.scaling(arch)
 
     def _transport(self, engines: EngineGroup, layout: EngineLayout) -> Transport:
         settings = self.session.settings
@@ -360,7 +432,7 @@ class ServedEngine:
         near = all(_is_this_machine(caller.url) for caller in engines.callers)
         if kind == "auto":
             kind = "tensor" if near or settings.sglang.placement == "colocated" else "distributed"
-        keeps = settings.weight_sync.keep_on_disk and self._fleets is not None
+        keeps = settings.weight_sync.keep_on_disk and settings.sglang.router_url is None
         files = WeightFiles(
             self.session.root / "weights", self._hf_config(layout.dtype), keep=2 if kind == "disk" else 1
         )
@@ -376,23 +448,30 @@ class ServedEngine:
                 engines, tp=layout.tp, device=torch.device(layout.device), keep_group=self._fleets is not None
             )
         else:
-            fits = near and shared_memory_bytes() > 3 * settings.weight_sync.bucket_bytes
-            made = TensorTransport(engines, tp=layout.tp, by_value=not fits)
+            bucket_bytes = settings.weight_sync.bucket_bytes
+            lack = lack_of_shared_memory(self.session.arch, dtype=layout.dtype, bucket_bytes=bucket_bytes)
+            if near and lack:
+                log.info("weights go to the engines in requests, which is slow: %s (weight_sync.bucket_bytes)", lack)
+            made = TensorTransport(engines, tp=layout.tp, by_value=not near or bool(lack))
         return KeepingTransport(made, files) if keeps else made
 
     def _ranks_of(self, caller: EngineCaller) -> range:
-        """The trainer's ranks on the GPUs of an engine."""
+        """The trainer's ranks on the GPUs of an engine, on its machine."""
         assert self._engine is not None
-        index = next(i for i, engine in enumerate(self._engine.engines) if engine.caller is caller)
+        assert self._fleets is not None
+        machine, number = self._fleets.place(
+            next(i for i, engine in enumerate(self._engine.engines) if engine.caller is caller)
+        )
         tp = self.session.settings.sglang.server_tp
-        return range(index * tp, (index + 1) * tp)
+        return self._machines.ranks[machine][number * tp : (number + 1) * tp]
 
     def _end(self, caller: EngineCaller) -> None:
-        """End the server of an engine that gave no answer."""
+        """End the server of an engine that gave no answer, for the memory that it may hold on the trainer's GPUs."""
         assert self._engine is not None
         assert self._fleets is not None
         for index, engine in enumerate(self._engine.engines):
             if engine.caller is caller:
+                log.warning("%s is ended, for its memory", caller.name)
                 self._fleets.stop(index)
 
     def _check_logprobs(self) -> None:
@@ -401,28 +480,16 @@ class ServedEngine:
         rng = np.random.default_rng(self.session.settings.run.seed)
         tokens = rng.integers(0, self.session.arch.vocab_size, length)
         ours = self.session.trainer.token_logprobs([_to_score(tokens)], temperature=1.0)[0]
-        self._probe = (tokens, ours)
+        probe = self._probe = Probe(token_ids=tokens, logprobs=ours)
 
         def compare() -> None:
             assert self._engine is not None
             assert self._group is not None
             self._engine.use_version(self.policy_version)
-            for engine in self._engine.engines:
-                if engine.caller in self._group.callers:
-                    self._compare(engine, tokens, ours)
+            left = [engine for engine in self._engine.engines if engine.caller in self._group.callers]
+            probe.prove(self._engine, left, self._group, self.session.settings.weight_sync, self._first_rank.alive)
 
         self._first_rank.run("compare log-probabilities", compare)
-
-    def _compare(self, engine: ConnectedEngine, tokens: IntArray, ours: FloatArray) -> None:
-        assert self._engine is not None
-        settings = self.session.settings.weight_sync
-        theirs = self._engine.score(engine, tokens, timeout_seconds=settings.timeout_seconds)
-        difference = float(np.abs(theirs - ours).max())
-        if not difference <= settings.logprob_tolerance:
-            raise WeightSyncError(
-                f"{engine.endpoint.name}: log-probabilities of a probe sequence differ from the trainer's by up to "
-                f"{difference:.3g} nats, more than weight_sync.logprob_tolerance = {settings.logprob_tolerance}"
-            )
 
 
 def _to_score(tokens: IntArray) -> TrainSequence:

@@ -28,6 +28,7 @@ from megatron_klear.observe import (
     Metrics,
     Phases,
     Progress,
+    StallWatch,
     append_examples,
     memory_metrics,
     open_metrics,
@@ -158,7 +159,15 @@ class Session:
     def _open_files(self) -> None:
         if self.is_first:
             replace_file(self.root / "config.yaml", dump_settings(self.settings))
-        self.heartbeat = Heartbeat(self.root, self.context.world.rank)
+        world = self.context.world
+        self.heartbeat = Heartbeat(self.root, world.rank)
+        self._stall_watch = StallWatch(
+            self.heartbeat,
+            self.root,
+            rank=world.rank,
+            world_size=world.size,
+            limit_seconds=self.settings.parallel.timeout_seconds,
+        )
         self.metrics: Metrics = open_metrics(
             self.root,
             rank=self.context.world.rank,
@@ -192,6 +201,7 @@ class Session:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._stall_watch.close()
         self.progress.__exit__(kind, error, trace)
         self.profile.close(self.step)
         self.metrics.close()
@@ -205,6 +215,20 @@ class Session:
         while self.step < self.total_steps:
             self.profile.begin_step(self.step + 1)
             yield self.step + 1
+
+    def end_at(self, step: int) -> None:
+        """Let a run that is resumed end where its data do.
+
+        That is `total_steps`, unless settings were changed on the way (sft.epochs, sft.batch_sequences). The learning
+        rate goes by the steps that a run with these settings has from its start.
+        """
+        if step == self.total_steps:
+            return
+        if self.is_first:
+            text = "settings were changed on the way: the run ends at step %d and not at %d, so that every row is "
+            log.info(text + "trained as often", step, self.total_steps)
+        self.total_steps = self.progress.total_steps = step
+        self.was_done = self.step >= step
 
     @contextlib.contextmanager
     def phase(self, name: str, total: int | None = None) -> Iterator[Any]:
@@ -235,7 +259,7 @@ class Session:
         self.metrics.log(step, self.entry, everything)
         self.progress.step(step, everything)
         every = self.settings.checkpoint.every_steps
-        stopping = self._any_rank(self.stop.received)
+        stopping = self.is_asked_to_stop()
         if step >= self.total_steps or stopping or (every and step % every == 0):
             self.save()
         if stopping and step < self.total_steps:
@@ -247,7 +271,7 @@ class Session:
         Raises:
             Preempted: after saving, when any rank was asked to stop.
         """
-        if self._any_rank(self.stop.received):
+        if self.is_asked_to_stop():
             self.save()
             raise Preempted(f"stopped before step {self.step + 1}; start again on {self.root} to resume")
 
@@ -268,7 +292,8 @@ class Session:
         cursor = None if self.cursor is None else self.cursor.state_dict()
         with self.set_aside_phases(), self.phase("save"), self.around_save():
             self.trainer.memory.require("weights", "optimizer")
-            state = {"entry": self.entry, "step": self.step, "cursor": cursor, "ledger": self.ledger_position()}
+            ledger = agree("read the rollout ledger", self.ledger_position, self.context)
+            state = {"entry": self.entry, "step": self.step, "cursor": cursor, "ledger": ledger}
             self.store.save(self.step, state)
         self._saved_step = self.step
 
@@ -336,7 +361,8 @@ class Session:
             log.warning("no report (%s: %s); try python -m megatron_klear.observe %s",
                         type(error).__name__, error, self.root)  # fmt: skip
 
-    def _any_rank(self, flag: bool) -> bool:
-        told = torch.tensor([float(flag)], device=self.context.device)
+    def is_asked_to_stop(self) -> bool:
+        """Whether any rank is; the same on all of them (a collective)."""
+        told = torch.tensor([float(self.stop.received)], device=self.context.device)
         dist.all_reduce(told, op=dist.ReduceOp.MAX)
         return bool(told.item())

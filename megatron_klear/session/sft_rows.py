@@ -10,23 +10,19 @@ import torch.distributed as dist
 from megatron_klear import parallel
 from megatron_klear.config import BIN_MULTIPLE, Settings, row_files
 from megatron_klear.data import (
-    BinSteps,
-    DataCursor,
-    SequenceSteps,
     SftData,
     SftIndex,
     StepPlan,
-    Steps,
     describe_source,
     prepare_index,
 )
+from megatron_klear.data.trained import SEQUENCES_FILE
 from megatron_klear.observe.jsonl import JsonLinesFile, keep_through_step, set_aside
 from megatron_klear.observe.replace import replace_file
-from megatron_klear.packing import attention_share, sequence_multiple
+from megatron_klear.packing import sequence_multiple
 from megatron_klear.session.launch import Preempted, StopRequest
 from megatron_klear.session.session import Session
 
-SEQUENCES_FILE = "sequences.jsonl"
 DROPPED_FILE = "dropped.jsonl"
 
 
@@ -68,31 +64,11 @@ def open_sft_data(settings: Settings, stop: StopRequest) -> SftData:
     )
 
 
-def sft_steps(settings: Settings, data: SftData) -> Steps:
-    """The walk over the rows: steps of `sft.batch_bins` bins, or else of `sft.batch_sequences` sequences."""
-    seed, shuffle = settings.run.seed, settings.data.shuffle
-    if settings.sft.batch_bins is None:
-        cursor = DataCursor(
-            len(data), settings.sft.batch_sequences, seed=seed, shuffle=shuffle, fingerprint=data.fingerprint
-        )
-        return SequenceSteps(cursor)
-    return BinSteps(
-        data.lengths,
-        batch_bins=settings.sft.batch_bins,
-        token_budget=settings.packing.token_budget,
-        multiple=BIN_MULTIPLE,
-        share=attention_share(settings.architecture),
-        seed=seed,
-        shuffle=shuffle,
-        fingerprint=data.fingerprint,
-    )
-
-
 class SequenceLog:
     """Notes on the first rank which sequences each step trained, in `sequences.jsonl` of the run directory.
 
-    A line is {"step": 3, "ids": {"0": ["a", "b"], "1": ["c"]}}, the ids by epoch. Lines of steps that are trained again
-    after a resume are dropped, so that over a whole run every id stands once per epoch.
+    `data/trained.py` has its format. Lines of steps that are trained again after a resume are dropped, so that over a
+    whole run every id stands once per epoch.
 
     Args:
         session: the run.

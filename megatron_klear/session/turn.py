@@ -19,18 +19,29 @@ class Turn:
     def __init__(self) -> None:
         self._changed = threading.Condition()
         self._is_trainers = True
+        self._is_urgent = False
         self._starting = 0
 
-    def take(self, waiting: Callable[[], None]) -> None:
+    @property
+    def is_urgent(self) -> bool:
+        """Whether servers that are starting are to give up: the trainer cannot wait for them."""
+        return self._is_urgent
+
+    def take(self, waiting: Callable[[], None], is_urgent: Callable[[], bool] = lambda: False) -> None:
         """Begin the trainer's turn when no server is starting.
 
         Args:
             waiting: called while it waits, several times a second; may raise.
+            is_urgent: asked as often.
         """
         with self._changed:
-            while self._starting:
-                self._changed.wait(_WAKE_SECONDS)
-                waiting()
+            try:
+                while self._starting:
+                    self._is_urgent = is_urgent()
+                    self._changed.wait(_WAKE_SECONDS)
+                    waiting()
+            finally:
+                self._is_urgent = False
             self._is_trainers = True
 
     def give(self) -> None:

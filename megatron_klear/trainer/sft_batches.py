@@ -11,9 +11,10 @@ from typing import Self
 
 import numpy as np
 
-from megatron_klear.config import BIN_MULTIPLE, Settings
+from megatron_klear import packing
+from megatron_klear.config import Settings
 from megatron_klear.data import SftData, StepPlan, Steps
-from megatron_klear.packing import attention_share, deal_bins, pack, plan_packs, sequence_cost, sequence_multiple
+from megatron_klear.packing import attention_share, pack, sequence_multiple
 from megatron_klear.records import PackedBatch, ParallelContext
 from megatron_klear.trainer.sequences import sft_sequence, sft_weights
 
@@ -119,15 +120,22 @@ class SftReader:
         )
 
     def _microbatches(self, plan: StepPlan) -> list[list[int]]:
-        layout, lengths = self.layout, self.data.lengths[plan.rows]
-        if plan.bins is not None and len(plan.bins) % layout.dp_size == 0:
-            padded = -(-lengths // BIN_MULTIPLE) * BIN_MULTIPLE
-            cost = np.array([sequence_cost(padded[members], layout.share).sum() for members in plan.bins])
-            return [plan.bins[b] for b in deal_bins(cost, layout.dp_size)[layout.dp_rank]]
-        packed = plan_packs(
-            lengths,
-            token_budget=layout.token_budget,
-            dp_size=layout.dp_size,
-            multiple=sequence_multiple(layout.cp_size),
-        )
-        return [list(members) for members in packed.microbatches[layout.dp_rank]]
+        return deal_step(plan, self.data.lengths[plan.rows], self.layout)[self.layout.dp_rank]
+
+
+def deal_step(plan: StepPlan, lengths: np.ndarray, layout: PackLayout) -> list[list[list[int]]]:
+    """Microbatches of every data-parallel rank, as positions in `plan.rows`: [dp][number of microbatches].
+
+    Args:
+        plan: the step.
+        lengths: tokens of its sequences, int64 [N].
+        layout: of any of the ranks.
+    """
+    return packing.deal_step(
+        lengths,
+        plan.bins,
+        token_budget=layout.token_budget,
+        dp_size=layout.dp_size,
+        multiple=sequence_multiple(layout.cp_size),
+        share=layout.share,
+    )

@@ -18,7 +18,7 @@ from megatron_klear.config import Architecture, Settings
 from megatron_klear.errors import TrainingError
 from megatron_klear.model import HeadResult
 from megatron_klear.observe.flops import FlopCount, causal_pairs, forward_flops, training_flops_of_sums
-from megatron_klear.packing import pack, plan_packs, sequence_multiple, unpack
+from megatron_klear.packing import attention_share, pack, plan_packs, sequence_multiple, unpack
 from megatron_klear.parallel import cuda_means_cpu
 from megatron_klear.records import FloatArray, PackedBatch, ParallelContext, TrainSequence
 from megatron_klear.trainer.microbatches import run_microbatches
@@ -40,6 +40,9 @@ class UpdateReport:
         regions: tokens and gradient mass in each of the four clip regions; add up over updates, then `.fractions()`.
         microbatches: forward and backward passes per data-parallel rank.
         slots_used: share of packed positions that hold a token.
+        budget_used: share of the microbatches' token budgets that holds a token; packs end where their tokens do, so
+            that this one alone shows packs that are short or empty.
+        flops_max_over_mean: model operations of the data parallel rank with the most over their mean; 1 is even.
     """
 
     loss: float
@@ -53,6 +56,8 @@ class UpdateReport:
     regions: ClipRegions
     microbatches: int
     slots_used: float
+    budget_used: float
+    flops_max_over_mean: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -155,7 +160,7 @@ class Trainer:
         self.trainable.ddp.zero_grad_buffer()
         self.trainable.optimizer.zero_grad()
         results = run_microbatches(self.trainable, packs, objective, self.context, temperature=temperature)
-        sums, regions = self._sums(packs, results, objective)
+        sums, regions, rank_flops = self._sums(packs, results, objective)
         self._require_finite_losses(packs, results, step)
         lr, grad_norm = self._step(step, minibatch.sequence_ids)
         tokens, predicted = minibatch.tokens, round(sums["predicted"])
@@ -174,6 +179,8 @@ class Trainer:
             regions=regions,
             microbatches=len(packs),
             slots_used=tokens / sums["slots"],
+            budget_used=tokens / (len(packs) * self.context.dp.size * self.settings.packing.token_budget),
+            flops_max_over_mean=max(rank_flops) * len(rank_flops) / sum(rank_flops),
         )
 
     def advance_schedule_to(self, updates: int) -> None:
@@ -191,6 +198,7 @@ class Trainer:
             token_budget=self.settings.packing.token_budget,
             dp_size=context.dp.size,
             multiple=sequence_multiple(context.cp.size),
+            share=attention_share(self.arch),
             names=[s.sequence_id for s in sequences],
         )
         mine = [tuple(indices) for indices in plan.microbatches[context.dp.rank]]
@@ -222,15 +230,18 @@ class Trainer:
 
     def _sums(
         self, packs: Sequence[PackedBatch], results: Sequence[HeadResult], objective: PolicyObjective
-    ) -> tuple[dict[str, float], ClipRegions]:
-        """Statistics of the minibatch summed over microbatches and ranks, the same on every rank."""
+    ) -> tuple[dict[str, float], ClipRegions, list[float]]:
+        """Statistics of the minibatch summed over microbatches and ranks, and the model operations of each data
+        parallel rank; the same on every rank."""
         names = ("policy_loss", "lm_loss", "predicted", "entropy", "slots", "sequences", "pairs")
         totals = dict.fromkeys(names, 0.0)
         regions = ClipRegions(torch.zeros(10, dtype=torch.float64))
         totals["slots"] = float(sum(batch.token_ids.numel() for batch in packs))
+        tokens = 0.0
         for batch in packs:  # every context parallel rank knows the lengths of all, and is summed over
             count = len(batch.sequence_ids)
             lengths = batch.cu_seqlens.diff()[:count].tolist()
+            tokens += sum(lengths) / self.context.cp.size
             totals["sequences"] += count / self.context.cp.size
             totals["pairs"] += causal_pairs(lengths) / self.context.cp.size
         for batch, result in zip(packs, results, strict=bool(results)):
@@ -242,9 +253,18 @@ class Trainer:
             regions += clip_regions(
                 result.logprobs, batch.old_logprobs, batch.advantages, batch.policy_weight, objective
             )
-        summed = self._sum_over_ranks([*totals.values(), *regions.sums.tolist()])
-        named = dict(zip(totals, summed[: len(totals)], strict=True))
-        return named, ClipRegions(torch.tensor(summed[len(totals) :], dtype=torch.float64))
+        rank_flops = [0.0] * self.context.dp.size
+        rank_flops[self.context.dp.rank] = training_flops_of_sums(  # linear: the context parallel ranks' parts add up
+            self.arch,
+            tokens=tokens,
+            sequences=totals["sequences"],
+            pairs=totals["pairs"],
+            trained_tokens=totals["predicted"],
+        ).total
+        summed = iter(self._sum_over_ranks([*totals.values(), *regions.sums.tolist(), *rank_flops]))
+        named = {name: next(summed) for name in names}
+        found = ClipRegions(torch.tensor([next(summed) for _ in regions.sums], dtype=torch.float64))
+        return named, found, list(summed)
 
     def _sum_over_ranks(self, values: list[float]) -> list[float]:
         """Sums over data and context parallel ranks of what the last pipeline stage holds, on every rank."""

@@ -7,8 +7,9 @@ from megatron_klear.weight_sync.engines import EngineCaller, EngineGroup, Engine
 from megatron_klear.weight_sync.handle_check import why_not_shared
 from megatron_klear.weight_sync.publisher import Publisher, PublishReport, common_layout
 from megatron_klear.weight_sync.restoring import restore
+from megatron_klear.weight_sync.shared_memory import lack_of_shared_memory
 from megatron_klear.weight_sync.sharing import BucketSharing, SharedTransport
-from megatron_klear.weight_sync.tensor_transport import TensorTransport, shared_memory_bytes
+from megatron_klear.weight_sync.tensor_transport import TensorTransport
 from megatron_klear.weight_sync.transport import DiskTransport, KeepingTransport, Transport
 from megatron_klear.weight_sync.weight_files import WeightFiles
 
@@ -27,7 +28,7 @@ __all__ = [
     "Transport",
     "WeightFiles",
     "common_layout",
+    "lack_of_shared_memory",
     "restore",
-    "shared_memory_bytes",
     "why_not_shared",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,9 @@ from megatron_klear.weight_sync.buckets import bucketed, converted
 from megatron_klear.weight_sync.checksums import ExpectedChecksums, verify
 from megatron_klear.weight_sync.engines import EngineGroup, EngineLayout
 from megatron_klear.weight_sync.sharing import BucketSharing
-from megatron_klear.weight_sync.transport import Transport
+from megatron_klear.weight_sync.transport import SetBrokenOff, Transport
+
+log = logging.getLogger(__name__)
 
 PauseMode = Literal["abort", "in_place", "retract"]
 VerifyMode = Literal["checksum", "logprobs", "checksum_or_logprobs"]
@@ -105,7 +108,8 @@ class Publisher:
         which they are.
 
         Args:
-            named_tensors: the whole model under Hugging Face names, in forward order, the same on every rank.
+            named_tensors: the whole model under Hugging Face names, in forward order, the same on every rank. Iterated
+                again, on every rank, when engines that are left need the set again.
             version: the one after the current one; any, for the first publish.
 
         Raises:
@@ -119,13 +123,14 @@ class Publisher:
         start = time.monotonic()
         checksums = ExpectedChecksums(self._layout, head_dim=self._head_dim, context=self._context)
         wants_checksums = self._verify_mode != "logprobs" and not self._layout.quantized
-        self._first_rank.run("pause the engines", lambda: self._begin(version))
-        stream: Iterator[tuple[str, torch.Tensor]] = converted(named_tensors, getattr(torch, self._layout.dtype))
+        self._first_rank.run("pause the engines", self._pause)
+        stream: Iterator[tuple[str, torch.Tensor]] = self._converted(named_tensors)
         if wants_checksums:
             stream = checksums.watch(stream)
-        num_bytes, failure = self._send(stream)
+        num_bytes, is_whole = self._send(stream, version)
         expected = checksums.gather() if wants_checksums else None
-        self._first_rank.run("load weights into the engines", lambda: self._finish(failure))
+        while not is_whole:  # each time with fewer engines
+            num_bytes, is_whole = self._send(self._converted(named_tensors), version)
         if self._sharing is not None:
             self._sharing.release()
         proven = expected is not None and self._first_rank.run(
@@ -150,14 +155,19 @@ class Publisher:
         if self._transport is not None:
             self._transport.close()
 
-    def _begin(self, version: int) -> None:
+    def _pause(self) -> None:
         assert self._engines is not None
-        assert self._transport is not None
         self._engines.call("/pause_generation", {"mode": self._pause_mode})
-        self._transport.begin(version)
 
-    def _send(self, stream: Iterable[tuple[str, torch.Tensor]]) -> tuple[int, KlearError | None]:
-        """Iterate the stream to its end on every rank, whatever happens on the first: the others iterate it too."""
+    def _converted(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+        return converted(named_tensors, getattr(torch, self._layout.dtype))
+
+    def _send(self, stream: Iterable[tuple[str, torch.Tensor]], version: int) -> tuple[int, bool]:
+        """Send a set; returns its bytes, and whether the engines that are left have the whole of it (a collective).
+
+        The stream is iterated to its end on every rank, whatever happens on the first: the others iterate it too.
+        """
+        self._first_rank.run("begin to send weights", lambda: self._begin(version))
         num_bytes = 0
         failure: KlearError | None = None
         for bucket in bucketed(stream, self._bucket_bytes):
@@ -169,19 +179,31 @@ class Publisher:
                     self._transport.send(bucket)
                 except KlearError as error:
                     failure = error
+                except Exception as error:  # no memory, no thread: the others would wait in the stream's exchanges
+                    failure = WeightSyncError(f"sending weights failed: {type(error).__name__}: {error}")
+                    failure.__cause__ = error
             self._first_rank.alive()
-        return num_bytes, failure
+        return num_bytes, self._first_rank.run("load weights into the engines", lambda: self._finish(failure))
 
-    def _finish(self, failure: KlearError | None) -> None:
+    def _begin(self, version: int) -> None:
+        assert self._transport is not None
+        self._transport.begin(version)
+
+    def _finish(self, failure: KlearError | None) -> bool:
         assert self._engines is not None
         assert self._transport is not None
-        if failure is not None:
-            raise failure
-        self._transport.finish()
+        try:
+            if failure is not None:
+                raise failure
+            self._transport.finish()
+        except SetBrokenOff as broken:
+            log.warning("%s", broken)
+            return False
         if self._pause_mode != "in_place":
             # Prefixes that the old weights computed must not be taken for the new ones'. In place unfinished responses
             # hold on to them, and only requests that name another version are safe (see `SglangEndpoint`).
             self._engines.call("/flush_cache", {})
+        return True
 
     def _verify(self, expected: list[dict[str, str]]) -> bool:
         assert self._engines is not None

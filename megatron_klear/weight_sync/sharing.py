@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch.multiprocessing import reductions
 
+from megatron_klear.errors import WeightSyncError
 from megatron_klear.records import ParallelContext
 from megatron_klear.weight_sync.buckets import Bucket
 from megatron_klear.weight_sync.engines import EngineCaller, EngineGroup
@@ -42,13 +43,25 @@ class BucketSharing:
         self.offers: list[str] = []
 
     def offer(self, bucket: Bucket) -> None:
-        """Offer this rank's copy, and let go of the one before (a collective)."""
-        flat = bucket.flat().to(self._context.device)
-        text = serialized_here(contents(bucket, flat))
+        """Offer this rank's copy, and let go of the one before (a collective).
+
+        Raises:
+            WeightSyncError: on every rank, naming those that cannot offer theirs.
+        """
+        flat: torch.Tensor | None = None
+        offer: tuple[str | None, str] = (None, "")
+        try:
+            flat = bucket.flat().to(self._context.device)
+            offer = serialized_here(contents(bucket, flat)), ""
+        except Exception as error:  # no memory, no handle: told to all, which would wait for this rank's offer
+            offer = None, f"{type(error).__name__}: {error}"
         offers: list[Any] = [None] * self._context.world.size
         # The first rank joins in when its engines have loaded the bucket before: until then that one must live.
-        dist.all_gather_object(offers, text)
-        self._held, self.offers = flat, offers
+        dist.all_gather_object(offers, offer)
+        failures = [f"rank {rank}: {text}" for rank, (handle, text) in enumerate(offers) if handle is None]
+        if failures:
+            raise WeightSyncError(f"no copy of the weights can be offered to the engines: {'; '.join(failures)}")
+        self._held, self.offers = flat, [handle for handle, _ in offers]
 
     def release(self) -> None:
         """Let go of what was offered; the engines have loaded it."""

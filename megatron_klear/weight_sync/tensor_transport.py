@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import errno
 import io
 import os
 import pickle
@@ -15,12 +16,13 @@ from typing import Any
 import torch
 import torch.multiprocessing
 
+from megatron_klear.errors import WeightSyncError
 from megatron_klear.weight_sync.buckets import Bucket
 from megatron_klear.weight_sync.engines import EngineGroup
+from megatron_klear.weight_sync.shared_memory import no_room
 from megatron_klear.weight_sync.transport import UpdateSession
 
 UPDATE_PATH = "/update_weights_from_tensor"
-_SHARED_MEMORY = "/dev/shm"
 
 
 class TensorTransport:
@@ -47,8 +49,14 @@ class TensorTransport:
     def send(self, bucket: Bucket) -> None:
         """Send a bucket and let it load; waits for the one before."""
         flat = bucket.flat().cpu()
-        text = serialized(contents(bucket, flat), by_value=self._by_value)
-        self._session.follow(self._engines.start(UPDATE_PATH, update_body([text] * self._tp)))
+        value = contents(bucket, flat)
+        if self._by_value:
+            calls = self._engines.start(UPDATE_PATH, update_body([serialized(value, by_value=True)] * self._tp))
+        else:
+            # A text for each reader: torch counts them, and a file that those before have read is gone for the next.
+            each = [[serialized(value, by_value=False) for _ in range(self._tp)] for _ in self._engines.callers]
+            calls = self._engines.start(UPDATE_PATH, [update_body(texts) for texts in each])
+        self._session.follow(calls)
         # Shared memory lives as long as a tensor of ours: until the bucket after this one has been sent.
         self._shared = [*self._shared[-1:], flat]
 
@@ -59,15 +67,6 @@ class TensorTransport:
 
     def close(self) -> None:
         """Nothing is held."""
-
-
-def shared_memory_bytes() -> int:
-    """Free shared memory of this machine, in bytes."""
-    try:
-        free = os.statvfs(_SHARED_MEMORY)
-    except OSError:
-        return 0
-    return free.f_bavail * free.f_frsize
 
 
 def update_body(texts: Sequence[str]) -> dict[str, Any]:
@@ -95,17 +94,25 @@ def contents(bucket: Bucket, flat: torch.Tensor) -> dict[str, Any]:
     return {"flattened_tensor": flat, "metadata": entries}
 
 
-def serialized(value: object, *, by_value: bool) -> str:
+def serialized(value: dict[str, Any], *, by_value: bool) -> str:
     """Base64 of a pickle that SGLang accepts: tensors as files of shared memory, or as their bytes.
 
     Shared memory by descriptor, torch's default, would need a socket between the two processes.
+
+    Raises:
+        WeightSyncError: shared memory is full.
     """
     buffer = io.BytesIO()
     if by_value:
         pickle.Pickler(buffer, protocol=pickle.HIGHEST_PROTOCOL).dump(value)
     else:
         with _shared_by_name():
-            ForkingPickler(buffer).dump(value)
+            try:
+                ForkingPickler(buffer).dump(value)
+            except RuntimeError as error:
+                if os.strerror(errno.ENOSPC) not in str(error):
+                    raise
+                raise WeightSyncError(no_room(value["flattened_tensor"].nbytes, str(error))) from error
     return base64.b64encode(buffer.getvalue()).decode("ascii")
 
 

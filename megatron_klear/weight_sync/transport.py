@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 from pathlib import Path
 from typing import Protocol
 
 import torch
 
+from megatron_klear.errors import WeightSyncError
 from megatron_klear.weight_sync.buckets import Bucket
-from megatron_klear.weight_sync.engines import EngineGroup, PendingCalls
+from megatron_klear.weight_sync.engines import EngineGroup, PendingCalls, Refusal
 from megatron_klear.weight_sync.weight_files import WeightFiles
+
+log = logging.getLogger(__name__)
+
+
+class SetBrokenOff(WeightSyncError):
+    """Engines were lost in the middle of a set, and those that are left hold a part of it: it must be sent again."""
 
 
 class Transport(Protocol):
-    """Brings one set of weights to all engines; used on the first rank only."""
+    """Brings one set of weights to all engines; used on the first rank only.
+
+    `send` and `finish` may raise `SetBrokenOff`; the set then begins anew, from `begin` on.
+    """
 
     def begin(self, version: int) -> None:
         """Start a set.
@@ -37,7 +49,10 @@ class Transport(Protocol):
 
 
 class UpdateSession:
-    """SGLang's frame around tensor and distributed updates; servers that know none (status 404) need none."""
+    """SGLang's frame around tensor and distributed updates; servers that know none (status 404) need none.
+
+    A server keeps a frame that was not closed, whoever opened it: a set that broke off, or a trainer that was killed.
+    """
 
     def __init__(self, engines: EngineGroup) -> None:
         self._engines = engines
@@ -47,9 +62,22 @@ class UpdateSession:
     def begin(self) -> None:
         """Open the frame."""
         if self._open:  # an earlier set broke off
-            self._open = False
+            self._close_what_is_open()
+        try:
+            self._open = self._opened()
+        except Refusal as refusal:
+            log.info("%s; closing what an earlier set may have left open", refusal)
+            self._close_what_is_open()
+            self._open = self._opened()
+
+    def _opened(self) -> bool:
+        return self._engines.try_call("/begin_weight_update", {"selector": "all"}) is not None
+
+    def _close_what_is_open(self) -> None:
+        self._open = False
+        # Refused by those that have nothing open.
+        with contextlib.suppress(Refusal):
             self._engines.try_call("/end_weight_update", {})
-        self._open = self._engines.try_call("/begin_weight_update", {"selector": "all"}) is not None
 
     def follow(self, calls: PendingCalls) -> None:
         """Let a bucket's calls run on, after those of the bucket before have ended: two are under way at most."""

@@ -84,6 +84,8 @@ def test_the_base_settings_have_no_problem(problems, entry):
         ([*SGLANG, "sglang.server_tp=3"], 1, "model.num_attention_heads", "a multiple of sglang.server_tp = 3"),
         ([*SGLANG, "sglang.port=65535", "sglang.servers=2"], 1, "sglang.port", "2 servers need ports up to 65536"),
         ([*SGLANG, "sglang.quantization=fp8"], 1, "weight_sync.verify", "set logprobs or checksum_or_logprobs"),
+        ([*SGLANG, "weight_sync.timeout_seconds=1700"], 1, "weight_sync.timeout_seconds", "parallel.timeout_seconds"),
+        ([*SGLANG, "parallel.timeout_seconds=1000"], 1, "weight_sync.timeout_seconds", "twice 60 s"),
         ([*SGLANG, "sglang.quantization=fp8", "run.device=cpu"], 1, "sglang.quantization", "needs a GPU"),
         ([*SGLANG, "sglang.offload_weights=true"], 1, "sglang.offload_weights", "sglang.placement is separate"),
         ([*COLOCATED, "scheduling.mode=async"], 1, "scheduling.mode", "no memory while the trainer trains"),
@@ -196,6 +198,21 @@ def test_a_run_that_has_begun_needs_no_weights_to_start_from(problems, tmp_path)
     assert problems(f"checkpoint.start_from={tmp_path}/gone") == []
 
 
+def test_sglang_is_asked_for_only_where_something_is_generated_or_evaluated(problems, tmp_path):
+    (tmp_path / "ledger.sqlite").touch()
+    bad = [*SGLANG, "sglang.venv=nowhere", "sglang.quantization=fp8", "sglang.port=65535", "sglang.servers=2"]
+    replay = [f"scheduling.replay_from={tmp_path}", "scheduling.mode=async"]
+    without = ["evaluation.at_end=false", "evaluation.every_steps=0"]
+    assert len(problems(*bad)) == 3
+    for entry, settings in (("rl", replay), ("sft", [])):
+        told = problems(*bad, *settings, entry=entry)
+        assert len(told) == 3
+        assert any(text.startswith("sglang.venv: ") and "evaluation alone needs it" in text for text in told)
+        assert problems(*bad, *settings, *without, entry=entry) == []
+        assert problems(*bad, *settings, "data.heldout=[]", entry=entry) == []
+    assert problems(*replay) == [], "an asynchronous run can be replayed by any engine's settings"
+
+
 def test_sglangs_settings_are_judged_only_when_it_is_the_engine(problems):
     bad = ["sglang.venv=nowhere", "sglang.quantization=fp8"]
     assert problems(*bad) == []
@@ -204,14 +221,15 @@ def test_sglangs_settings_are_judged_only_when_it_is_the_engine(problems):
     assert problems(*ROUTED) == []
 
 
-def test_servers_that_take_turns_are_on_the_trainers_machine(problems, tmp_path, monkeypatch):
+def test_servers_that_take_turns_are_on_gpus_of_their_machines_ranks(problems, tmp_path, monkeypatch):
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "python").touch(mode=0o755)
     good = [*COLOCATED, f"sglang.venv={tmp_path}", "sglang.offload_weights=true"]
     assert problems(*good, "sglang.servers=2", "sglang.server_tp=2", world_size=4) == []
     assert problems(*good, "sglang.servers=1", world_size=4) == [], "GPUs may be left alone"
     assert problems(*good, "scheduling.mode=async", entry="sft") == [], "that is no matter of evaluations"
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    assert problems(*good, world_size=2) == []
-    (text,) = problems(*good, world_size=4)
-    assert text.startswith("sglang.placement: got colocated, and only 2 of the 4 ranks are on this machine")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    assert problems(*good, "sglang.servers=8", world_size=256) == [], "each of 32 machines starts 8"
+    (text,) = problems(*good, "sglang.servers=5", "sglang.server_tp=2", world_size=256)
+    assert text.startswith("sglang.servers: got 5 of sglang.server_tp = 2, which need 10 GPUs of a machine, and")
+    assert text.endswith("with 8 ranks on it; set at most 4")

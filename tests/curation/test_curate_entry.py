@@ -79,6 +79,7 @@ def test_all_problems_are_told_at_once(write_config: WriteConfig, tmp_path: Path
         ("run.stages=[correctness]", "run.stages: correctness makes rows to fine-tune on, and run.task is rl"),
         ("run.dir={config}", "run.dir: {config} is a file, expected a directory"),
         ("sampler.urls=[http://a:1]", None),
+        ("sources.math_ranking=[a,b,a]", "sources.math_ranking: 'a' is named more than once"),
     ],
 )  # fmt: skip
 def test_settings_that_do_not_fit_together(
@@ -114,12 +115,6 @@ def test_a_run_from_the_command_line(write_config: WriteConfig, tmp_path: Path, 
     last = capsys.readouterr().out.splitlines()[-1]
     assert last == f"curation: rows=2 files=1 report={tmp_path / 'run' / 'audit.html'}"
     assert curate.run([str(config), "input.max_reject_share=0"]) == 2
-    from megatron_klear.session.run_lock import RunLock
-
-    lock = RunLock(tmp_path / "run")
-    assert curate.run([str(config)]) == 1
-    assert "is in use by process" in capsys.readouterr().err
-    lock.release()
 
 
 @pytest.mark.skipif(find_spec("ray") is not None, reason="ray is installed")

@@ -152,6 +152,14 @@ def test_code_for_rl_needs_one_response_that_passes_all_tests(run_curation: RunC
     assert done.ids == ["r1"]
     assert done.audit("solvable")["tables"]["responses by outcome"] == {"partial": 3, "wrong": 2, "correct": 1}
     assert done.reasons("solvable") == {"code: pass@3 not above 0.5": 1}
+    # Few responses of its own say nothing of pass@3, right or wrong; they are not even graded.
+    few = [code(3, good), code(4, none, part), code(5, good, good, good)]
+    done = run_curation(few, **settings)
+    assert done.ids == ["r5"]
+    assert done.reasons("solvable") == {"code: brings fewer responses than pass@3 needs": 2}
+    assert {r["id"]: r["responses"] for r in done.dropped} == {"r3": 1, "r4": 2}
+    assert done.audit("solvable")["tables"]["responses by outcome"] == {"correct": 3}
     # The other reading: a share of responses above one half.
     stricter = {**settings, "solvable": {"k": 3, "code_rule": "pass_rate", "code_above": 0.3}}
     assert run_curation(rows, **stricter).ids == ["r1"]
+    assert run_curation(few, **stricter).ids == ["r3", "r5"]

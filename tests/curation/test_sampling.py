@@ -5,17 +5,22 @@ from __future__ import annotations
 import dataclasses
 import json
 import sqlite3
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
 from benchmarks.curation_inputs import row
 from megatron_klear.config.sampler import SamplerSettings
+from megatron_klear.data import load_chat_tokenizer
 from megatron_klear.errors import CheckpointError, ConfigError
+from megatron_klear.records import Rollout
+from megatron_klear.rollout import open_sampler as open_sampler_module
 from megatron_klear.rollout.open_sampler import _own_names, _servers_fingerprint, directory_fingerprint, open_sampler
 from megatron_klear.rollout.sglang import EngineFacts
 
@@ -63,7 +68,7 @@ def test_greedy_text_is_that_of_transformers(tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(directory)
     model = Qwen3ForCausalLM.from_pretrained(directory).eval()
     with open_sampler(settings, section="teacher", cache=tmp_path / "c", seed=0) as sampler:
-        assert not sampler.prompt_opens_think
+        assert sampler.chat.opening == ""
         for question in ("2+2?", "why is the sky blue?"):
             asked = [{"role": "user", "content": question}]
             group = next(sampler.responses.sample([sampler.prompt("p", "math", asked)], num_responses=1))
@@ -74,16 +79,16 @@ def test_greedy_text_is_that_of_transformers(tmp_path: Path) -> None:
                 eos_token_id=tokenizer.eos_token_id, pad_token_id=0,
             )  # fmt: skip
             expected = tokenizer.decode(whole[0, ids.shape[1] :], skip_special_tokens=False)
-            assert sampler.text(group.rollouts[0].response_ids) == expected.removesuffix("<|im_end|>")
+            assert sampler.chat.response_text(group.rollouts[0].response_ids) == expected.removesuffix("<|im_end|>")
 
 
 def test_the_marker_that_the_prompt_opened_is_part_of_the_text(tmp_path: Path) -> None:
     settings = SamplerSettings(**sampler_settings(make_model(tmp_path / "m", opens_think=True)))
     with open_sampler(settings, section="teacher", cache=tmp_path / "c", seed=0) as sampler:
-        assert sampler.prompt_opens_think
+        assert sampler.chat.opening == "<think>\n"
         prompt = sampler.prompt("p", "math", [{"role": "user", "content": "why?"}])
         rollout = next(sampler.responses.sample([prompt], num_responses=1)).rollouts[0]
-        assert sampler.text(rollout.response_ids).startswith("<think>")
+        assert sampler.chat.response_text(rollout.response_ids).startswith("<think>\n")
 
 
 def test_other_weights_of_the_same_shape_are_another_model(tmp_path: Path) -> None:
@@ -158,8 +163,98 @@ def test_servers_are_known_by_what_they_say_of_their_model() -> None:
         _servers_fingerprint([facts(), facts(model_path="other")], settings, "teacher")
 
 
+def test_servers_with_other_weights_or_yarn_under_the_same_path_are_told_apart(tmp_path: Path) -> None:
+    settings = SamplerSettings(hf_dir="m", engine="sglang", urls=("http://a:1",))
+    (tmp_path / "config.json").write_text("{}")
+    prints = []
+    for weights, more in [(b"1", {}), (b"2", {}), (b"2", {"overrides": "{}"}), (b"2", {"context_length": 9})]:
+        (tmp_path / "model.safetensors").write_bytes(weights)
+        prints.append(_servers_fingerprint([facts(model_path=str(tmp_path), **more)], settings, "teacher"))
+    assert len(set(prints)) == 4
+    assert _servers_fingerprint([facts(model_path=str(tmp_path))], settings, "teacher") == prints[1]
+
+
+def test_servers_whose_files_cannot_be_seen_are_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    settings = SamplerSettings(hf_dir="m", engine="sglang", urls=("http://a:1",))
+    _servers_fingerprint([facts(model_path="far/away")], settings, "teacher")
+    assert "change teacher.weights_name" in caplog.text
+
+
 def test_messages_of_the_shared_client_name_the_settings_of_the_sampler() -> None:
     text = "sglang.urls: engine 0: its context is 10 (data.max_prompt_tokens, rollout.max_response_tokens)"
     assert _own_names(text, "teacher") == (
         "teacher.urls: engine 0: its context is 10 (teacher.max_prompt_tokens, teacher.max_response_tokens)"
     )
+
+
+# Like that of models that always think: it renders the opening of an answer itself, of which the prompt ends.
+THINKING = """
+{%- for m in messages -%}{%- set text = m.content -%}
+{%- if m.role == 'assistant' and '</think>' in text -%}
+    {%- set thought = text.split('</think>')[0].split('<think>')[-1].strip('\\n') -%}
+    {%- set text = '<think>\\n' + thought + '\\n</think>\\n\\n' + text.split('</think>')[-1].lstrip('\\n') -%}
+{%- endif -%}
+{{- '<|im_start|>' + m.role + '\\n' + text + '<|im_end|>\\n' -}}{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n<think>\\n' -}}{%- endif -%}
+"""
+
+
+class Says:
+    """An engine that gives the same texts to every question, one after the other."""
+
+    def __init__(self, directory: Path, texts: tuple[str, ...]) -> None:
+        self._tokenizer, self._texts = AutoTokenizer.from_pretrained(directory), texts
+        self.prompts: list[list[int]] = []
+
+    def generate(self, prompts: Any, *, on_rollout: Any, **_: Any) -> list[Any]:
+        for number, prompt in enumerate(prompts):
+            self.prompts.append(prompt.token_ids.tolist())
+            ids = np.array(self.ids(number % len(self._texts)))
+            on_rollout(
+                prompt, 0,
+                Rollout(response_ids=ids, rollout_logprobs=np.zeros(len(ids), dtype=np.float32), finish_reason="stop",
+                        policy_versions=((0, len(ids)),)),
+            )  # fmt: skip
+        return []
+
+    def ids(self, number: int) -> list[int]:
+        return list(self._tokenizer(self._texts[number] + "<|im_end|>", add_special_tokens=False)["input_ids"])
+
+
+@pytest.mark.parametrize("template", ["as it stands", "opens the thinking"])
+def test_responses_to_prompts_that_open_the_thinking_are_graded_kept_and_trained_on_as_they_were_drawn(
+    run_curation: RunCuration, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, template: str
+) -> None:
+    """From the draw to the tokens of fine-tuning: the same ones, with the thinking once and in whole."""
+    directory = make_model(tmp_path / "m", opens_think=True)
+    if template == "opens the thinking":
+        config = json.loads((directory / "tokenizer_config.json").read_text())
+        (directory / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": THINKING}))
+    texts = (
+        "I add.\n</think>\n\n\\boxed{2}", "I guess.\n</think>\n\n\\boxed{3}", "I never end \\boxed{2}",
+        "<think>\nTwice opened.\n</think>\n\n\\boxed{2}",
+    )  # fmt: skip
+    engine = Says(directory, texts)
+
+    @contextmanager
+    def engine_of(*_: Any) -> Iterator[tuple[Says, str]]:
+        yield engine, "says"
+
+    monkeypatch.setattr(open_sampler_module, "_engine", engine_of)
+    done = run_curation(
+        [row(1, "1 + 1?")], task="sft", stages=("respond", "correctness"),
+        correctness={"keep_wrong": "all", "keep_unfinished": True},
+        teacher=sampler_settings(directory, responses=4), reward={"workers": 1, "timeout_seconds": 20.0},
+    )  # fmt: skip
+    kept = {r["messages"][-1]["content"]: r["outcome"] for r in done.rows}
+    assert kept["<think>\n" + texts[0]] == "correct"
+    assert kept["<think>\n" + texts[1]] == "wrong"
+    assert set(done.audit("respond")["tables"]["responses by outcome"].items()) == {
+        ("correct", 1), ("wrong", 1), ("malformed", 2)
+    }  # fmt: skip
+    chat = load_chat_tokenizer(directory)
+    for number, finished in enumerate(done.rows[:2]):
+        (made,) = chat.encode_conversations([finished["messages"]])
+        assert not isinstance(made, Exception), made
+        assert made.token_ids.tolist() == engine.prompts[0] + engine.ids(number)
+        assert made.trained_spans == ((len(engine.prompts[0]), len(made.token_ids)),)

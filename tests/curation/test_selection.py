@@ -13,6 +13,7 @@ import torch
 
 from benchmarks.curation_inputs import row
 from megatron_klear.curation.k_center import k_center_greedy
+from megatron_klear.errors import DataError
 
 RunCuration = Callable[..., Any]
 
@@ -41,6 +42,37 @@ def test_k_center_is_farthest_first(seed: int) -> None:
     assert found.tolist() == expected
     # The squared distance is off by a few float32 roundings of 2; its root magnifies that at small radii.
     np.testing.assert_allclose(radius**2, np.square(radii), atol=8 * np.finfo(np.float32).eps)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_every_choice_is_a_farthest_point_also_among_copies_and_ties(seed: int) -> None:
+    """By definition in float64, given the choices before: ties may be broken either way, and nothing else differs."""
+    rng = np.random.default_rng(seed)
+    width = int(rng.choice([2, 5, 64, 384]))
+    base = unit(rng.normal(size=(int(rng.integers(20, 120)), width)))
+    axes = np.concatenate([np.eye(width), -np.eye(width)])[:30]  # whose distances are exactly equal
+    some = np.concatenate([base, axes]).astype(np.float32)
+    copies = some[rng.integers(0, len(some), size=len(some))]
+    points = np.concatenate([some, copies])[rng.permutation(2 * len(some))]
+    found, radius = k_center_greedy(torch.from_numpy(points), len(points), first=3)
+    assert sorted(found.tolist()) == list(range(len(points)))
+    exact = points.astype(np.float64)
+    nearest = np.full(len(points), np.inf)
+    eps = float(np.finfo(np.float32).eps)
+    for place, index in enumerate(found):
+        if place:
+            # A product of unit vectors is off by at most about sqrt(D) roundings of 1, and is doubled; what is below
+            # 1e-3 is a sum of squares of differences that are exact but for a rounding each.
+            farthest = nearest.max()
+            assert nearest[index] >= farthest - (4 * eps * np.sqrt(width) if farthest > 1e-3 else 8 * eps * farthest)
+        nearest = np.minimum(nearest, np.square(exact - exact[index]).sum(axis=1))
+        np.testing.assert_allclose(
+            float(radius[place]) ** 2, nearest.max(), atol=4 * eps * np.sqrt(width), rtol=8 * eps
+        )
+    distinct = len({point.tobytes() for point in points})
+    assert len({points[i].tobytes() for i in found[:distinct]}) == distinct  # copies come last
+    assert (radius[distinct - 1 :] == 0).all()
+    assert radius[distinct - 2] > 0
 
 
 def test_equal_points_are_never_chosen_twice() -> None:
@@ -130,3 +162,39 @@ def test_best_sources_stay(run_curation: RunCuration) -> None:
     assert done.ids == ["r0", "r2", "r4", "r9"]
     assert done.reasons("sources") == {"source ranked too low": 1, "source not ranked": 1}
     assert next(r for r in done.dropped if r["id"] == "r1")["place"] == 3
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_sources_are_those_that_a_search_by_hand_finds(run_curation: RunCuration, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    names = ["", "a", "A", " a", "b", "c", "d"]
+    ranking = {domain: list(rng.permutation(names)[: rng.integers(1, 6)]) for domain in ("math", "code")}
+    top = {domain: int(rng.integers(1, 8)) for domain in ranking}
+    rows = []
+    for number in range(60):
+        code = {"domain": "code", "reference": [1]} if rng.random() < 0.5 else {}
+        rows.append({**row(number, f"prompt {number}", source=str(rng.choice(names))), **code})
+    done = run_curation(
+        rows,
+        stages=("sources",),
+        sources={
+            "math_ranking": [str(n) for n in ranking["math"]], "math_top": top["math"],
+            "code_ranking": [str(n) for n in ranking["code"]], "code_top": top["code"],
+        },
+    )  # fmt: skip
+    assert done.ids == [r["id"] for r in rows if r["source"] in ranking[r["domain"]][: top[r["domain"]]]]
+
+
+def test_ids_of_a_file_of_vectors_are_its_lines_and_each_is_there_once(tmp_path: Path) -> None:
+    from megatron_klear.curation.embed import FileEmbeddings
+    from megatron_klear.curation.reading import parse_row
+
+    np.save(tmp_path / "v.npy", np.eye(2))
+    (tmp_path / "v.ids").write_text("a\u2028b\n\x0c\n")
+    rows = [parse_row({**row(0, "x"), "id": name}, "f", 1) for name in ("\x0c", "a\u2028b", "a")]
+    found = FileEmbeddings(tmp_path / "v.npy").embed(rows)  # type: ignore[arg-type]
+    assert np.array_equal(np.stack(found[:2]), np.eye(2)[::-1])  # type: ignore[arg-type]
+    assert found[2] == "has no vector in the file of selection.path"
+    (tmp_path / "v.ids").write_text("a\na\n")
+    with pytest.raises(DataError, match="names 'a' more than once"):
+        FileEmbeddings(tmp_path / "v.npy")

@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 
 from megatron_klear.data import ChatTokenizer, ConversationError, EncodedConversation, load_chat_tokenizer
+from megatron_klear.data.end_tokens import end_ids
 from megatron_klear.errors import DataError
+from tests.chat_tokenizers import OPENING_TEMPLATE, PLAIN_TEMPLATE, THINKING_TEMPLATE
 
 ANSWER = "<think>\nit is two\n</think>\n\nSo 2."
 
@@ -104,6 +106,25 @@ def test_what_the_tokenizer_tells_of_itself(thinking: ChatTokenizer) -> None:
     assert 0 <= thinking.pad_token_id < thinking.num_tokens
 
 
+@pytest.mark.parametrize(
+    ("template", "opening"), [(PLAIN_TEMPLATE, ""), (THINKING_TEMPLATE, ""), (OPENING_TEMPLATE, "<think>\n")]
+)
+def test_the_text_of_a_response_has_what_the_prompt_opened_and_not_the_token_that_ended_it(
+    make_tokenizer: Callable[..., Path], template: str, opening: str
+) -> None:
+    chat = load_chat_tokenizer(make_tokenizer(template))
+    assert chat.opening == opening
+    asked = turns("does <think> open it?")
+    prompt = chat.encode_prompt(asked)
+    assert chat.decode(prompt).endswith("assistant\n" + opening)
+    # What the model would have written of the answer: these tokens, that text.
+    conversation = encoded(chat, [*asked, {"role": "assistant", "content": ANSWER}])
+    written = conversation.token_ids[len(prompt) :]
+    assert conversation.trained_spans == ((len(prompt), len(conversation.token_ids)),)
+    assert chat.response_text(written) == chat.response_text(written[:-1]) == ANSWER
+    assert chat.response_text([]) == opening
+
+
 def test_stop_tokens_are_those_of_the_tokenizer_and_those_asked_for(make_tokenizer: Callable[..., Path]) -> None:
     directory = make_tokenizer()
     chat = load_chat_tokenizer(directory, stop_tokens=["w", "<|im_end|>"])
@@ -113,6 +134,68 @@ def test_stop_tokens_are_those_of_the_tokenizer_and_those_asked_for(make_tokeniz
     for token in ("foo", "bar"):
         assert f"rollout.stop_tokens: '{token}' is not one token of this tokenizer" in str(caught.value)
     assert "2 problems" in str(caught.value)
+
+
+def test_the_models_own_end_tokens_are_stop_tokens(make_tokenizer: Callable[..., Path], tmp_path: Path) -> None:
+    directory = make_tokenizer(eos="<|im_end|>")
+    plain = load_chat_tokenizer(directory)
+    assert [plain.decode([i]) for i in plain.stop_ids] == ["<|im_end|>"]
+    text_end, turn_end = plain.hf.convert_tokens_to_ids(["<|endoftext|>", "<|im_end|>"])
+    assert load_chat_tokenizer(directory, model_dir=tmp_path).stop_ids == (turn_end,), "a directory that names none"
+    # As Qwen3's: config.json names the end of a turn alone, generation_config.json the end of text, too.
+    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": turn_end}))
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [turn_end, text_end]}))
+    assert end_ids(tmp_path) == (turn_end, text_end)
+    chat = load_chat_tokenizer(directory, model_dir=tmp_path, stop_tokens=["w"])
+    assert [chat.decode([i]) for i in chat.stop_ids] == ["<|im_end|>", "<|endoftext|>", "w"]
+    for value, message in (
+        ([0, 100_000], "model.hf_dir: the model ends responses at ids [100000] (eos_token_id), and the tokenizer has"),
+        ("0", "generation_config.json: eos_token_id is '0', must be a token id or a list of them"),
+        ([True], "eos_token_id is [True], must be"),
+    ):
+        (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": value}))
+        with pytest.raises(DataError) as caught:
+            load_chat_tokenizer(directory, model_dir=tmp_path)
+        assert message in str(caught.value)
+    (tmp_path / "generation_config.json").write_text("[")
+    with pytest.raises(DataError, match=r"generation_config.json: eos_token_id cannot be read"):
+        load_chat_tokenizer(directory, model_dir=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("answer", "lost"),
+    [
+        ({"content": "<think>a</think> b </think> c"}, "b"),
+        ({"content": "<think>a</think> a </think> c"}, "a"),
+        ({"content": "<think>a</think> b <think>d</think> c"}, "b"),
+        ({"content": "Sure. <think>a</think> c"}, "Sure."),
+        ({"content": "<think>a</think> c", "reasoning_content": "r"}, "r"),
+        ({"content": "<think>a</think>" + 20 * "so long" + "</think> c"}, "so longso"),
+    ],
+)
+@pytest.mark.parametrize("template", [THINKING_TEMPLATE, OPENING_TEMPLATE])
+def test_an_answer_of_which_the_template_leaves_out_a_part_is_refused(
+    make_tokenizer: Callable[..., Path], template: str, answer: dict[str, str], lost: str
+) -> None:
+    chat = load_chat_tokenizer(make_tokenizer(template))
+    asked = turns("q")
+    bad, good = chat.encode_conversations([[*asked, {"role": "assistant", **answer}], turns("q", ANSWER)])
+    assert isinstance(good, EncodedConversation)
+    assert isinstance(bad, ConversationError)
+    assert f"the chat template leaves out a part of the answer, '{lost}" in str(bad)
+    assert len(str(bad)) < 250
+    # As an earlier turn it is no more than context, of which the template takes what the model would see.
+    context = [*asked, {"role": "assistant", **answer}, *turns("more?", ANSWER)]
+    assert len(encoded(chat, context).trained_spans) == 1
+
+
+def test_an_answer_that_the_template_keeps_whole_is_taken_as_it_stands(plain: ChatTokenizer) -> None:
+    for content in ("<think>a</think> b </think> c", "Sure. <think>a</think> c", "\n\n a\n"):
+        conversation = encoded(plain, turns("q", content, "more?", ANSWER))
+        assert trained_texts(plain, conversation) == [content + "<|im_end|>", ANSWER + "<|im_end|>"]
+    reasoned = {"role": "assistant", "content": "c", "reasoning_content": "r"}
+    [lost] = plain.encode_conversations([[*turns("q"), reasoned]])
+    assert "leaves out a part of the answer, 'r'" in str(lost)
 
 
 def test_text_that_holds_control_tokens_is_refused(thinking: ChatTokenizer) -> None:
@@ -146,6 +229,10 @@ PROMPT = "{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\\n' }}{%- en
         (None, "chat template: there is none"),
         (PLAIN, "it has no generation prompt, so assistant turns are not marked"),
         (PLAIN + PROMPT.replace("assistant", "bot"), "renders an answered turn without its generation prompt"),
+        (
+            PLAIN + PROMPT.replace("nt\\n", "nt\\n<think>\\n\\n</think>\\n"),
+            "an answered turn without its generation prompt",
+        ),
         (PLAIN.replace("m.content", "m.content.split('</think>')[-1]") + PROMPT, "it drops the thinking part"),
         (PLAIN.replace("<|im_end|>", "") + PROMPT, "it does not close an assistant turn with a control token"),
         ("{{ messages.nothing.here }}", "refuses the conversation"),

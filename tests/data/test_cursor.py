@@ -125,11 +125,6 @@ def test_a_row_that_is_already_in_a_crossing_batch_comes_first_in_the_next() -> 
     assert sorted(fresh + following) == list(range(6))
 
 
-def test_steps_for_epochs() -> None:
-    cursor = DataCursor(10, 4, seed=0)
-    assert [cursor.steps_for_epochs(n) for n in (1, 2, 4)] == [3, 5, 10]
-
-
 def test_fewer_rows_than_a_batch_are_refused_naming_the_settings() -> None:
     with pytest.raises(DataError, match=r"data.prompts holds 5 usable rows, fewer than the 8 .*rl.prompts_per_step"):
         DataCursor(5, 8, seed=0, setting="data.prompts", batch_setting="rl.prompts_per_step")
@@ -143,3 +138,15 @@ def test_other_data_are_refused_at_resume_with_every_difference() -> None:
         DataCursor(10, 2, seed=0, fingerprint="b").load_state(state)
     with pytest.raises(DataError, match=r"data.shuffle was true and is false"):
         DataCursor(10, 2, seed=0, shuffle=False, fingerprint="a").load_state(state)
+
+
+@settings(max_examples=60, deadline=None)
+@given(rows=st.integers(1, 12), batch=st.integers(1, 12), batches=st.integers(0, 12))
+def test_what_is_still_to_come_is_what_was_not_given_out(rows: int, batch: int, batches: int) -> None:
+    cursor = DataCursor(rows, min(batch, rows), seed=0)
+    given_out: set[tuple[int, int]] = set()
+    for _ in range(batches):
+        taken, epochs = cursor.next_batch_and_epochs()
+        given_out |= set(zip(epochs.tolist(), taken.tolist(), strict=True))
+    places = {(epoch, row) for epoch in range(cursor.epoch + 3) for row in range(rows)}
+    assert cursor.still_to_come(places) == places - given_out

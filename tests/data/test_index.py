@@ -129,6 +129,7 @@ def test_unusable_rows_are_listed_with_file_line_and_reason_and_the_others_kept(
         json.dumps({"id": "e", "messages": conversation("q", "")}).encode(),
         json.dumps({"id": "m", "messages": conversation("q", "<|im_end|>")}).encode(),
         json.dumps({"id": "t", "messages": conversation("q", "<think>\nand then he")}).encode(),
+        json.dumps({"id": "u", "messages": conversation("q", "<think>a</think> b </think> c")}).encode(),
         json.dumps({"id": "n", "messages": conversation("q\0", "a")}).encode(),
         b"\0" * 20,
         b"x" * 5000,
@@ -139,8 +140,8 @@ def test_unusable_rows_are_listed_with_file_line_and_reason_and_the_others_kept(
     index = make_index(first, second, part_bytes=400, line_bytes=2000)
     assert [index.row_id(n) for n in range(len(index))] == ["r0", "r1", "r2", "r3"]
     found = [(file, line, reason) for file, line, reason in index.rejects(100)]
-    assert index.rejected == len(found) == 12
-    assert [(file, line) for file, line, _ in found] == [(str(first), n) for n in (3, 4, 5, 6, 7, *range(9, 15))] + [
+    assert index.rejected == len(found) == 13
+    assert [(file, line) for file, line, _ in found] == [(str(first), n) for n in (3, 4, 5, 6, 7, *range(9, 16))] + [
         (str(second), 2)
     ]
     wanted = [
@@ -151,11 +152,12 @@ def test_unusable_rows_are_listed_with_file_line_and_reason_and_the_others_kept(
         "message 2: content is empty",
         "message 2 holds the chat marker <|im_end|>",
         "the last answer opens <think> and never closes it",
+        "the chat template leaves out a part of the answer, 'b'",
         "message 1: holds a NUL character",
         "is not JSON",
         "is longer than 2000 bytes",
         f"has the id 'r1' of {first}:8; ids must be unique",
-        f"has the id 'r2' of {first}:15; ids must be unique",
+        f"has the id 'r2' of {first}:16; ids must be unique",
     ]
     for (_, _, reason), text in zip(found, wanted, strict=True):
         assert text in reason

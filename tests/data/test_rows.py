@@ -113,6 +113,8 @@ def test_prompt_rows(write_jsonl: Writer) -> None:
         ),
         (sft(messages=said(("user", None), ("assistant", "r"))), "message 1: content must be a string, got null"),
         (sft(messages=said(("user", "q"), ("assistant", " \n"))), "message 2: content is empty"),
+        (sft(id="\ud800"), "id holds a NUL character or half of a surrogate pair, which no text has"),
+        (sft(id="a\0b"), "id holds a NUL character or half of a surrogate pair, which no text has"),
         (sft(messages=said(("user", "\ud800"), ("assistant", "r"))), "message 1: holds half of a surrogate pair"),
         (
             sft(messages=[{"role": "user", "content": "q", "reasoning_content": "t"}, *said(("assistant", "r"))]),

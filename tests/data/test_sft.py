@@ -46,8 +46,9 @@ def test_long_conversations_are_refused_by_name(write_jsonl: Writer, make_index:
         SftData(index, token_budget=300)
     assert f"sequence long ({path}:2): " in str(caught.value)
     assert "packing.oversize=drop" in str(caught.value)
-    with pytest.raises(DataError, match=r"all 2 conversations are over packing\.token_budget = 10 tokens"):
+    with pytest.raises(DataError, match=r"all 2 conversations are over packing\.token_budget = 10 tokens") as caught:
         SftData(index, token_budget=10, oversize="drop")
+    assert f"the shortest has {int(index.lengths.min())}:" in str(caught.value)
     with pytest.raises(DataError, match=r"1 conversations are longer than model\.max_position_embeddings = 200: long"):
         SftData(index, token_budget=1000, max_positions=200)
 

@@ -17,11 +17,12 @@ import torch.distributed as dist
 
 from megatron_klear import parallel
 from megatron_klear.algorithm import REGION_NAMES
+from megatron_klear.config import Architecture
 from megatron_klear.conformance import compare, worker
 from megatron_klear.conformance.matrix import Comparison, Layout
 from megatron_klear.conformance.reference import reference_model
 from megatron_klear.observe.flops import training_flops
-from megatron_klear.packing import plan_packs, sequence_multiple
+from megatron_klear.packing import attention_share, plan_packs, sequence_multiple
 from megatron_klear.trainer import Trainer, UpdateReport
 
 
@@ -53,7 +54,9 @@ def _regions(sequences: list[Any], exact: list[np.ndarray]) -> dict[str, float]:
     return shares | {f"gradient/{name}": mass[name] / mass["all"] for name in REGION_NAMES}
 
 
-def _check(report: UpdateReport, layout: Layout, reference: compare.Reference, processes: int) -> None:
+def _check(
+    report: UpdateReport, layout: Layout, reference: compare.Reference, processes: int, arch: Architecture
+) -> None:
     sequences = reference.sequences
     assert report.tokens == sum(layout.lengths)
     weights = [(s.policy_weight != 0) | (s.lm_weight != 0) for s in sequences]
@@ -73,9 +76,18 @@ def _check(report: UpdateReport, layout: Layout, reference: compare.Reference, p
         token_budget=layout.token_budget,
         dp_size=layout.dp(processes),
         multiple=sequence_multiple(layout.cp),
+        share=attention_share(arch),
     )
     assert report.microbatches == plan.num_microbatches
     assert 0.8 < report.slots_used <= 1.0
+    budgets = layout.dp(processes) * plan.num_microbatches * layout.token_budget
+    np.testing.assert_allclose(report.budget_used, sum(layout.lengths) / budgets, rtol=1e-12)
+    work = []
+    for rank in plan.microbatches:
+        own = [index for pack in rank for index in pack]
+        trained_tokens = sum(int(weights[index].sum()) for index in own)
+        work.append(training_flops(arch, [layout.lengths[index] for index in own], trained_tokens).total)
+    np.testing.assert_allclose(report.flops_max_over_mean, max(work) / np.mean(work), rtol=1e-12)
     assert report.lr == compare.OPTIMIZER.lr
 
 
@@ -97,7 +109,7 @@ def check_report_then_compare(
     everyone: list[Any] = [None] * context.world.size
     dist.all_gather_object(everyone, told)
     assert all(other == told for other in everyone), everyone
-    _check(report, layout, reference, context.world.size)
+    _check(report, layout, reference, context.world.size, trainer.arch)
     again = compare.layout_trainer(layout, sizes, context, reference.weights)
     comparison = compare._compare(layout, again, reference, began)
     del trainer, again, context

@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -185,3 +186,22 @@ def rl_overrides(data: Path, fine_tuned: Path, tmp_path: Path) -> Callable[[str]
         ]
 
     return overrides
+
+
+@pytest.fixture
+def stand_ins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
+    """Overrides that start stand-ins for servers, with faults."""
+    program = Path(__file__).with_name("stand_in_server.py")
+    python = tmp_path / "venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(f'#!/bin/sh\nshift 2\nexec {sys.executable} -S {program} "$@"\n')
+    python.chmod(0o755)
+
+    def make(*faults: str) -> list[str]:
+        directory = Path(tempfile.mkdtemp(dir=tmp_path))
+        for fault in faults:
+            (directory / fault).touch()
+        monkeypatch.setenv("STAND_IN_FAULTS", str(directory))
+        return ["rollout.engine=sglang", f"sglang.venv={tmp_path / 'venv'}", "correction.stop_above_mean=null"]
+
+    return make

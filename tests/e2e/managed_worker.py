@@ -39,10 +39,17 @@ class Simulated(managed.ManagedGroups):
 
     @contextmanager
     def publishing(self, version: int):
-        with super().publishing(version):
-            yield
-            for engine in self.engines:
+        with super().publishing(version) as goes_on:
+            yield goes_on
+            for engine in self.engines if goes_on else ():
                 engine.version = version
+
+    def groups(self, step, cursor, rollouts):
+        found = super().groups(step, cursor, rollouts)
+        if "SIMULATED_SLOW_AFTER_A_STEP" in os.environ and self._manager is not None:
+            for engine in self.engines:  # what is in flight now takes hours
+                self._manager._loop.call_soon_threadsafe(engine.change_speed, 3600.0)
+        return found
 
 
 if __name__ == "__main__":

@@ -3,15 +3,17 @@
 stand_in_server.py --port PORT --context-length LENGTH ...
 
 The directory named by STAND_IN_FAULTS counts over all servers how often memory for weights was given up; a file in it
-named `N.die` has the server end after the N-th answer, `N.hang` has it never give that answer. STAND_IN_SECONDS is how
-long a response takes.
+named `N.die` has the server end after the N-th answer, `N.hang` has it never give that answer, and `N.drop` has it
+break the connection when it is told to generate again after that. STAND_IN_SECONDS is how long a response takes.
 """
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import random
+import re
 import sys
 import threading
 import time
@@ -21,11 +23,13 @@ from typing import Any
 
 FAULTS = Path(os.environ["STAND_IN_FAULTS"])
 VOCAB = 164
+_SHARED_BY = re.compile(rb"torch_(\d+)_")
 
 
 class State:
     version = "default"
     gone: set[str] = set()  # noqa: RUF012  (one server, one state)
+    drops = False
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -42,7 +46,15 @@ class Handler(BaseHTTPRequestHandler):
 
     def answer(self, body: dict[str, Any]) -> None:
         print("POST", self.path, *body.get("tags", ()), flush=True)
+        for offer in body.get("serialized_named_tensors", ()):
+            # Shared memory is named after the process that offers it.
+            print("OFFER", *sorted({int(pid) for pid in _SHARED_BY.findall(base64.b64decode(offer))}), flush=True)
+        if self.path == "/continue_generation" and State.drops:
+            print("DROPPED", flush=True)
+            self.close_connection, State.drops = True, False
+            return None
         if self.path == "/generate" and body.get("stream"):
+            print("TOKENS", flush=True)
             return self.reply(200, b"data: " + json.dumps(generated(body)).encode() + b"\n\ndata: [DONE]\n\n")
         status, value = 200, known(self.path, body)
         if self.path == "/generate":
@@ -74,7 +86,14 @@ def known(path: str, body: dict[str, Any]) -> dict[str, Any]:
             "version": "0.5.23", "device": "cpu", "tp_size": 1, "dtype": "float32", "quantization": None,
             "incremental_streaming_output": True, "skip_tokenizer_init": True,
         },
-        "/v1/models": {"data": [{"max_model_len": int(sys.argv[sys.argv.index("--context-length") + 1])}]},
+        "/v1/models": {
+            "data": [
+                {
+                    "id": sys.argv[sys.argv.index("--served-model-name") + 1],
+                    "max_model_len": int(sys.argv[sys.argv.index("--context-length") + 1]),
+                }
+            ]
+        },
     }.get(path, {})  # fmt: skip
 
 
@@ -86,6 +105,7 @@ def release(tags: list[str]) -> None:
     (FAULTS / f"{number}.seen").touch()
     if (FAULTS / f"{number}.hang").exists():
         time.sleep(600)
+    State.drops = (FAULTS / f"{number}.drop").exists()
     if (FAULTS / f"{number}.die").exists():
         threading.Timer(0.02, os._exit, [9]).start()
 
@@ -116,4 +136,6 @@ class Server(ThreadingHTTPServer):
 
 
 if __name__ == "__main__":
-    Server(("127.0.0.1", int(sys.argv[sys.argv.index("--port") + 1])), Handler).serve_forever()
+    Server(
+        (sys.argv[sys.argv.index("--host") + 1], int(sys.argv[sys.argv.index("--port") + 1])), Handler
+    ).serve_forever()

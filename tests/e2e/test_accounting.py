@@ -85,10 +85,13 @@ def test_two_recorded_steps_and_their_accounts(
         assert "throughput/mfu_datasheet" not in row
         assert 0 < row["throughput/attention_share"] < 0.5
         assert 0.5 < row["packing/slots_used"] <= 1
+        assert 0 < row["packing/budget_used"] <= row["packing/slots_used"], "short packs are seen here alone"
+        assert 1 <= row["packing/flops_max_over_mean"] < 2, "of two ranks, both with work"
     assert re.search(r"tokens/s \S+  MFU \d+\.\d%", done.stderr)
     page = write_report(run).read_text()
     assert 'id="mfu"' in page
     assert 'id="packing"' in page
+    assert 'id="balance"' in page
     assert "Model compute" in page
 
     again = profile(venv, run, "--torch", "--processes", "2", "examples/quickstart_sft.yaml", *sft_overrides("x"))

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import re
 import signal
-import sys
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -90,7 +88,9 @@ def test_with_a_real_server_the_bits_are_the_same_as_apart(
         assert reader.trained_not_once() == []
         assert [len(reader.groups_of_step(step)) for step in range(1, STEPS + 1)] == [8] * STEPS
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert [(row["step"], row["phase"]) for row in rows if row["phase"] == "eval"] == [(s, "eval") for s in (0, 1, 2)]
+    assert [(row["step"], row["phase"]) for row in rows if row["phase"] == "eval"] == [
+        (s, "eval") for s in (0, 1, 2, 3)
+    ]
     steps = [row for row in rows if row["phase"] == "rl"]
     # Old weights, or a server that went on with what it had before, would be off by far more.
     assert all(0.0 <= row[names.MISMATCH_MAX_ABS] < 1e-4 for row in steps)
@@ -109,25 +109,6 @@ def test_with_a_real_server_the_bits_are_the_same_as_apart(
     launch = start("train_rl", CONFIG, apart)
     assert launch.wait(LIMIT) == [0, 0], launch.output()
     assert differing(run, tmp_path / "apart") == []
-
-
-@pytest.fixture
-def stand_ins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
-    """Overrides that start stand-ins for servers, with faults."""
-    program = Path(__file__).with_name("stand_in_server.py")
-    python = tmp_path / "venv" / "bin" / "python"
-    python.parent.mkdir(parents=True)
-    python.write_text(f'#!/bin/sh\nshift 2\nexec {sys.executable} -S {program} "$@"\n')
-    python.chmod(0o755)
-
-    def make(*faults: str) -> list[str]:
-        directory = Path(tempfile.mkdtemp(dir=tmp_path))
-        for fault in faults:
-            (directory / fault).touch()
-        monkeypatch.setenv("STAND_IN_FAULTS", str(directory))
-        return ["rollout.engine=sglang", f"sglang.venv={tmp_path / 'venv'}", "correction.stop_above_mean=null"]
-
-    return make
 
 
 def test_whoever_dies_or_hangs_in_whose_turn_the_bits_are_the_same(
@@ -155,11 +136,87 @@ def test_whoever_dies_or_hangs_in_whose_turn_the_bits_are_the_same(
     monkeypatch.setenv("STAND_IN_SECONDS", "0")
     launch = start(WORKER, CONFIG, faulty)
     assert launch.wait(LIMIT) == [0, 0], launch.output()
-    assert "gave no answer to /release_memory_occupation; it is ended, for its memory" in launch.output()
+    assert "/release_memory_occupation: no answer in time" in launch.output()
+    assert "is ended, for its memory" in launch.output()
     assert "is back with the current weights" in launch.output()
     assert differing(tmp_path / "apart", tmp_path / "faulty") == []
     with LedgerReader(tmp_path / "faulty" / "ledger.sqlite") as reader:
         assert reader.trained_not_once() == []
+
+
+def test_a_server_that_is_lost_in_the_last_call_of_a_publish_is_ended_and_comes_back(
+    start: Callable[..., Any],
+    rl_overrides: Callable[[str], list[str]],
+    tmp_path: Path,
+    stand_ins: Callable[..., list[str]],
+) -> None:
+    """Its weights are proved, and their version is set: but nobody would have it give its memory up any more."""
+    run = tmp_path / "dropped"
+    launch = start(
+        WORKER, CONFIG, [
+            *rl_overrides("dropped"), "rl.steps=2", "evaluation.at_end=false", "reward.require_think=false",
+            "sglang.placement=colocated", *stand_ins("2.drop"),
+        ],
+    )  # fmt: skip
+    assert launch.wait(LIMIT) == [0, 0], launch.output()
+    after = re.findall("DROPPED|TOKENS|/update_weights_from_disk", (run / "logs" / "engine_0.log").read_text())
+    after = after[after.index("DROPPED") + 1 :]
+    assert after[0] == "/update_weights_from_disk", "it served outside of those that are published to"
+    assert "TOKENS" in after
+    with LedgerReader(run / "ledger.sqlite") as reader:
+        assert reader.trained_not_once() == []
+
+
+HOSTS = ("127.0.0.1", "127.0.0.2")
+
+
+def offers(log: Path) -> set[int]:
+    """Processes whose shared memory a stand-in was given weights in."""
+    return {int(pid) for line in re.findall(r"^OFFER (.*)$", log.read_text(), re.MULTILINE) for pid in line.split()}
+
+
+def test_on_two_machines_every_server_is_given_the_weights_of_its_own_machines_ranks(
+    start: Callable[..., Any],
+    rl_overrides: Callable[[str], list[str]],
+    tmp_path: Path,
+    stand_ins: Callable[..., list[str]],
+) -> None:
+    """A server, too, that is lost in the trainer's turn and comes back; the bits are those of one machine."""
+    shared = [f"rl.steps={STEPS}", "evaluation.at_end=false", "reward.require_think=false", "checkpoint.every_steps=1"]
+    launch = start(WORKER, CONFIG, [*rl_overrides("apart"), *shared, *stand_ins()])
+    assert launch.wait(LIMIT) == [0, 0], launch.output()
+    colocated = ["sglang.placement=colocated", "sglang.offload_weights=true"]
+    launch = start(WORKER, CONFIG, [*rl_overrides("two"), *shared, *stand_ins("3.die"), *colocated], hosts=HOSTS)
+    assert launch.wait(LIMIT) == [0, 0], launch.output()
+    run = tmp_path / "two"
+    assert [offers(run / "logs" / f"engine_{i}.log") for i in range(2)] == [{p.pid} for p in launch.processes]
+    assert "is back with the current weights" in launch.output()
+    assert differing(tmp_path / "apart", run) == []
+    rows = [json.loads(line) for line in (run / "logs" / "memory.jsonl").read_text().splitlines()]
+    assert {row["rank"] for row in rows if row["turn"] == "engines" and row["trainer_bytes"] == 0} == {0, 1}
+
+
+def test_on_two_machines_real_servers_hold_what_was_published(
+    start: Callable[..., Any],
+    rl_overrides: Callable[[str], list[str]],
+    tmp_path: Path,
+    sglang_settings: SglangSettings,
+) -> None:
+    overrides = [
+        *rl_overrides("two"), "rl.steps=2", "checkpoint.every_steps=1", "evaluation.at_end=false",
+        "reward.require_think=false", "rollout.engine=sglang", f"sglang.venv={sglang_settings.venv}",
+        "sglang.placement=colocated", "sglang.offload_weights=true",
+    ]  # fmt: skip
+    launch = start("train_rl", CONFIG, overrides, hosts=HOSTS)
+    assert launch.wait(LIMIT) == [0, 0], launch.output()
+    assert launch.output().count("proved by checksum") == 3
+    assert "weights do not go to the engines by handles" not in launch.output()
+    rows = [json.loads(line) for line in (tmp_path / "two" / "metrics.jsonl").read_text().splitlines()]
+    assert all(0.0 <= row[names.MISMATCH_MAX_ABS] < 1e-4 for row in rows if row["phase"] == "rl")
+    for number in range(2):
+        log = tmp_path / "two" / "logs" / f"engine_{number}.log"
+        assert calls(log).count("weights_checker") == 3
+        assert "POST /generate HTTP" in log.read_text(errors="replace")
 
 
 @pytest.mark.parametrize("override", ["scheduling.mode=async"])

@@ -111,30 +111,94 @@ def test_every_prompt_once_and_the_same_bits_when_replayed_cut_back_or_robbed_of
     assert differing(whole, robbed) == []
     assert walked(robbed) == rows[4 * PER_STEP :]
 
-    replayed = run("replayed", f"scheduling.replay_from={whole}")
+    # Nothing is generated or evaluated, so SGLang's environment is not asked for, and no server started.
+    replayed = run("replayed", f"scheduling.replay_from={whole}", "rollout.engine=sglang", "sglang.venv=nowhere")
     assert differing(whole, replayed) == []
     assert not (replayed / "ledger.sqlite").exists()
+    assert not list((replayed / "logs").glob("engine_*"))
 
 
 def test_generated_first_and_trained_later(run, start, rl_overrides, tmp_path):
     """rollout_only leaves the weights as they are, also over a resume; a replay then trains on its steps."""
     overrides = [*rl_overrides("generated"), *SHORT, "scheduling.rollout_only=true"]
-    for steps in (2, 3):
+    for steps in (2, STEPS):
         launch = start("train_rl", CONFIG, [*overrides, f"rl.steps={steps}"])
         assert launch.wait() == [0, 0], launch.output()
     generated = tmp_path / "generated"
     rows = walked(generated)
-    assert [(step, state) for step, *_, state in rows] == [(s, "committed") for s in (1, 2, 3) for _ in range(PER_STEP)]
-    weights = [tensors_of(generated, step) for step in (2, 3)]
+    assert [(step, state) for step, *_, state in rows] == [
+        (s, "committed") for s in range(1, STEPS + 1) for _ in range(PER_STEP)
+    ]
+    # The weights are the same all along, so only seeds tell the second epoch's responses from the first's.
+    drawn: dict[str, list[tuple[tuple[int, ...], ...]]] = {}
+    with LedgerReader(generated / "ledger.sqlite") as reader:
+        for step in reader.steps():
+            for group in reader.groups_of_step(step):
+                responses = tuple(tuple(int(t) for t in r.response_ids) for _, r in sorted(group.rollouts.items()))
+                drawn.setdefault(group.prompt.prompt_id, []).append(responses)
+    twice = [responses for responses in drawn.values() if len(responses) == 2]
+    assert len(twice) == STEPS * PER_STEP - ROWS
+    assert all(first != second for first, second in twice)
+    weights = [tensors_of(generated, step) for step in (2, STEPS)]
     parameters = [name for name in weights[0] if not name.startswith("optimizer.")]
     assert parameters
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in parameters)
 
-    trained = run("trained", f"scheduling.replay_from={generated}", "rl.steps=3")
+    evaluated = ["evaluation.every_steps=2", "evaluation.at_end=true"]
+    trained = run("trained", f"scheduling.replay_from={generated}", "rl.steps=3", *evaluated)
     assert any(not torch.equal(tensors_of(trained, 3)[name], weights[1][name]) for name in parameters)
-    logged = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if row["phase"] == "eval"] == [0, 2, 3], "an engine is there for evaluations"
+    logged = [row for row in rows if row["phase"] == "rl"]
     first = [json.loads(line) for line in (generated / "metrics.jsonl").read_text().splitlines()]
-    assert [row["reward/mean"] for row in logged] == [row["reward/mean"] for row in first]
+    assert [row["reward/mean"] for row in logged] == [row["reward/mean"] for row in first[:3]]
+
+
+def test_a_killed_step_goes_on_under_the_settings_of_now(run, start, rl_overrides, tmp_path):
+    """Killed before its first checkpoint: other rewards keep the responses, another M or temperature does not."""
+
+    def tokens(directory: Path) -> list[list[list[int]]]:
+        with LedgerReader(directory / "ledger.sqlite") as reader:
+            return [[r.response_ids.tolist() for _, r in sorted(g.rollouts.items())] for g in reader.groups_of_step(1)]
+
+    killed = run("killed", "rl.steps=1")
+    first = tokens(killed)
+    shutil.rmtree(killed / "checkpoints")
+    settings = [*rl_overrides("killed"), *SHORT, "rl.steps=1", "reward.malformed=-3.0"]
+    launch = start("train_rl", CONFIG, settings)
+    assert launch.wait() == [0, 0], launch.output()
+    assert launch.output().count("0 are drawn anew, 8 are graded anew (reward.malformed: -2.0 -> -3.0)") == 1
+    assert tokens(killed) == first
+    with LedgerReader(killed / "ledger.sqlite") as reader:
+        rewards = {g.grades[i].reward for g in reader.groups_of_step(1) for i in g.grades}
+    assert -2.0 not in rewards
+    assert -3.0 in rewards
+    shutil.rmtree(killed / "checkpoints")
+    launch = start("train_rl", CONFIG, [*settings, "rollout.responses_per_prompt=3", "rollout.temperature=0.5"])
+    assert launch.wait() == [0, 0], launch.output()
+    assert "8 are drawn anew, 0 are graded anew" in launch.output()
+    assert "rollout.temperature: 1.0 -> 0.5" in launch.output()
+    assert {len(group) for group in tokens(killed)} == {3}
+    assert not any(response in group for group, old in zip(tokens(killed), first, strict=True) for response in old)
+    with LedgerReader(killed / "ledger.sqlite") as reader:
+        assert reader.trained_not_once() == []
+
+
+def test_a_replay_that_is_evaluated_asks_for_the_engine_of_the_evaluation(start, rl_overrides, tmp_path):
+    (tmp_path / "ledger.sqlite").touch()
+    settings = [f"scheduling.replay_from={tmp_path}", "rollout.engine=sglang", "sglang.venv=nowhere"]
+    launch = start("train_rl", CONFIG, [*rl_overrides("run"), *settings, "evaluation.at_end=true"])
+    assert launch.wait() == [2, 2], launch.output()
+    assert "sglang.venv: no nowhere/bin/python" in launch.output()
+    assert "evaluation.at_end=false evaluation.every_steps=0 does without" in launch.output()
+
+
+def test_a_replay_that_other_weights_are_trained_on_says_what_may_differ(start, rl_overrides, run):
+    whole = run("whole", "rl.steps=1")
+    other = ["checkpoint.start_from=null", "run.seed=5", "rl.steps=1", "correction.stop_above_mean=1.0e-3"]
+    launch = start("train_rl", CONFIG, [*rl_overrides("other"), *SHORT, f"scheduling.replay_from={whole}", *other])
+    assert launch.wait() == [1, 1], launch.output()
+    assert "Cause: other weights, or numerics" in launch.output()
 
 
 def test_a_damaged_ledger_stops_all_ranks_with_one_message(start, rl_overrides, tmp_path):
@@ -192,8 +256,11 @@ def test_generation_beside_training_survives_kills(start, rl_overrides, tmp_path
     assert min(staleness) >= 0
     assert max(staleness) <= 2
     assert any(mixed)
-    logged = [json.loads(line)["step"] for line in (name / "metrics.jsonl").read_text().splitlines()]
-    assert logged == list(range(1, 15))
+    logged = [json.loads(line) for line in (name / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in logged] == list(range(1, 15))
+    assert all(row["engines/serving"] == 2 and row["requests/failed"] == 0 for row in logged)
+    assert all(row["requests/sent"] >= row["requests/interrupted"] >= 0 for row in logged)
+    assert sum(row["requests/interrupted"] for row in logged) > 0
 
 
 def test_asked_to_stop_while_it_waits_for_engines_it_stops(start, rl_overrides, tmp_path, monkeypatch):
@@ -215,3 +282,55 @@ def test_asked_to_stop_while_it_waits_for_engines_it_stops(start, rl_overrides, 
     assert "start again" in launch.output()
     with LedgerReader(ledger) as reader:
         assert reader.states() == {"reserved": PER_STEP}
+
+
+def test_asked_to_stop_while_it_pauses_it_keeps_the_step_and_does_not_wait_for_responses(
+    start, rl_overrides, tmp_path, monkeypatch
+):
+    """Responses that a publish has to wait for take hours; the step that was trained is saved, they are drawn again."""
+    name = tmp_path / "paused"
+    overrides = [*rl_overrides("paused"), *SHORT, "rl.steps=3", "scheduling.mode=one_step_off",
+                 "correction.stop_above_mean=null", "evaluation.every_steps=1"]  # fmt: skip
+    monkeypatch.setenv("SIMULATED_SLOW_AFTER_A_STEP", "1")
+    launch = start(MANAGED, CONFIG, overrides)
+    note = name / "logs" / "rank_00001.json"
+    deadline = time.monotonic() + 200
+    while not note.is_file() or json.loads(note.read_text())["phase"] != "pause":
+        assert time.monotonic() < deadline, launch.output()
+        assert all(p.poll() is None for p in launch.processes), launch.output()
+        time.sleep(0.05)
+    launch.processes[1].send_signal(signal.SIGTERM)
+    assert launch.wait() == [75, 75], launch.output()
+    assert "stopped after step 1 of 3; start again" in launch.output()
+    assert (name / "checkpoints" / "step_00000001" / "manifest.json").is_file()
+    with LedgerReader(name / "ledger.sqlite") as reader:
+        states = reader.states()
+        assert states["trained"] == PER_STEP
+        assert sum(states.values()) == 2 * PER_STEP, "what was in flight stays reserved"
+
+    monkeypatch.delenv("SIMULATED_SLOW_AFTER_A_STEP")
+    resumed = start(MANAGED, CONFIG, overrides)
+    assert resumed.wait() == [0, 0], resumed.output()
+    rows = walked(name)
+    assert [(step, state) for step, *_, state in rows] == [(s, "trained") for s in (1, 2, 3) for _ in range(PER_STEP)]
+    assert len({(epoch, prompt) for _, epoch, prompt, _ in rows}) == 3 * PER_STEP
+    logged = [json.loads(line) for line in (name / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in logged if row["phase"] == "rl"] == [1, 2, 3]
+    assert [row["step"] for row in logged if row["phase"] == "eval"] == [0, 1, 2, 3], "none is left out by the stop"
+    assert all("requests/sent" in row for row in logged if row["phase"] == "rl")
+
+
+def test_a_run_goes_on_with_fewer_prompts_a_step_and_then_with_more(start, rl_overrides, tmp_path):
+    """What was drawn ahead under another number of prompts counts by prompts, not by steps."""
+    overrides = [
+        *rl_overrides("resized"), *SHORT, "scheduling.mode=async", "scheduling.max_staleness=2",
+        "correction.stop_above_mean=null",
+    ]  # fmt: skip
+    for steps, per_step in ((3, 8), (7, 4), (9, 12)):
+        resized = [f"rl.steps={steps}", f"rl.prompts_per_step={per_step}"]
+        launch = start(MANAGED, CONFIG, [*overrides, *resized])
+        assert launch.wait() == [0, 0], launch.output()
+    rows = walked(tmp_path / "resized")
+    sizes = [sum(1 for row in rows if row[0] == step) for step in range(1, 10)]
+    assert sizes == [8] * 3 + [4] * 4 + [12] * 2
+    assert len({(epoch, prompt) for _, epoch, prompt, _ in rows}) == sum(sizes)

@@ -103,6 +103,31 @@ def test_rank_that_hangs_is_named(start, sft_overrides, tmp_path):
     wait_for_lines(launch, tmp_path / "hung", 2)
     launch.processes[1].send_signal(signal.SIGSTOP)
     assert launch.processes[0].wait(120) == 1, launch.output()
-    named = [line for line in launch.output().splitlines() if "last seen" in line or "no news" in line]
-    assert "last seen" in named[0]
-    assert named[1].startswith("rank 1: in step"), launch.output()
+    told = launch.output().splitlines()
+    # First while it waits, as NCCL's watchdog would let nobody say it later; then by the error of the exchange.
+    first, *_, last = (i for i, line in enumerate(told) if "last seen" in line)
+    assert "no news for" in told[first], launch.output()
+    assert told[first + 1].startswith("rank 1: in step"), launch.output()
+    assert "its process lived" not in told[first + 1]
+    assert "its process lived" in told[first + 2]
+    assert "failed; where the ranks" in told[last]
+    assert told[last + 1].startswith("rank 1: in step"), launch.output()
+
+
+def test_a_first_rank_that_hangs_is_named_before_the_exchange_is_given_up(start, sft_overrides, tmp_path):
+    """As with NCCL, whose watchdog ends processes: nothing that they say after the time limit counts here."""
+    steps = ["sft.steps=2000", "checkpoint.every_steps=0", "evaluation.at_end=false", "parallel.timeout_seconds=40"]
+    launch = start("train_sft", "examples/quickstart_sft.yaml", [*sft_overrides("hung"), *steps])
+    wait_for_lines(launch, tmp_path / "hung", 2)
+    launch.processes[0].send_signal(signal.SIGSTOP)
+    deadline = time.monotonic() + 120
+    while "last seen" not in launch.output():
+        assert time.monotonic() < deadline, launch.output()
+        time.sleep(0.05)
+    assert launch.processes[1].poll() is None, launch.output()
+    time.sleep(0.5)
+    told = launch.output().splitlines()
+    [first] = [i for i, line in enumerate(told) if "last seen" in line]
+    assert told[first].startswith("[rank 1] no news for"), launch.output()
+    assert told[first + 1].startswith("rank 0: in step"), launch.output()
+    assert ".py:" in told[first + 2], "where the one that waits is"

@@ -17,6 +17,7 @@ from megatron_klear.model import hf_config
 from megatron_klear.observe import names
 from megatron_klear.rollout.ledger import LedgerReader
 from megatron_klear.rollout.sglang import ServerFleet
+from tests.e2e.conftest import TINY
 from tests.e2e.corrupting_worker import DAMAGED
 from tests.e2e.served_runs import CONFIG, check_ledger, published, servers_of, step_rows, wait_for
 
@@ -43,6 +44,8 @@ def test_async_a_killed_server_comes_back_with_current_weights_and_a_killed_trai
     launch.signal(signal.SIGKILL)
     launch.wait(900)
     assert "is back with the current weights" in launch.output()
+    # The configuration has servers generate 128 responses at a time; scheduling.in_flight is 256.
+    assert "an engine gets 128 requests at a time" in launch.output()
     launch = start("train_rl", CONFIG, overrides)
     assert launch.wait(900) == [0, 0], launch.output()
     check_ledger(run, steps=steps, per_step=PER_STEP, staleness=2)
@@ -95,18 +98,26 @@ class Alone:
             process.send_signal(number)
 
 
-@pytest.fixture
-def alone(rl_overrides: Overrides, tmp_path: Path, sglang_settings: SglangSettings) -> Iterator[Alone]:
-    arch = load_settings(CONFIG, rl_overrides("alone"), entry="rl", world_size=2).architecture
-    folder = tmp_path / "alone"
+@pytest.fixture(scope="module")
+def alone_server(
+    data: Path, tmp_path_factory: pytest.TempPathFactory, sglang_settings: SglangSettings
+) -> Iterator[Alone]:
+    folder = tmp_path_factory.mktemp("alone")
+    files = [f"tokenizer.dir={data / 'tokenizer'}", f"data.prompts=[{data / 'prompts.jsonl'}]"]
+    files += [f"data.heldout=[{data / 'heldout.jsonl'}]", "checkpoint.start_from=null"]
+    arch = load_settings(CONFIG, [*TINY, *files], entry="rl", world_size=2).architecture
     with ServerFleet(
         sglang_settings, hf_config(arch, dtype="float32"), folder, dtype="float32", on_cpu=True, batch_responses=32,
         longest_sequence=88,
     ) as fleet:  # fmt: skip
         fleet.start_all()
-        made = Alone(fleet, folder / "logs" / "engine_0.log", servers_of(folder)[0])
-        yield made
-        made.signal(signal.SIGCONT)
+        yield Alone(fleet, folder / "logs" / "engine_0.log", servers_of(folder)[0])
+
+
+@pytest.fixture
+def alone(alone_server: Alone) -> Iterator[Alone]:
+    yield alone_server
+    alone_server.signal(signal.SIGCONT)
 
 
 def test_sync_with_a_server_of_others_that_falls_silent_and_comes_back_and_a_damaged_tensor_is_named(
@@ -146,6 +157,25 @@ def test_sync_with_a_server_of_others_that_falls_silent_and_comes_back_and_a_dam
     assert published(launch) == [0]
     with LedgerReader(damaged / "ledger.sqlite") as reader:
         assert reader.steps() == [1], "nothing may be sampled from weights of which is not known which they are"
+
+
+@pytest.mark.parametrize(("layout", "transport"), [("tp", "tensor"), ("pp", "disk"), ("pp", "distributed")])
+def test_every_publish_of_a_run_is_proved_by_checksum(
+    start: Callable[..., Any], rl_overrides: Overrides, tmp_path: Path, alone: Alone, layout: str, transport: str
+) -> None:
+    """Stages through memory stand above; tensor ranks by files and by broadcast in test_sglang_fixed_order and
+    test_sglang_broadcast. The run before may have left the server paused, with some of its weights damaged."""
+    steps, run = 3, tmp_path / "proved"
+    overrides = [
+        *rl_overrides("proved"), *VARIED, "rollout.engine=sglang", f"sglang.urls=[{alone.url}]",
+        f"parallel.{layout}=2", f"weight_sync.transport={transport}", f"rl.steps={steps}",
+    ]  # fmt: skip
+    launch = start("train_rl", CONFIG, overrides)
+    assert launch.wait(240) == [0, 0], launch.output()
+    assert published(launch) == list(range(steps + 1))
+    assert launch.output().count("proved by checksum") == steps + 1
+    assert all(0.0 <= row[names.MISMATCH_MAX_ABS] < 1e-4 for row in step_rows(run))
+    check_ledger(run, steps=steps, per_step=PER_STEP, staleness=0)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from megatron_klear import evaluate
+from megatron_klear.session.run_lock import RunLock
 
 GOOD, BAD = "<think>t</think> \\boxed{4}", "<think>t</think> \\boxed{5}"
 
@@ -74,8 +75,99 @@ def test_the_page_shows_responses_and_runs_nothing_of_them(graded: Path) -> None
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page
     assert "<script" not in page
     assert "</pre><b>" not in page
-    assert "3 (1 without response)" in page
+    assert "2 of 3 (1 without response)" in page
     assert page.index("aime:1") < page.index("aime:2")  # hardest first
+
+
+def test_two_gradings_do_not_write_into_one_directory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    problems = write(tmp_path / "p.jsonl", {"id": "1", "problem": "2 + 2?", "answer": "4"})
+    made = write(tmp_path / "g.jsonl", {"problem_id": "1", "response": GOOD})
+    out = tmp_path / "g-graded"
+    out.mkdir()
+    other = RunLock(out)
+    assert evaluate.main(["--grade", made, "--problems", problems]) == 2
+    assert f"--out: {out} is in use by process" in capsys.readouterr().err
+    other.release()
+    assert evaluate.main(["--grade", made, "--problems", problems]) == 0
+
+
+def test_a_file_that_covers_some_problems_is_told_and_can_be_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    problems = write(tmp_path / "p.jsonl", *({"id": str(i), "problem": "2 + 2?", "answer": "4"} for i in range(30)))
+    made = write(tmp_path / "g.jsonl", *({"problem_id": str(i), "response": GOOD} for i in range(3)))
+    arguments = ["--grade", made, "--problems", problems, "--workers", "1"]
+    assert evaluate.main(arguments) == 0
+    assert "INCOMPLETE: p: problems covered: avg@1 3 of 30" in capsys.readouterr().out
+    (result,) = json.loads((tmp_path / "g-graded" / "results.json").read_text())["benchmarks"]
+    assert not result["complete"]
+    assert (result["avg"]["num_problems"], result["num_problems"]) == (3, 30)
+    page = (tmp_path / "g-graded" / "evaluation.html").read_text()
+    assert "INCOMPLETE: p: problems covered: avg@1 3 of 30" in page
+    assert "3 of 30 (27 without response)" in page
+    assert evaluate.main([*arguments, "--require-complete"]) == 2
+    assert "INCOMPLETE: p" in capsys.readouterr().err
+
+
+def test_a_hostile_response_stays_text_on_the_page(tmp_path: Path) -> None:
+    bad = '<script>alert(1)</script></pre></details>" onmouseover="alert(2)\' <img src=x onerror=alert(3)>'
+    problems = write(tmp_path / "p.jsonl", {"id": bad, "problem": bad, "answer": "4"})
+    made = write(tmp_path / "g.jsonl", {"problem_id": bad, "response": f"<think>{bad}</think> {bad}"})
+    assert evaluate.main(["--grade", made, "--problems", problems, "--workers", "1"]) == 0
+    page = (tmp_path / "g-graded" / "evaluation.html").read_text()
+    for raw in ("<script", "</pre></details>&", '" onmouseover', "<img"):
+        assert raw not in page
+    assert "&lt;img src=x" in page
+
+
+def test_the_page_stands_whatever_is_in_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """10 MB, NUL, halves of surrogate pairs, turned direction, markup of terminals and of templates."""
+    hostile = [
+        "a\0b",
+        "\ud800",
+        "\u202e4}{dexob",
+        "\u0645\u0631\u062d\u0628\u0627",
+        "\x1b[31m",
+        "{{ 7 * 7 }}",
+        "</script>",
+    ]
+    problems = write(
+        tmp_path / "p[bold][x.jsonl",
+        {"id": "<i>" + "y" * 100_000, "problem": "2 + 2 " * 2_000_000, "answer": "4"},
+        {"id": "\u202e2", "problem": "$\\frac{2}{1}$ + 2?", "answer": "4"},
+    )
+    made = write(
+        tmp_path / "g.jsonl",
+        *({"problem_id": "\u202e2", "response": f"<think>{text}</think>{GOOD}{text}"} for text in hostile),
+        {"problem_id": "<i>" + "y" * 100_000, "responses": ["9" * 10_000_000 + GOOD, "\\boxed{" + "(" * 5_000_000]},
+    )
+    assert evaluate.main(["--grade", made, "--problems", problems, "--workers", "1"]) == 0
+    assert "p[bold][x" in capsys.readouterr().out
+    out = tmp_path / "g-graded"
+    (result,) = json.loads((out / "results.json").read_text())["benchmarks"]
+    assert result["num_responses"] == len(hostile) + 2
+    page = (out / "evaluation.html").read_bytes()
+    assert len(page) < 400_000
+    text = page.decode()
+    assert not {char for char in text if ord(char) < 32} - {"\n"}
+    assert "\u202e" not in text
+    assert "<script" not in text
+    assert "characters left out; generations.jsonl has them" in text
+
+
+def test_of_very_many_problems_the_page_shows_the_hardest(tmp_path: Path) -> None:
+    rows = [{"id": f"q{i}", "problem": "2 + 2?" + " word" * 2000, "answer": "4"} for i in range(2000)]
+    problems = write(tmp_path / "p.jsonl", *rows)
+    made = write(
+        tmp_path / "g.jsonl",
+        *({"problem_id": f"q{i}", "responses": [BAD if i == 1999 else GOOD]} for i in range(2000)),
+    )
+    assert evaluate.main(["--grade", made, "--problems", problems, "--workers", "2"]) == 0
+    text = (tmp_path / "g-graded" / "evaluation.html").read_text()
+    assert len(text) < 25_000_000
+    assert text.count('<details class="card problem">') == 1500
+    assert text.index("q1999") < text.index("q0<")
+    assert "500 easier problems are only in these files." in text
 
 
 def test_livecodebench_answers_are_run_against_public_and_private_tests(tmp_path: Path) -> None:
@@ -94,6 +186,21 @@ def test_livecodebench_answers_are_run_against_public_and_private_tests(tmp_path
     assert result["avg"]["mean"] == pytest.approx(1 / 3)  # the share of tests passed is the reward, not the accuracy
     assert result["outcomes"] == {"correct": 1, "wrong": 1, "partial": 1, "malformed": 0, "ungraded": 0}
     assert result["mean_reward"] == pytest.approx((1 + 1 / 3 + 0) / 3)
+
+
+def test_problems_of_some_contests_are_graded_by_themselves(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tests = json.dumps([{"input": "1\n", "output": "2\n", "testtype": "stdin"}])
+    row = {"question_content": "Add one.", "public_test_cases": tests, "private_test_cases": "[]"}
+    days = ("2024-07-31T00:00:00", "2024-08-01T00:00:00")
+    problems = write(tmp_path / "lcb.jsonl", *({**row, "question_id": day[:10], "contest_date": day} for day in days))
+    made = write(tmp_path / "g.jsonl", {"problem_id": "2024-08-01", "response": "```python\nprint(2)\n```"})
+    arguments = ["--grade", made, "--problems", problems, "--sandbox", "rlimits", "--require-complete"]
+    assert evaluate.main(arguments) == 2
+    assert "INCOMPLETE: lcb: problems covered: avg@1 1 of 2" in capsys.readouterr().err
+    assert evaluate.main([*arguments, "--contests-from", "2024-08-01"]) == 0
+    with pytest.raises(SystemExit):
+        evaluate.main([*arguments, "--contests-until", "august"])
+    assert "--contests-until: got 'august', must be a day such as" in capsys.readouterr().err
 
 
 def test_wrong_input_is_told_with_status_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

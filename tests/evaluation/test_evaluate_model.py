@@ -10,10 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from megatron_klear import evaluate
 from megatron_klear.config.evaluating import load_evaluation
-from megatron_klear.evaluation.asking import rope_changes
+from megatron_klear.errors import ConfigError
+from megatron_klear.evaluation.asking import facts_of, rope_changes
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +119,7 @@ def test_all_mistakes_are_told_at_once_before_anything_starts(
         evaluate.main(
             [str(config), "benchmarks.files=[none.jsonl,a/none.jsonl]", "sampler.hf_dir=nowhere", "run.preset=48k",
              "benchmarks.pass_at=[5]", "reward.wrong=2", "yarn.factor=2", "yarn.original_positions=64",
-             "sampler.answers=3"]
+             "sampler.answers=3", "benchmarks.contests_from=2025-2-1", "benchmarks.contests_until=2025-02-30"]
         )  # fmt: skip
     assert leaving.value.code == 2
     told = capsys.readouterr().err
@@ -127,12 +129,44 @@ def test_all_mistakes_are_told_at_once_before_anything_starts(
         "sampler.hf_dir: no directory nowhere",
         "run.preset: got '48k' (text), allowed: none, 32k, 64k",
         "benchmarks.pass_at: got 5, must be from 1 to sampler.responses = 4",
-        "reward.wrong: must be below reward.correct",
+        "reward.wrong: got 2.0, must be below reward.correct = 1.0",
         "sampler.max_response_tokens: prompt and response may take 152 tokens, but the model has 128 positions",
         "sampler.answers: unknown setting",
+        "benchmarks.contests_from: got '2025-2-1', must be a day such as 2025-02-01",
+        "benchmarks.contests_until: got '2025-02-30', must be a day such as 2025-02-01",
     ):
         assert text in told
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("setting", "told"),
+    [
+        ("reward.malformed=0", "reward.malformed: got 0.0, must not be above reward.wrong = -1.0"),
+        ("code_reward.malformed=0.5", "code_reward.malformed: got 0.5, must not be above code_reward.wrong = 0.0"),
+        ("code_reward.wrong=1", "code_reward.wrong: got 1.0, must be below code_reward.correct = 1.0"),
+        ("code_reward.cpu_seconds=30", "code_reward.wall_seconds: got 20.0, must not be below code_reward.cpu_seconds"),
+    ],
+)
+def test_what_graders_would_refuse_is_refused_before_any_response_is_drawn(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], setting: str, told: str
+) -> None:
+    with pytest.raises(SystemExit) as leaving:
+        evaluate.main([str(config), setting])
+    assert leaving.value.code == 2
+    assert told in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_days_of_contests_are_settings(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    values = json.loads(config.read_text())
+    values["benchmarks"] |= {"contests_from": "2024-08-01"}
+    config.write_text(yaml.safe_dump(values).replace("'2024-08-01'", "2024-08-01"))  # as a person writes it
+    found = load_evaluation(config, ["benchmarks.contests_until=2025-02-01"])
+    assert (found.benchmarks.contests_from, found.benchmarks.contests_until) == ("2024-08-01", "2025-02-01")
+    assert facts_of(found)["contests"] == "2024-08-01 to 2025-02-01"
+    with pytest.raises(ConfigError, match=r"contests_until: got 2024-07-31, which is before benchmarks.contests_from"):
+        load_evaluation(config, ["benchmarks.contests_until=2024-07-31"])
 
 
 def test_a_problem_that_is_too_long_is_refused_and_not_left_out(

@@ -40,6 +40,24 @@ def test_responses_may_stand_in_one_row_or_in_several(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
+def test_responses_without_an_index_get_those_that_no_earlier_row_has(tmp_path: Path) -> None:
+    found, rejected = read(
+        tmp_path,
+        {"problem_id": "a", "index": 1, "response": "one"},
+        {"problem_id": "a", "response": "zero"},
+        {"problem_id": "a", "index": 4, "responses": ["four", "five"]},
+        {"problem_id": "a", "responses": ["two", "three", "six"]},
+        {"problem_id": "b", "response": "zero"},
+        {"problem_id": "a", "index": 6, "response": "again"},
+    )
+    names = ["zero", "one", "two", "three", "four", "five", "six"]
+    assert [(made.problem_id, made.index) for made in found] == [
+        *(("a", names.index(name)) for name in ("one", "zero", "four", "five", "two", "three", "six")), ("b", 0),
+    ]  # fmt: skip
+    assert all(made.response == names[made.index] for made in found)
+    assert [told.split(": ", 1)[1] for told in rejected] == ["response 6 to problem 'a' was given before"]
+
+
 def test_what_is_written_is_read_back(tmp_path: Path) -> None:
     made = [
         Generation(problem_id="a", index=i, response="\u2028é\n", finish_reason="abort", num_tokens=i, benchmark="b")
@@ -59,9 +77,14 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
         ({"problem_id": "a", "response": None}, "response must be a text, got null"),
         ({"problem_id": "a", "responses": []}, "responses must be a list of at least one text"),
         ({"problem_id": "a", "responses": ["x", 1]}, "responses must be a list of at least one text"),
-        ({"problem_id": "a", "response": "x", "index": -1}, "index must be a whole number from 0, got -1"),
+        ({"problem_id": "a", "response": "x", "index": -1}, "index must be a whole number from 0 to 2^53, got -1"),
         ({"problem_id": "a", "response": "x", "finish_reason": "eos"}, "finish_reason must be one of stop, length"),
-        ({"problem_id": "a", "response": "x", "num_tokens": 1.5}, "num_tokens must be a whole number from 0, got 1.5"),
+        (
+            {"problem_id": "a", "response": "x", "index": 10**400},
+            "index must be a whole number from 0 to 2^53, got 1000",
+        ),
+        ({"problem_id": "a", "response": "x", "num_tokens": 1.5}, "num_tokens must be a whole number from 0 to 2^53"),
+        ({"problem_id": "a", "response": "x", "num_tokens": 10**400}, "num_tokens must be a whole number from 0 to"),
         ({"problem_id": "a", "response": "x", "benchmark": 3}, "benchmark must be a text, got 3"),
         ({"problem_id": "a", "index": 0, "response": "again"}, "response 0 to problem 'a' was given before"),
         (b"\xff\xfe", "is not UTF-8"),

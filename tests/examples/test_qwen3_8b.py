@@ -123,11 +123,13 @@ def test_the_layout_fits_an_h100_and_is_near_the_best(
     plan = make_plan(settings, **shared)  # type: ignore[arg-type]
     best = best_layouts(settings, **shared)  # type: ignore[arg-type]
     assert plan.fits
-    assert plan.peak < 70e9  # with room for what the plan does not know
+    room = 70e9  # of 80e9, for what the plan does not know
+    assert plan.peak < room
+    best = [candidate for candidate in best if candidate.plan.peak < room]
     rank = 1 + sum(candidate.plan.time.total < plan.time.total for candidate in best)
     print(f"{stage} on {gpus}: rank {rank} of {len(best)}, {plan.time.total / best[0].plan.time.total - 1:+.1%}")
-    assert rank <= 5
-    assert plan.time.total < 1.08 * best[0].plan.time.total
+    assert rank <= 3
+    assert plan.time.total < 1.03 * best[0].plan.time.total
 
 
 SBATCH = """#!/bin/bash

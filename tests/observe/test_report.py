@@ -16,6 +16,7 @@ from megatron_klear.observe import names
 from megatron_klear.observe.__main__ import main
 from megatron_klear.observe.examples import append_examples
 from megatron_klear.observe.metrics import MetricsWriter
+from megatron_klear.observe.page import fill
 from megatron_klear.observe.report import find_sft_run, write_report
 
 VOID = {"meta", "br", "img", "link", "hr", "input"}
@@ -282,3 +283,11 @@ def test_the_command_writes_a_report_and_refuses_what_is_no_directory(tmp_path, 
     assert main([str(tmp_path / "other")]) == 2
     assert "holds no run" in capsys.readouterr().err
     assert not list((tmp_path / "other").iterdir())
+
+
+def test_characters_that_no_page_may_hold_become_visible() -> None:
+    shown = fill(
+        "{{ text }}|{{ raw | safe }}|{{ number }}",
+        {"text": "a\0\x1b\t\n\x7f\ud800\u202e<", "raw": "<i>\0</i>", "number": 1},
+    )
+    assert shown == "a\u2400\u241b\t\n\u2421\ufffd\ufffd&lt;|<i>\0</i>|1"

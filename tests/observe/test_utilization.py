@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from megatron_klear.observe import DeviceRates, names, utilization_metrics
-from megatron_klear.observe.device_rate import datasheet_rate, device_name, product_rate
+from megatron_klear.observe.datasheets import datasheet_fp8_rate, datasheet_rate
+from megatron_klear.observe.device_rate import device_name, product_rate
 from megatron_klear.observe.flops import FlopCount
 
 FLOPS = FlopCount(projections=6e12, attention=3e12, head=1e12)
@@ -31,18 +32,61 @@ def test_what_is_not_known_is_not_claimed() -> None:
 @pytest.mark.parametrize(
     ("name", "rate"),
     [
+        # Dense rates, half of those that the sheets give with sparsity: 1,979, 1,513 and 1,671 TFLOPS.
         ("NVIDIA H100 80GB HBM3", 989.4e12),
-        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA H100 PCIe", 756.5e12),
+        ("NVIDIA H100 NVL", 835.5e12),
         ("NVIDIA H200", 989.4e12),
+        ("NVIDIA H200 NVL", 835.5e12),
+        ("NVIDIA H800", 989.4e12),
+        ("NVIDIA H800 PCIe", 756.5e12),
         ("NVIDIA GH200 480GB", 989.4e12),
         ("NVIDIA B200", 2.25e15),
+        ("NVIDIA B300 SXM6 AC", 2.25e15),
         ("NVIDIA GB200", 2.5e15),
         ("NVIDIA A100-SXM4-80GB", 312e12),
-        ("Intel(R) Xeon(R) Processor", None),
+        ("A100-SXM4-40GB", 312e12),  # as old drivers have it
+        ("NVIDIA A10", 125e12),
+        ("NVIDIA L4", 121e12),
+        ("NVIDIA L40", 181.05e12),
+        ("NVIDIA L40S", 362.05e12),
     ],
 )
-def test_data_sheets(name: str, rate: float | None) -> None:
+def test_data_sheets(name: str, rate: float) -> None:
     assert datasheet_rate(name) == rate
+
+
+@pytest.mark.parametrize(
+    ("name", "rate"),
+    [
+        # 3,958 TFLOPS with sparsity, which are 1,978.9 without; 72 PFLOPS with sparsity over eight.
+        ("NVIDIA H100 80GB HBM3", 1978.9e12),
+        ("NVIDIA H200", 1978.9e12),
+        ("NVIDIA B200", 4.5e15),
+        ("NVIDIA A100-SXM4-80GB", None),
+        ("NVIDIA H200 NVL", None),
+    ],
+)
+def test_data_sheets_of_fp8(name: str, rate: float | None) -> None:
+    assert datasheet_fp8_rate(name) == rate
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "NVIDIA A10G",
+        "NVIDIA A100X",
+        "NVIDIA H20",
+        "NVIDIA H100 80GB HBM3 MIG 3g.40gb",
+        "NVIDIA H200 Something New",
+        "NVIDIA RTX A4000",
+        "NVIDIA GeForce RTX 4090",
+        "Intel(R) Xeon(R) Processor",
+        "",
+    ],
+)
+def test_a_name_that_only_contains_a_known_one_has_no_data_sheet(name: str) -> None:
+    assert datasheet_rate(name) is None
 
 
 def test_measuring_counts_two_operations_per_multiply_add_and_leaves_random_numbers_alone(monkeypatch) -> None:

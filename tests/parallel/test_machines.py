@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import socket
 import threading
 import time
@@ -15,7 +16,8 @@ import pytest
 import torch.distributed as dist
 
 from megatron_klear.errors import ConfigError, RolloutError
-from megatron_klear.parallel import Machines
+from megatron_klear.parallel import Machines, SilentMachine
+from megatron_klear.parallel import machines as calls
 
 LOCAL_RANKS = (0, 1, 0, 0)
 """Three machines: two processes on the first, one on each of the others."""
@@ -42,7 +44,14 @@ def rank_main(rank: int, port: int, results: Any) -> None:
     def refuse(_: Any) -> None:
         raise ConfigError(["sglang.venv: none here", "sglang.port: taken"])
 
+    def stop_itself(_: Any) -> None:
+        os.kill(os.getpid(), signal.SIGSTOP)
+        time.sleep(1.0)  # the stop may reach another thread first, and this one must not answer meanwhile
+
+    calls._SIGN_SECONDS, calls._SILENCE_SECONDS = 0.2, 2.0
     if machines.is_leader:
+        machines.offer("work", lambda seconds, _: time.sleep(seconds))
+        machines.offer("stop", stop_itself)
         machines.offer("tell its pid", lambda *given: (os.getpid(), given[:-1]))
         threading.Timer(2.0 if rank == 2 else 0.0, machines.offer, ("refuse", refuse)).start()  # called before
         machines.offer("fail", lambda _: 1 // 0)
@@ -84,6 +93,15 @@ def first_rank_calls(machines: Machines) -> dict[str, Any]:
         machines.call(2, "wait", waiting=give_up)
     except RolloutError as error:
         told["wait"] = str(error)
+    # At work for longer than a machine may be silent; and longer than this call may take.
+    told["work"] = machines.call(2, "work", 4.0)
+    for name, limit in (("work", 1.0), ("stop", 60.0)):
+        began = time.monotonic()
+        try:
+            machines.call(2, name, *([30.0] if name == "work" else []), limit_seconds=limit)
+        except SilentMachine as error:
+            told[f"{name} silently"] = (str(error), time.monotonic() - began)
+    os.kill(told["pids"][2][0], signal.SIGCONT)
     told["stranger"] = what_a_stranger_gets(machines)
     time.sleep(0.5)
     try:
@@ -154,6 +172,20 @@ def test_a_machine_that_ends_is_named(told: dict[tuple[int, str], Any]) -> None:
     assert told[0, "told"]["end"].startswith("machine 2 (127.0.0.1) did not end: ")
 
 
+def test_a_machine_at_work_is_waited_for_up_to_the_limit_of_the_call(told: dict[tuple[int, str], Any]) -> None:
+    assert told[0, "told"]["work"] is None
+    text, seconds = told[0, "told"]["work silently"]
+    expected = "machine 2 (127.0.0.1) did not work: TimeoutError: it took the call and gave no answer within 1 s"
+    assert text == expected
+    assert 1.0 <= seconds < 10.0
+
+
+def test_a_machine_that_is_stopped_in_the_midst_of_a_call_is_named(told: dict[tuple[int, str], Any]) -> None:
+    text, seconds = told[0, "told"]["stop silently"]
+    assert text.endswith("it took the call and gave no sign of life for 2 s")
+    assert 2.0 <= seconds < 20.0
+
+
 def test_a_stranger_is_turned_away(told: dict[tuple[int, str], Any]) -> None:
     assert "FAILURE" in told[0, "told"]["stranger"]
 
@@ -168,3 +200,38 @@ def test_a_machine_that_takes_a_call_and_says_nothing_is_named(monkeypatch: pyte
             RolloutError, match=r"machine 1 \(127.0.0.1\) did not grade: TimeoutError: it takes the call"
         ):
             caller.call(1, "grade")
+
+
+@pytest.mark.parametrize(
+    ("first", "address"),
+    [("127.0.0.1", "127.0.0.1"), ("::1", "::1"), ("no.such.host.invalid", "127.0.0.1")],
+)
+def test_the_address_of_a_machine_is_of_the_kind_that_the_first_ranks_is(
+    first: str, address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MASTER_ADDR", first)
+    assert calls._address_towards_first() == address
+
+
+def test_calls_go_over_ipv6(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second machine that is known by an IPv6 address only, from listening to the answer."""
+    monkeypatch.setenv("MASTER_ADDR", "::1")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setattr(Machines, "_shared_key", lambda *_: b"k" * 32)
+    told: list[Any] = []
+
+    def gathered(everyone: list[Any], own: Any) -> None:
+        everyone[:] = [(0, 1, "::1", None, "first"), own]
+        told.append(own)
+
+    monkeypatch.setattr(dist, "all_gather_object", gathered)
+    context: Any = SimpleNamespace(world=SimpleNamespace(rank=1, size=2))
+    second = Machines(context)
+    try:
+        assert second.address == "::1"
+        second.offer("add", lambda a, b, _: a + b)
+        first = Machines.__new__(Machines)
+        first._key, first._places = b"k" * 32, second._places
+        assert first.call(1, "add", 2, 3) == 5
+    finally:
+        second.close()

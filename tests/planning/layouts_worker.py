@@ -11,9 +11,11 @@ import os
 import sys
 import threading
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -68,6 +70,9 @@ def _count_collectives() -> None:
 
 _count_collectives()
 
+from megatron.core.distributed import distributed_data_parallel, param_and_grad_buffer  # noqa: E402
+from megatron.core.optimizer import distrib_optimizer  # noqa: E402
+
 from megatron_klear import parallel  # noqa: E402
 from megatron_klear.algorithm import PolicyObjective  # noqa: E402
 from megatron_klear.config import (  # noqa: E402
@@ -84,6 +89,39 @@ from megatron_klear.packing import pack  # noqa: E402
 from megatron_klear.records import ParallelContext, TrainSequence  # noqa: E402
 from megatron_klear.trainer import Trainer, make_trainable  # noqa: E402
 from megatron_klear.trainer.optimizer import TrainableModel  # noqa: E402
+
+
+def quantise(model_params: list[Any], main_params: Any, start_offsets: Any, group: Any) -> None:
+    """What Transformer Engine sends when it quantises updated weights with a scale each: their largest values."""
+    dist.all_reduce(torch.zeros(len(model_params)), op=dist.ReduceOp.MAX, group=group)
+
+
+@contextmanager
+def stored_in_fp8(model: torch.nn.Module, stage: int, kept: tuple[int, int]) -> Iterator[None]:
+    """Have Megatron take the matrices of a model's layers for tensors of Transformer Engine in FP8, one byte a number.
+
+    Args:
+        model: in bfloat16.
+        stage: pipeline stage.
+        kept: layers at the start and at the end of the whole model that are not.
+    """
+    layers = model.decoder.layers  # type: ignore[union-attr]
+    total = layers[0].config.num_layers
+    chosen = {
+        id(module.weight)
+        for number, layer in enumerate(layers, start=stage * len(layers))
+        if kept[0] <= number < total - kept[1]
+        for module in (layer.self_attention.linear_qkv, layer.self_attention.linear_proj,
+                       layer.mlp.linear_fc1, layer.mlp.linear_fc2)
+    }  # fmt: skip
+
+    with ExitStack() as patched:
+        for module in (distributed_data_parallel, param_and_grad_buffer, distrib_optimizer):
+            patched.enter_context(mock.patch.object(module, "is_float8tensor", lambda tensor: id(tensor) in chosen))
+        # Their values stay where they are: only the buffers' sizes and what is sent of them count here.
+        patched.enter_context(mock.patch.object(param_and_grad_buffer, "modify_underlying_storage"))
+        patched.enter_context(mock.patch.object(distrib_optimizer, "quantize_param_shard", quantise))
+        yield
 
 
 def storages(tensors: Iterable[torch.Tensor]) -> int:
@@ -180,6 +218,11 @@ def run(job: dict[str, Any], context: ParallelContext) -> dict[str, Any]:
         optimizer=OptimizerSettings(lr=1e-3),
     )
     model = build_qwen3(settings.architecture, settings.model, settings.parallel, context)
+    with stored_in_fp8(model, context.pp.rank, job["kept_bf16"]) if job["kept_bf16"] else nullcontext():
+        return measured(model, settings, context, job)
+
+
+def measured(model: Any, settings: Settings, context: ParallelContext, job: dict[str, Any]) -> dict[str, Any]:
     trainable = make_trainable(model, settings.optimizer, settings.parallel, total_updates=2)
     trainer = Trainer(trainable, settings.architecture, settings, context)
     found: dict[str, Any] = {"stage": context.pp.rank, "shard": context.dp_cp.rank, "dp": context.dp.size}
@@ -193,7 +236,10 @@ def run(job: dict[str, Any], context: ParallelContext) -> dict[str, Any]:
                 parameter.main_grad.normal_()
             trainable.optimizer.prepare_grads()
             trainable.optimizer.step()
-    return {**found, **state(trainable, settings.model.dtype)}
+    held = state(trainable, settings.model.dtype)
+    if job["kept_bf16"]:
+        held["weights"] = storages(buffer.param_data for buffer in trainable.ddp.buffers)
+    return {**found, **held}
 
 
 def main() -> None:

@@ -20,6 +20,7 @@ import pytest
 
 from megatron_klear.config import (
     Architecture,
+    Fp8Settings,
     ModelSettings,
     PackingSettings,
     ParallelSettings,
@@ -78,6 +79,11 @@ LAYOUTS: dict[str, dict[str, Any]] = {
         "num_layers": 2,
         "hidden_size": 80,
     },
+    # Weights of layers in FP8, one byte each, in a buffer of their own; but for layers kept in bfloat16.
+    "dp4 fp8": {"fp8": (0, 0)},
+    "dp4 fp8 kept": {"fp8": (1, 2)},
+    "pp2 dp2 fp8 kept": {"pp": 2, "fp8": (2, 1)},
+    "tp2 dp2 fp8": {"tp": 2, "fp8": (0, 1), "overlap_grad_reduce": True},
 }
 """What state is measured of: sharding, copies, padding."""
 
@@ -92,6 +98,8 @@ TRAINED: dict[str, dict[str, Any]] = {
     "pp2 dp2 tied float32": {"pp": 2, "tie_embeddings": True, "dtype": "float32"},
     "pp2 dp2 plain": {"pp": 2, "distributed_optimizer": False, "dtype": "bfloat16"},
     "tp2 pp2 full": {"tp": 2, "pp": 2, "dtype": "float32", "recompute": "full"},
+    "dp4 fp8 trained": {"dtype": "bfloat16", "fp8": (0, 0)},
+    "tp2 dp2 fp8 trained": {"tp": 2, "dtype": "bfloat16", "fp8": (1, 0)},
 }
 """What is also trained, with full microbatches, to see what is kept and sent."""
 CHOICES = {**LAYOUTS, **{name: {**WIDE, **choice} for name, choice in TRAINED.items()}}
@@ -99,13 +107,19 @@ CHOICES = {**LAYOUTS, **{name: {**WIDE, **choice} for name, choice in TRAINED.it
 
 def settings_of(choice: dict[str, Any]) -> Settings:
     layout = {name: value for name, value in choice.items() if name in ParallelSettings.__dataclass_fields__}
-    rest = {name: value for name, value in choice.items() if name not in layout}
+    rest = {name: value for name, value in choice.items() if name not in (*layout, "fp8")}
+    first, last = choice.get("fp8", (0, 0))
+    stored = "fp8" in choice
+    fp8 = Fp8Settings(
+        recipe="tensorwise" if stored else "none", first_layers_bf16=first, last_layers_bf16=last, parameters=stored
+    )
     model = {**dataclasses.asdict(ARCH), "dtype": "bfloat16", "layer_spec": "local", "vocab_multiple": 4, **rest}
     return Settings(
         run=RunSettings(dir="unused"),
         tokenizer=TokenizerSettings(dir="unused"),
         model=ModelSettings(**model),
         parallel=ParallelSettings(**layout),
+        fp8=fp8,
         packing=PackingSettings(token_budget=TOKENS),
     )
 
@@ -122,6 +136,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> list[Measured]:
         jobs[name] = {
             "parallel": layout,
             "model": model,
+            "kept_bf16": choice.get("fp8"),
             "token_budget": TOKENS,
             "microbatches": MICROBATCHES if name in TRAINED else 0,
         }
@@ -178,7 +193,6 @@ def test_what_is_sent_is_predicted(name: str, measured: list[Measured]) -> None:
         sent = dict(one["traffic"])
         planned = stage_traffic(
             settings,
-            "sft",
             "cpu",
             stage=one["stage"],
             dp=one["dp"],
@@ -210,5 +224,9 @@ def test_layouts_cover_what_moves_bytes(measured: list[Measured]) -> None:
     assert first["dp4"]["gradients"] > first["dp4 plain"]["gradients"]
     assert first["dp4"]["optimizer"] < first["dp4 plain"]["optimizer"] / 3
     parts = ("weights", "gradients", "optimizer")
+    # The same layout with and without bytes: 1 in place of 2 for most weights, gradients as before but for padding.
+    assert first["dp4 fp8"]["weights"] < 0.7 * first["dp4"]["weights"]
+    assert first["dp4 fp8"]["gradients"] == pytest.approx(first["dp4"]["gradients"], rel=0.05)
+    assert first["dp4 fp8 kept"]["weights"] > first["dp4 fp8"]["weights"]
     assert len({tuple(first[name][part] for part in parts) for name in LAYOUTS}) > 11
     assert len({rank["dp4"]["optimizer"] for rank in measured}) > 1  # padding is the last rank's

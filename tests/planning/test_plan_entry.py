@@ -64,6 +64,62 @@ def test_the_search_also_helps_a_layout_that_is_impossible(run: Run) -> None:
     assert "MFU" in out
 
 
+@pytest.mark.parametrize(
+    ("setting", "gpu", "named"),
+    [
+        ("optimizer.schedule=cosine optimizer.min_lr=1", "h100", "optimizer.min_lr"),
+        ("fp8.recipe=tensorwise", "a100", "fp8.recipe"),
+        # An odd budget is none for any layout: ranks of context parallelism take two parts of a sequence each.
+        ("packing.token_budget=32767", "h100", "packing.token_budget"),
+    ],
+)
+def test_what_is_wrong_in_every_layout_is_not_blamed_on_layouts(run: Run, setting: str, gpu: str, named: str) -> None:
+    status, out, err = run("parallel.tp=3", *setting.split(), "--entry", "sft", "--search", gpu=gpu)
+    assert status == 2
+    assert f"  - {named}: " in err
+    assert out == f"--search: no layout is searched for until the above is changed: {named}\n"
+    status, out, _ = run("parallel.tp=3", *setting.split(), "--entry", "sft", "--search", "--json", gpu=gpu)
+    found = json.loads(out)
+    assert (status, found["layouts"], found["not_searched_for"]) == (2, [], [named])
+
+
+def test_what_some_layouts_allow_is_searched_past(run: Run) -> None:
+    """32,740 = 4 x 8,185 tokens can be shared by two context parallel ranks, not by eight."""
+    status, out, _ = run("packing.token_budget=32740", "parallel.cp=8", "--entry", "sft", "--search", "--json")
+    found = json.loads(out)
+    assert status == 2
+    assert found["problems"][0].startswith("packing.token_budget: got 32740")
+    assert found["not_searched_for"] == []
+    assert {layout["layout"]["cp"] for layout in found["layouts"]} <= {1, 2}
+    assert found["layouts"]
+
+
+@pytest.mark.parametrize(
+    ("entry", "settings", "dp", "named"),
+    [
+        ("sft", ("sft.batch_sequences=31",), 32, "31 sequences (sft.batch_sequences)"),
+        ("sft", ("sft.batch_bins=16",), 32, "16 bins (sft.batch_bins)"),
+        ("rl", ("rl.minibatch_prompts=4", "rl.prompts_per_step=16", "rollout.responses_per_prompt=4",
+                "rollout.engine=sglang"), 32,
+         "16 responses (rl.minibatch_prompts * rollout.responses_per_prompt)"),
+    ],
+)  # fmt: skip
+def test_more_ranks_than_an_update_has_work_for_are_refused(
+    run: Run, entry: str, settings: tuple[str, ...], dp: int, named: str
+) -> None:
+    shared = (*settings, "--entry", entry, "--search", "--json", "packing.token_budget=32768")
+    status, out, _ = run("parallel.cp=2", *shared, gpus=64)
+    found = json.loads(out)
+    (problem,) = found["problems"]
+    assert status == 2
+    assert problem.startswith(f"--gpus: got 64, which with tp * pp * cp = 1 * 1 * 2 are {dp} data-parallel ranks")
+    assert named in problem
+    # Layouts with fewer data-parallel ranks are ranked all the same.
+    assert {layout["layout"]["dp"] for layout in found["layouts"]} <= {1, 2, 4, 8, 16}
+    assert found["layouts"]
+    assert not json.loads(run("parallel.cp=8", *shared, gpus=64)[1])["problems"]
+
+
 def test_nothing_fits_is_said_with_what_to_change(run: Run) -> None:
     status, out, _ = run("--entry", "sft", "--search", gpus=1)
     assert status == 2
@@ -90,6 +146,29 @@ def test_json_has_the_same_figures(run: Run) -> None:
     assert json.loads(out)["problems"]
 
 
+def test_servers_on_the_trainers_gpus_are_planned_machine_by_machine(run: Run) -> None:
+    rl = ("--entry", "rl", "parallel.tp=8", "parallel.sequence_parallel=true", "model.recompute=full",
+          "rollout.engine=sglang", "sglang.placement=colocated", "sglang.server_tp=2")  # fmt: skip
+    status, out, err = run(*rl, "sglang.servers=4", gpus=256)
+    assert (status, err) == (0, ""), "four servers on each of 32 nodes"
+    assert "fits: " in out
+    _, out, _ = run(*rl, "sglang.max_total_tokens=81920", "data.max_prompt_tokens=2048",
+                    "rollout.max_response_tokens=30720", "rollout.batch_responses=64")  # fmt: skip
+    assert "holds 81,920 tokens = 2.5 longest responses of 32,768 with their prompts, of 64 at a time" in out
+    status, _, err = run(*rl, "sglang.servers=128", gpus=256)
+    assert status == 2
+    assert "sglang.servers: got 128 of sglang.server_tp = 2, which need 256 GPUs of a machine" in err
+    assert "colocated with 8 ranks on it; set at most 4" in err
+
+
+def test_a_replay_is_planned_without_an_engine(run: Run) -> None:
+    layout = (*GOOD[:3], "--entry", "rl", "model.recompute=full", "rollout.engine=local", "--json")
+    replay = ("scheduling.replay_from=recorded", "evaluation.at_end=false", "evaluation.every_steps=0")
+    stages = [json.loads(run(*layout, *more)[1])["plan"]["stages"][0] for more in ((), replay)]
+    assert stages[0]["engine_weights"] > 0
+    assert stages[1]["engine_weights"] == stages[1]["kv_cache"] == 0
+
+
 def test_the_entry_is_the_one_that_data_is_given_for(run: Run) -> None:
     status, _, err = run("parallel.tp=2")
     assert status == 2
@@ -107,6 +186,8 @@ def test_the_entry_is_the_one_that_data_is_given_for(run: Run) -> None:
     ("arguments", "said"),
     [
         (("--gpus", "0"), "expected a whole number of at least 1"),
+        (("--gpus", "65537", "--gpu", "h100"), "argument --gpus: got 65,537, expected at most 65,536"),
+        (("--gpus", "100000000", "--gpu", "h100"), "argument --gpus: got 100,000,000, expected at most 65,536"),
         (("--gpus", "8.5"), "expected a whole number of at least 1"),
         (("--gpus", "8", "--gpu", "tpu"), "invalid choice"),
         (("--gpus", "8", "--gpu", "h100", "--efficiency", "1.2"), "above 0 and at most 1"),

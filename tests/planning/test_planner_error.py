@@ -8,8 +8,11 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 
 from megatron_klear import parallel
+from megatron_klear.config import Fp8Settings
+from megatron_klear.model.precision import fp8_problems
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "planner_error.py"
 
@@ -44,9 +47,18 @@ def test_the_benchmark_finds_no_error_in_bytes_on_a_cpu(
 
 
 @pytest.mark.gpu
-def test_a_plan_is_safe_and_useful_on_a_gpu(benchmark: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("stored", [False, True])
+@pytest.mark.parametrize("recipe", ["none", "delayed", "tensorwise", "blockwise"])
+def test_a_plan_is_safe_and_useful_on_a_gpu(
+    benchmark: ModuleType, capsys: pytest.CaptureFixture[str], recipe: str, stored: bool
+) -> None:
     """Not one byte more than planned above the state, and not half of it for nothing; the error is printed."""
-    found = benchmark.run("qwen3-0.6b", 4, 16384, 3)
+    fp8 = Fp8Settings(recipe=recipe, parameters=stored)  # type: ignore[arg-type]
+    if stored and not fp8.on:
+        pytest.skip("weights are stored in FP8 with a recipe only")
+    if problems := fp8_problems(fp8, torch.device("cuda")):
+        pytest.skip("; ".join(problems))
+    found = benchmark.run("qwen3-0.6b", 4, 16384, 3, fp8)
     with capsys.disabled():
         print(found)
     for name, row in found["rows"].items():

@@ -157,6 +157,43 @@ PROGRAMS: dict[str, tuple[str, str]] = {
         "        except OSError: pass\nprint(f'ESCAPED {killed}' if killed else 'contained')",
     ),
     "kill the parent": (REFUSED, tried("import os, signal\nos.kill(os.getppid() or 1, signal.SIGKILL)")),
+    # A file descriptor's owner is sent the signal of one's choice when there is something to read.
+    "signal the parent through a pipe": (
+        REFUSED,
+        tried(
+            "import fcntl, os\nread, write = os.pipe()\nfcntl.fcntl(read, fcntl.F_SETOWN, os.getppid() or 1)\n"
+            "fcntl.fcntl(read, 10, 9)\nfcntl.fcntl(read, fcntl.F_SETFL, os.O_ASYNC)\nos.write(write, b'x')"
+        ),
+    ),
+    "signal others by any of fcntl and ioctl": (
+        REFUSED,
+        "import fcntl, os, struct\nread, write = os.pipe()\npid = os.getppid() or 1\nworked = []\n"
+        "for name, act in {\n"
+        "    'F_SETOWN': lambda: fcntl.fcntl(read, 8, pid),\n"
+        "    'F_SETOWN_EX': lambda: fcntl.fcntl(read, 15, struct.pack('ii', 1, pid)),\n"
+        "    'F_SETSIG': lambda: fcntl.fcntl(read, 10, 9),\n"
+        "    'F_SETLEASE': lambda: fcntl.fcntl(os.open('leased', os.O_CREAT), 1024, 0),\n"
+        "    'F_NOTIFY': lambda: fcntl.fcntl(os.open('.', 0), 1026, 1),\n"
+        "    'O_ASYNC': lambda: fcntl.fcntl(read, 4, os.O_ASYNC),\n"
+        "    'FIOSETOWN': lambda: fcntl.ioctl(read, 0x8901, struct.pack('i', pid)),\n"
+        "    'SIOCSPGRP': lambda: fcntl.ioctl(read, 0x8902, struct.pack('i', pid)),\n"
+        "    'FIOASYNC': lambda: fcntl.ioctl(read, 0x5452, struct.pack('i', 1)),\n"
+        "}.items():\n    try: act(); worked.append(name)\n    except PermissionError: pass\n"
+        "    except OSError as error: worked.append(f'{name} {error}')\n"
+        "print(f'ESCAPED {worked}' if worked else 'contained')",
+    ),
+    "other ways to send a signal": (
+        REFUSED,
+        # timer_create, rt_sigqueueinfo, rt_tgsigqueueinfo, pidfd_open, pidfd_send_signal, tkill, PR_SET_PDEATHSIG
+        "import ctypes, os, platform\nlibc = ctypes.CDLL(None, use_errno=True)\npid = os.getppid() or 1\nworked = []\n"
+        "info = ctypes.create_string_buffer(128)\n"
+        "numbers = (222, 129, 297, 434, 424, 200, 157)\n"
+        "if platform.machine() == 'aarch64': numbers = (107, 138, 240, 434, 424, 130, 167)\n"
+        "calls = ((1, None, info), (pid, 9, info), (pid, pid, 9, info), (pid, 0), (3, 9, None, 0), (pid, 9), (1, 9, 0, 0, 0))\n"
+        "for number, arguments in zip(numbers, calls):\n"
+        "    if libc.syscall(number, *arguments) >= 0 or ctypes.get_errno() != 1: worked.append(number)\n"
+        "print(f'ESCAPED {worked}' if worked else 'contained')",
+    ),
     "trace the parent": (
         REFUSED,
         tried(

@@ -158,7 +158,7 @@ def test_assertions_and_test_functions(code_graders: CodeGraderPool) -> None:
         "import unittest\nclass T(unittest.TestCase):\n    def test_a(self):\n        self.assertEqual(len(Stack()), 1)",
         "with __import__('pytest').raises(KeyError):\n    Stack(0).push(1)",
         "@__import__('pytest').mark.parametrize('n', [1, 2])\ndef test_p(n):\n    assert n == 1",
-        "raise SystemExit(0)",
+        "f = Stack\nraise SystemExit(0)",
         "undefined_name",
     ]
     assert graded(code_graders, asserts(*good), answer) == [("correct", 1.0)]
@@ -199,6 +199,11 @@ CHEATS = {
     "answers as the test's process": (
         "import os, struct, json\nos.write(4, struct.pack('<Q', 12) + b'[\"=\", [7, []]')\ndef f(x): return 0"
     ),
+    "its own library": (
+        "class Anything:\n    def __getattr__(self, name): return lambda *a, **k: 0\n"
+        "def isclose(*a, **k): return True\ndef Counter(x): return 0\ndef Decimal(x): return 0\ndef sorted(x): return 0\n"
+        "math = datetime = collections = Anything()\npi = 0\ndef f(x): return 0"
+    ),
     "endless": "def f(x):\n    while True: pass",
 }
 
@@ -207,9 +212,18 @@ CHEATS = {
 def test_assertions_cannot_be_cheated(code_graders: CodeGraderPool, name: str) -> None:
     tests = ["assert f(1) == 7", "assert abs(f(1) - 7) < 1e-6", "assert not (f(1) != 7)", "assert f(1) in (7, 8)"]
     tests += ["assert isinstance(f(1), int) and f(1) > 6", "assert len(f([1, 2])) == 7"]
+    # Names that tests use without importing them.
+    tests += ["assert isclose(f(1), 7)", "assert math.isclose(f(1), 7)", "assert Counter([f(1)]) == Counter([7])"]
+    tests += ["assert Decimal(f(1)) == Decimal(7)", "assert collections.Counter([f(1)]) == collections.Counter([7])"]
+    tests += [
+        "assert f(1) == datetime.date(2020, 1, 7).day",
+        "assert sorted([f(1), 1]) == [1, 7]",
+        "assert f(1) > 2 * pi",
+    ]
     tests = tests[:1] if name == "endless" else tests
     assert graded(code_graders, asserts(*tests, setup="# marker-of-the-test"), CHEATS[name]) == [("wrong", 0.0)]
-    assert graded(code_graders, asserts(*tests[:4]), "def f(x): return 7") == [("correct", 1.0)]
+    right = [test for test in tests if "len" not in test]
+    assert graded(code_graders, asserts(*right), "def f(x): return 7") == [("correct", 1.0)]
 
 
 def test_human_eval(bubblewrap: str) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from megatron_klear.reward.code_answers import last_code_block
 from megatron_klear.reward.code_compare import different_text, different_value
-from megatron_klear.reward.code_tests import json_schema, parse_problem
+from megatron_klear.reward.code_tests import BadTestsError, json_schema, parse_problem
 
 
 @pytest.mark.parametrize(
@@ -76,6 +76,13 @@ def test_megabytes_of_fences_are_read_in_linear_time(unit: str) -> None:
         ("x", "", 0.0, False),
         ("1", "1e9999", 1.0, False),
         ("1", "9" * 5000, 1.0, False),
+        ("1", "1.0", 0.0, True),
+        ("0.50", ".5", 0.0, True),
+        ("0011", "0011", 0.0, True),
+        ("0011", "11", 0.0, False),
+        ("7", "07", 0.0, False),
+        ("3", "\uff13", 0.0, False),
+        ("1e400", "1", 1.0, False),
     ],
 )
 def test_printed_text(expected: str, output: str, tolerance: float, equal: bool) -> None:
@@ -95,6 +102,32 @@ def test_hostile_results_are_no_answer(output: bytes) -> None:
     assert different_value(3, output, 1e-6)
 
 
+@pytest.mark.parametrize(
+    ("expected", "result", "equal"),
+    [
+        ("Infinity", "Infinity", True), ("Infinity", "-Infinity", False), ("Infinity", "0.5", False),
+        ("1e999", "1e308", False), ("[Infinity]", "[3]", False), ("NaN", "NaN", True), ("NaN", "0", False),
+        ("NaN", "Infinity", False), ("0.5", "NaN", False), ("1e-7", "0", False), ("1e-7", "1.0000001e-7", True),
+        ("0.0", "1e-17", True), ("1e9", "1000000000.5", True), ("1.5", "1.50001", False), ("2.0", "2", True),
+    ],
+)  # fmt: skip
+def test_results_of_calls(expected: str, result: str, equal: bool) -> None:
+    reference = f'{{"kind": "call", "function": "f", "tests": [{{"args": [], "output": {expected}}}]}}'
+    assert (parse_problem(reference).judge(0, result.encode()) == "") == equal
+
+
+def test_the_tests_are_told_the_whole_preamble() -> None:
+    preamble = "import math\nclass Node: pass\ndef close(a, b):\n    return math.isclose(a, b)\n"
+    for rest in (
+        {"kind": "assert", "tests": ["assert close(f(), 1)"]},
+        {"kind": "pytest", "code": "def test_a(): f()"},
+    ):
+        (message,) = parse_problem(json.dumps({**rest, "preamble": preamble})).messages()
+        assert message["preamble"] == preamble
+        with pytest.raises(BadTestsError, match="preamble: is not Python"):
+            parse_problem(json.dumps({**rest, "preamble": "def"}))
+
+
 def test_the_schema_is_declared() -> None:
     schema = json_schema()
     kinds = {name: set(part["properties"]) for name, part in schema["$defs"].items() if "kind" in part["properties"]}
@@ -102,8 +135,8 @@ def test_the_schema_is_declared() -> None:
     assert kinds == {
         "StdinProblem": common | {"tests", "tolerance"},
         "CallProblem": common | {"tests", "tolerance", "function"},
-        "AssertProblem": common | {"tests", "setup"},
-        "PytestProblem": common | {"code"},
+        "AssertProblem": common | {"tests", "setup", "defines"},
+        "PytestProblem": common | {"code", "defines"},
     }
 
 
@@ -116,12 +149,43 @@ def test_what_is_expected_never_travels() -> None:
         assert "SECRET" not in json.dumps([problem.messages(), problem.sources("x")])
 
 
+FILE = """
+import unittest, pytest
+from unittest import TestCase, skip
+def helper(): pass
+def test_a(): f()
+@pytest.mark.skip
+def test_off(): f()
+class Base:
+    def test_inherited(self): f()
+    def test_replaced(self): f()
+class TestB(Base):
+    def setup_method(self): pass
+    def test_b(self): f()
+    def test_replaced(self): f()
+    @pytest.mark.skip(reason="slow")
+    def test_off(self): f()
+    class TestWithin:
+        def test_c(self): f()
+class Cases(unittest.TestCase):
+    def test_d(self): f()
+    @unittest.skip("later")
+    def test_off(self): f()
+class MoreCases(Cases):
+    def test_e(self): f()
+@skip("all of it")
+class TestOff(TestCase):
+    def test_off(self): f()
+class TestNot:
+    __test__ = False
+    def test_off(self): f()
+"""
+
+
 def test_tests_of_a_file_are_its_functions_and_methods() -> None:
-    methods = "    def setup_method(self): pass\n    def test_c(self): pass\n"
-    code = f"def helper(): pass\ndef test_a(): pass\nclass TestB:\n{methods}"
-    problem = parse_problem(json.dumps({"kind": "pytest", "code": code}))
-    assert [m["test"] for m in problem.messages()] == [
-        "test_a()",
-        "_test = TestB(); _test.setup_method(); _test.test_c()",
-    ]
-    assert {m["setup"] for m in problem.messages()} == {code}
+    messages = parse_problem(json.dumps({"kind": "pytest", "code": FILE})).messages()
+    assert [m["case"] for m in messages] == [
+        "test_a", "TestB.test_inherited", "TestB.test_replaced", "TestB.test_b", "TestB.TestWithin.test_c",
+        "Cases.test_d", "MoreCases.test_d", "MoreCases.test_e",
+    ]  # fmt: skip
+    assert {m["test"] for m in messages} == {FILE}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from megatron_klear.reward.answers import Question
@@ -43,7 +45,7 @@ x^2+2x+1 | (x-1)^2 || 2+3i | 2-3i || x=5 | y=5 || y=2x+1 | y=2x || 2n | 2k || \s
 A | B || C | A, B, C, D || C | (A) (B) (C) || C | C) or D) || C | 3
 Monday | Sunday || even | neve || blue | red || no solution | solution || yes | no || Monday | 1
 5 | ??? || 5 | \frac{1}{ || 5 | the answer is 5 and not 6 || 5 | nothing || 5 | \x00 || 7 | 12 apples and 7 pears
-12 dollars | 13 || 12 | 13 dollars || 100 (i.e., all values) | 99 || 5 \text{ cm} | 50 \text{ mm} || (2,3) | 2 \le x<3
+12 dollars | 13 || 12 | 13 dollars || 100 (i.e., all values) | 99 || (2,3) | 2 \le x<3
 """
 
 UNREADABLE = [r"???", r"\frac{1}{", r"\frac{0}{0}", "1/0", r"\boxed{}", r"\boxed{5", "0.(3)", "\x00", "\ud800", "🙂"]
@@ -94,25 +96,54 @@ def test_without_a_box_the_last_expression_of_the_text_counts(grader: MathVerify
     assert grader.judge(Question("I tried 5. The answer is 3.", "5", is_boxed=False)).outcome == "wrong"
 
 
-@pytest.mark.parametrize("error", [RuntimeError, RecursionError, MemoryError, KeyError])
+DECISIONS = [
+    tuple(line.split("\t"))
+    for line in Path(__file__).with_name("math_grades.tsv").read_text(encoding="utf-8").splitlines()
+    if not line.startswith("#")
+]
+
+
+@pytest.mark.parametrize(("family", "expected", "reference", "answer"), DECISIONS)
+def test_each_row_of_the_table_is_graded_as_decided(
+    grader: MathVerify, family: str, expected: str, reference: str, answer: str
+) -> None:
+    verdict = grader.judge(Question(answer, reference))
+    assert verdict.outcome == {"=": "correct", "!": "wrong", "~": "wrong"}[expected], (family, verdict.reason)
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyError])
 def test_whatever_the_library_raises_is_ungraded(
     grader: MathVerify, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
 ) -> None:
     def explode(*_: object, **__: object) -> bool:
         raise error("inside")
 
-    monkeypatch.setattr(grader, "_verify", explode)
+    monkeypatch.setattr(grader.mathematics, "_verify", explode)
     verdict = grader.judge(Question("5", "5"))
     assert verdict.outcome == "ungraded"
     assert error.__name__ in verdict.reason
 
 
-def test_a_parser_out_of_resources_is_not_a_wrong_answer(grader: MathVerify) -> None:
+@pytest.mark.parametrize("error", [RecursionError, MemoryError])
+def test_an_answer_that_is_too_much_for_the_grader_is_wrong(
+    grader: MathVerify, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
+) -> None:
+    def explode(*_: object, **__: object) -> bool:
+        raise error("inside")
+
+    monkeypatch.setattr(grader.mathematics, "_verify", explode)
+    assert grader.judge(Question("5", "5")) == Verdict(
+        "wrong", f"the answer takes more than the grader has: {error.__name__}"
+    )
+
+
+def test_a_parser_out_of_resources_is_to_blame_on_who_wrote_it(grader: MathVerify) -> None:
     # math-verify swallows the RecursionError and reports a text without meaning.
     deep = r"\sqrt{" * 300 + "5" + "}" * 300
     verdict = grader.judge(Question(deep, "5"))
-    assert verdict.outcome == "ungraded"
-    assert "RecursionError" in verdict.reason
+    assert (verdict.outcome, "RecursionError" in verdict.reason) == ("wrong", True)
+    verdict = grader.judge(Question("5", deep))
+    assert (verdict.outcome, "RecursionError" in verdict.reason) == ("ungraded", True)
 
 
 def test_signs_outside_ascii(grader: MathVerify) -> None:

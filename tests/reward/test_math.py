@@ -47,20 +47,20 @@ def test_one_answer() -> None:
 
 def test_settings_of_a_call() -> None:
     rules = RewardRules(correct=2.0, wrong=0.0, malformed=-0.5)
-    opened = AnswerFormat(prompt_opens_think=True)
-    assert grade_math(r"t</think>\boxed{5}", "5", rules=rules, answer_format=opened).reward == 2.0
-    assert grade_math(r"t</think>\boxed{6}", "5", rules=rules, answer_format=opened).reward == 0.0
+    tags = AnswerFormat(think_start="[t]", think_end="[/t]")
+    assert grade_math(r"[t]t[/t]\boxed{5}", "5", rules=rules, answer_format=tags).reward == 2.0
+    assert grade_math(r"[t]t[/t]\boxed{6}", "5", rules=rules, answer_format=tags).reward == 0.0
     assert grade_math(r"t</think>\boxed{5}", "5", rules=rules).reward == -0.5
     assert grade_math(r"<think>t</think>\boxed{5}", "5", finish_reason="abort", rules=rules).reward == 0.0
 
 
-def test_a_bomb_in_another_thread_is_ungraded_and_the_next_answer_is_graded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bomb_in_another_thread_is_wrong_and_the_next_answer_is_graded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(grading, "_shared", (os.getpid(), MathGraderPool(workers=1, timeout_seconds=1.0)))
     grades: list[Grade] = []
     thread = threading.Thread(target=lambda: grades.append(grade_math(r"<think>t</think>\boxed{9^{9^9}}", "5")))
     thread.start()
     thread.join()
-    assert grades[0].outcome == "ungraded"
+    assert grades[0].outcome == "wrong"
     assert grade_math(r"<think>t</think>\boxed{5}", "5").outcome == "correct"
 
 
@@ -104,5 +104,5 @@ def test_gold_answers_of_champ_are_correct_and_perturbed_ones_wrong() -> None:
     golds = [(name, row["_raw_answer"].replace("@@", "")) for name, row in rows.items()]
     counts = outcomes_of(golds)
     assert len(golds) == 270
-    assert counts["gold"] == {"correct": 261, "ungraded": 9}
-    assert counts["perturbed"] == {"wrong": 261, "ungraded": 9}
+    assert counts["gold"] == {"correct": 262, "ungraded": 8}
+    assert counts["perturbed"] == {"wrong": 262, "ungraded": 8}

@@ -17,7 +17,7 @@ def receive():
         data += os.read(3, count - len(data))
     return json.loads(data)
 def ask(operation, *operands):
-    data = json.dumps(["?", [operation, list(operands)]]).encode()
+    data = json.dumps(["?", [operation, list(operands), []]]).encode()
     os.write(4, size.pack(len(data)) + data)
     kind, content = receive()
     if kind == "!":

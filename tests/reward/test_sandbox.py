@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -16,7 +18,7 @@ import pytest
 
 from megatron_klear.errors import RewardError
 from megatron_klear.records import Grade
-from megatron_klear.reward import CodeGraderPool, Limits
+from megatron_klear.reward import CodeGraderPool, Limits, sandbox
 from megatron_klear.reward.sandbox import view
 from tests.reward.conftest import STRICT_LIMITS, prints, program
 from tests.reward.hostile_programs import FILLS_SCRATCH, PROGRAMS, READS_FILES, REFUSED
@@ -218,6 +220,12 @@ def test_sandboxes_end_with_a_killed_parent(bubblewrap: str) -> None:
     _, alive = psutil.wait_procs(inside, timeout=20)
     assert inside
     assert [p for p in alive if p.status() != "zombie"] == []
+
+
+def test_the_measurements_that_are_told_are_those_that_are_kept() -> None:
+    results = Path(__file__).parents[2] / "benchmarks" / "results" / "reward_throughput.json"
+    measured = {f"{design['wall_ms']:.1f}" for design in json.loads(results.read_text())["designs"].values()}
+    assert set(re.findall(r"([\d.]+)\s+ms", str(sandbox.__doc__))) == measured
 
 
 def test_no_bubblewrap_is_refused_with_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,9 +21,9 @@ BAD = {
 }
 CALLS = {
     "x86_64": {"clone": 56, "fork": 57, "kill": 62, "tgkill": 234, "ioctl": 16, "prctl": 157, "socketpair": 53,
-               "prlimit64": 302, "execve": 59, "clone3": 435},
+               "prlimit64": 302, "execve": 59, "clone3": 435, "fcntl": 72},
     "aarch64": {"clone": 220, "kill": 129, "tgkill": 131, "ioctl": 29, "prctl": 167, "socketpair": 199,
-                "prlimit64": 261, "execve": 221, "clone3": 435},
+                "prlimit64": 261, "execve": 221, "clone3": 435, "fcntl": 25},
 }  # fmt: skip
 
 
@@ -67,6 +67,27 @@ def test_decisions(machine: str) -> None:
     assert decide(program, calls["prctl"], arch, 4) == EPERM
     assert [decide(program, calls["socketpair"], arch, family) for family in (1, 2, 16)] == [ALLOW, EPERM, EPERM]
     assert [decide(program, calls["prlimit64"], arch, pid) for pid in (0, 1)] == [ALLOW, EPERM]
+
+
+# timer_create, rt_sigqueueinfo, rt_tgsigqueueinfo, pidfd_send_signal, tkill; by the kernel's tables, by hand.
+SIGNALLING = {"x86_64": [222, 129, 297, 424, 200], "aarch64": [107, 138, 240, 424, 130]}
+
+
+@pytest.mark.parametrize("machine", list(ARCH))
+def test_no_file_descriptor_signals_another_process(machine: str) -> None:
+    """`fcntl` and `ioctl` can name an owner of a file, whom the kernel then signals."""
+    program, arch, calls = filter_program(machine), ARCH[machine], CALLS[machine]
+    # F_SETOWN, F_SETSIG, F_GETSIG, F_SETOWN_EX, F_SETLEASE, F_NOTIFY, F_ADD_SEALS
+    refused = {decide(program, calls["fcntl"], arch, 3, cmd) for cmd in (8, 10, 11, 15, 1024, 1026, 1033)}
+    assert refused == {EPERM}
+    assert [decide(program, calls["fcntl"], arch, 3, 4, flags) for flags in (0x800, 0x2000, 0x2800)] == [
+        ALLOW, EPERM, EPERM,
+    ]  # fmt: skip
+    assert {decide(program, calls["fcntl"], arch, 3, cmd, 0x2000) for cmd in (0, 1, 2, 3, 6, 7, 37, 1030)} == {ALLOW}
+    # FIOASYNC, FIOSETOWN, SIOCSPGRP, TIOCSPGRP
+    assert {decide(program, calls["ioctl"], arch, 3, n) for n in (0x5452, 0x8901, 0x8902, 0x5410)} == {EPERM}
+    assert decide(program, calls["prctl"], arch, 1, 9) == EPERM  # PR_SET_PDEATHSIG
+    assert {decide(program, n, arch) for n in SIGNALLING[machine]} == {EPERM}
 
 
 def test_processes_where_they_are_allowed_but_no_namespaces() -> None:

@@ -7,7 +7,6 @@ import pytest
 from megatron_klear.reward import AnswerFormat, split_thinking
 
 DEFAULT = AnswerFormat()
-OPENED = AnswerFormat(prompt_opens_think=True)
 OPTIONAL = AnswerFormat(require_think=False)
 OTHER_MARKERS = AnswerFormat(think_start="[[", think_end="]]")
 
@@ -18,8 +17,6 @@ OTHER_MARKERS = AnswerFormat(think_start="[[", think_end="]]")
         ("<think>a</think>b", DEFAULT, "a", "b"),
         ("\n <think>\na\n</think>\n\nb\n", DEFAULT, "\na\n", "\n\nb\n"),
         ("<think></think>b", DEFAULT, "", "b"),
-        ("a</think>b", OPENED, "a", "b"),
-        ("</think>b", OPENED, "", "b"),
         ("only an answer", OPTIONAL, "", "only an answer"),
         ("<think>a</think>b", OPTIONAL, "a", "b"),
         ("[[a]]b <think>", OTHER_MARKERS, "a", "b <think>"),
@@ -49,9 +46,6 @@ def test_well_formed_responses_are_cut_at_the_markers(
         ("<think>a</think>", DEFAULT, "no answer after </think>"),
         ("<think>a</think> \n\t", DEFAULT, "no answer after </think>"),
         ("<THINK>a</THINK>b", DEFAULT, "<think> is missing"),
-        ("<think>a</think>b", OPENED, "the prompt has opened it already"),
-        ("a", OPENED, "</think> is missing"),
-        ("a</think>b</think>c", OPENED, "</think> occurs 2 times"),
         ("<think>a", OPTIONAL, "</think> is missing"),
         ("a</think>b", OPTIONAL, "<think> is missing"),
         (" ", OPTIONAL, "empty"),

@@ -156,8 +156,34 @@ def test_bombs_end_at_the_limit_and_their_neighbours_are_graded() -> None:
     assert {grade.outcome for grade in grades[1::2]} == {"correct"}
     # Some are seen through without computing them; what must not happen is "correct".
     assert {grade.outcome for grade in grades[0:-2:2]} <= {"ungraded", "wrong"}
-    assert grades[0].outcome == "ungraded"
-    assert "no verdict within 0.6 s" in grades[0].reason
+    assert grades[0].outcome == "wrong"
+    assert "the answer took more than 0.6 s of CPU time" in grades[0].reason
+
+
+@pytest.mark.parametrize("answer", ["5", "6", r"8^{9^9}"])
+def test_a_reference_that_is_a_bomb_is_to_blame_for_any_answer(answer: str) -> None:
+    with MathGraderPool(workers=1, timeout_seconds=0.6) as pool:
+        (grade,) = pool.grade_many([("a", boxed(answer), BOMBS[0])])
+    assert grade.outcome == "ungraded"
+    assert "the reference took more than 0.6 s of CPU time" in grade.reason
+
+
+def test_a_machine_that_is_slow_makes_no_answer_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stopped worker gets no CPU time: the limit counts that time, and the clock says nothing of an answer."""
+    monkeypatch.setattr(worker_handle, "WALL_CLOCK_FACTOR", 2.0)
+    with MathGraderPool(workers=1, timeout_seconds=1.0) as pool:
+        pool.grade_many([("warm-up", boxed("5"), "5")])
+        (pid,) = pool.worker_pids()
+        os.kill(pid, signal.SIGSTOP)
+        result = grade_in_thread(pool, [("a", boxed("1/2"), "0.5")])
+        time.sleep(1.5)
+        os.kill(pid, signal.SIGCONT)
+        assert [grade.outcome for grade in result()] == ["correct"]
+        os.kill(pid, signal.SIGSTOP)
+        (grade,) = pool.grade_many([("b", boxed("2"), "0.5")])
+        assert grade.outcome == "ungraded"
+        assert "no verdict within 2 s" in grade.reason
+        assert pool.grade_many([("c", boxed("1/2"), "0.5")])[0].outcome == "correct"
 
 
 def test_equal_questions_are_decided_once() -> None:
@@ -165,7 +191,7 @@ def test_equal_questions_are_decided_once() -> None:
         start = time.monotonic()
         grades = pool.grade_many([(str(i), f"<think>{i}</think>\\boxed{{{BOMBS[0]}}}", "5") for i in range(50)])
         assert time.monotonic() - start < 20.0
-    assert {grade.outcome for grade in grades} == {"ungraded"}
+    assert {grade.outcome for grade in grades} == {"wrong"}
 
 
 def test_a_worker_killed_while_grading_is_replaced_and_the_answer_graded() -> None:
@@ -222,7 +248,7 @@ CRASHING = (
         ('c.send_bytes(b\'[77, "correct", ""]\'); c.recv_bytes()', "answered another question"),
     ],
 )
-def test_an_answer_that_kills_every_worker_is_ungraded(
+def test_what_kills_every_worker_with_and_without_the_answer_is_ungraded(
     monkeypatch: pytest.MonkeyPatch, last_words: str, why: str
 ) -> None:
     monkeypatch.setattr(worker_handle, "_BOOT", CRASHING.format(last_words))
@@ -231,6 +257,19 @@ def test_an_answer_that_kills_every_worker_is_ungraded(
     assert grade.outcome == "ungraded"
     assert "died 2 times" in grade.reason
     assert why in grade.reason
+
+
+def test_an_answer_that_crashes_its_workers_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    words = "import os, signal; n = __import__('json').loads(q); " + (
+        "os.kill(os.getpid(), signal.SIGSEGV) if n[1] == '5' else None; c.send_bytes(b'[%d, \"wrong\", \"\"]' % n[0])"
+    )
+    boot = CRASHING.replace("c.recv_bytes(); {}", "q = c.recv_bytes(); {}; c.recv_bytes()")
+    monkeypatch.setattr(worker_handle, "_BOOT", boot.format(words))
+    with MathGraderPool(workers=1) as pool:
+        (grade,) = pool.grade_many([("a", boxed("5"), "5")])
+    assert (grade.outcome, grade.reason) == (
+        "wrong", "the answer ended its worker, which died 2 times (exit status -11)"
+    )  # fmt: skip
 
 
 def test_workers_that_cannot_start_raise_and_may_recover(monkeypatch: pytest.MonkeyPatch) -> None:

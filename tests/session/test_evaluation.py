@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from megatron_klear import parallel
 from megatron_klear.config import EvaluationSettings, ParallelSettings
+from megatron_klear.observe.metrics import MetricsWriter, read_metrics
 from megatron_klear.session import evaluation
 from megatron_klear.session.rollouts import Accuracy
 
@@ -23,53 +24,88 @@ def context():
     assert not dist.is_initialized()
 
 
+class Engines:
+    """Stands in for `Rollouts`: notes what is evaluated, and when the trainer gets its memory back."""
+
+    def __init__(self):
+        self.evaluated, self.handed, self.count = [], [], 4
+        self.engine = SimpleNamespace(policy_version=-1)
+
+    def publish(self, version):
+        self.engine.policy_version = version
+
+    def evaluate(self, prompts, settings, *, step):
+        self.evaluated.append(step)
+        return Accuracy(mean=0.25 if self.count else math.nan, stderr=0.0, count=self.count, groups=())
+
+    def hand_to_trainer(self):
+        self.handed.append(len(self.evaluated))
+
+    def examples(self, groups, step):
+        return []
+
+    def __exit__(self, *_):
+        pass
+
+
 @pytest.fixture
-def evaluated(tmp_path, context, monkeypatch):
+def engines(monkeypatch):
+    found = Engines()
+    monkeypatch.setattr(evaluation, "Rollouts", lambda session: found)
+    return found
+
+
+def session_of(root, context, settings: EvaluationSettings, *, step: int, was_done: bool = False):
+    return SimpleNamespace(
+        entry="sft",
+        step=step,
+        was_done=was_done,
+        root=root,
+        context=context,
+        settings=SimpleNamespace(
+            evaluation=settings, generates=lambda entry: entry == "rl", needs_engine=lambda entry: True
+        ),
+        set_aside_phases=contextlib.nullcontext,
+        metrics=MetricsWriter(root, tensorboard=False, resume_step=step or None),
+        progress=SimpleNamespace(update=lambda _: None, note=lambda _: None),
+        keep_examples=lambda *_: None,
+    )
+
+
+@pytest.fixture
+def evaluated(tmp_path, context, engines):
     """Ends a run at a step; returns how often that evaluated."""
-    calls, handed = [], []
 
     def end(step: int, *, was_done: bool, count: int = 4) -> int:
-        before = len(calls)
-
-        class Rollouts:
-            engine = SimpleNamespace(policy_version=step)
-
-            def __init__(self, session):
-                pass
-
-            def publish(self, version):
-                pass
-
-            def evaluate(self, prompts, settings, *, step):
-                calls.append(step)
-                mean = 0.25 if count else math.nan
-                return Accuracy(mean=mean, stderr=0.0, count=count, groups=())
-
-            def hand_to_trainer(self):
-                handed.append(len(calls))
-
-            def examples(self, groups, step):
-                return []
-
-        monkeypatch.setattr(evaluation, "Rollouts", Rollouts)
-        session = SimpleNamespace(
-            entry="sft",
-            step=step,
-            was_done=was_done,
-            root=tmp_path,
-            context=context,
-            settings=SimpleNamespace(evaluation=EvaluationSettings()),
-            set_aside_phases=contextlib.nullcontext,
-            metrics=SimpleNamespace(log=lambda *_: None),
-            progress=SimpleNamespace(update=lambda _: None, note=lambda _: None),
-            keep_examples=lambda *_: None,
-        )
+        before, engines.count = len(engines.evaluated), count
+        session = session_of(tmp_path, context, EvaluationSettings(), step=step, was_done=was_done)
         evaluation.Evaluation(session, SimpleNamespace(prompts=())).at_end()
+        session.metrics.close()
         # Fine-tuning goes on after an evaluation, and wants back what the engines have of its memory.
-        assert handed == list(range(1, len(calls) + 1))
-        return len(calls) - before
+        assert engines.handed == list(range(1, len(engines.evaluated) + 1))
+        return len(engines.evaluated) - before
 
     return end
+
+
+@pytest.fixture
+def due(tmp_path, context, engines):
+    """Runs so many steps; returns the steps that were evaluated."""
+
+    def run(settings: EvaluationSettings, *, steps: int) -> list[int]:
+        session = session_of(tmp_path, context, settings, step=0)
+        session.total_steps = steps
+        with evaluation.Evaluation(session, SimpleNamespace(prompts=())) as made:
+            made.at_start()
+            for step in range(1, steps + 1):
+                made.when_due(step)
+                session.step = step
+            made.at_end()
+        session.metrics.close()
+        assert [step for step, _ in rows(tmp_path)] == engines.evaluated
+        return engines.evaluated
+
+    return run
 
 
 def told(tmp_path) -> dict:
@@ -82,10 +118,44 @@ def test_a_finished_run_is_evaluated_once(evaluated, tmp_path):
     assert evaluated(4, was_done=True) == 0
 
 
-def test_a_run_killed_after_its_last_save_is_evaluated_when_started_again(evaluated, tmp_path):
-    assert evaluated(4, was_done=True) == 1
-    (tmp_path / "result.json").write_text("{")  # as a kill may leave it on a bad disk
-    assert evaluated(4, was_done=True) == 1
+def rows(tmp_path) -> list[tuple[int, float]]:
+    return [(row["step"], row["accuracy/heldout"]) for row in read_metrics(tmp_path) if row["phase"] == "eval"]
+
+
+@pytest.mark.parametrize("left", [None, "{"])  # as a kill may leave it on a bad disk
+@pytest.mark.parametrize("count", [4, 0])
+def test_a_run_killed_after_its_last_save_is_evaluated_and_logged_once(evaluated, tmp_path, left, count):
+    assert evaluated(4, was_done=True, count=count) == 1
+    before = told(tmp_path)
+    (tmp_path / "result.json").unlink()
+    if left is not None:
+        (tmp_path / "result.json").write_text(left)
+    # Killed between the log and result.json: the figures are there, and are not worked out again.
+    assert evaluated(4, was_done=True, count=count) == 0
+    assert told(tmp_path) == before
+    assert [step for step, _ in rows(tmp_path)] == [4]
+    # Killed before the log: nothing is there.
+    (tmp_path / "result.json").unlink()
+    (tmp_path / "metrics.jsonl").unlink()
+    assert evaluated(4, was_done=True, count=count) == 1
+    assert told(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("every", "at_end", "expected"),
+    [(2, True, [0, 2, 4]), (2, False, [0, 2, 4]), (3, False, [0, 3]), (3, True, [0, 3, 4]), (0, True, [4]),
+     (0, False, []), (9, False, [0])],
+)  # fmt: skip
+def test_an_evaluation_is_made_every_so_many_steps_the_last_one_included(due, every, at_end, expected):
+    assert due(EvaluationSettings(every_steps=every, at_end=at_end), steps=4) == expected
+
+
+def test_an_evaluation_that_a_stop_came_before_is_made_by_the_next_life(tmp_path, context, engines):
+    for step in (3, 4, 4):  # the third life finds it in the log
+        session = session_of(tmp_path, context, EvaluationSettings(every_steps=2), step=step)
+        evaluation.Evaluation(session, SimpleNamespace(prompts=())).at_start()
+        session.metrics.close()
+    assert engines.evaluated == [4]
 
 
 def test_the_result_of_fewer_steps_does_not_stand_for_more(evaluated, tmp_path):
@@ -96,4 +166,5 @@ def test_the_result_of_fewer_steps_does_not_stand_for_more(evaluated, tmp_path):
 
 def test_no_graded_answer_is_no_accuracy(evaluated, tmp_path):
     assert evaluated(4, was_done=False, count=0) == 1
+    assert math.isnan(rows(tmp_path)[0][1])
     assert told(tmp_path)["accuracy"] is None

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from megatron_klear.config.serving import SglangSettings
@@ -18,10 +19,13 @@ from megatron_klear.rollout.sglang import FleetPlace, ServerFleet
 from megatron_klear.session.fleets import MachineFleets, require_reachable
 
 SERVER = """#!/bin/sh
-# As python in SGLang's environment: answers /model_info on the host and port that it is given.
-while [ $# -gt 0 ]; do case $1 in --host) host=$2;; --port) port=$2;; esac; shift; done
+# As python in SGLang's environment: answers /model_info and /v1/models on the host and port that it is given.
+while [ $# -gt 0 ]; do
+    case $1 in --host) host=$2;; --port) port=$2;; --served-model-name) name=$2;; esac; shift
+done
 [ -e "$BROKEN" ] && [ "$host" = 127.0.0.2 ] && { echo "no kernels on $host"; exit 3; }
-mkdir -p "$PAGES" && touch "$PAGES/model_info" && cd "$PAGES" || exit
+mkdir -p "$PAGES/$port/v1" && cd "$PAGES/$port" && touch model_info || exit
+echo '{"data": [{"id": "'"$name"'"}]}' >v1/models
 exec $PAGER_PYTHON -m http.server --bind "$host" "$port"
 """
 
@@ -59,11 +63,11 @@ def start(
         monkeypatch.setenv(name, str(value))
     made: list[MachineFleets] = []
 
-    def make() -> tuple[MachineFleets, MachineFleets]:
+    def make(second: str = "127.0.0.2") -> tuple[MachineFleets, MachineFleets]:
         launch: Any = Launch()
         for machine in range(2):
             launch.making = machine
-            place = FleetPlace(first_number=2 * machine, address=f"127.0.0.{machine + 1}")
+            place = FleetPlace(first_number=2 * machine, address=second if machine else "127.0.0.1")
 
             def fleet(place: FleetPlace = place) -> ServerFleet:
                 settings = SglangSettings(venv=str(tmp_path), servers=2, start_seconds=60.0)
@@ -111,6 +115,14 @@ def test_they_are_numbered_machine_by_machine_and_one_is_replaced_where_it_was(
         first.start(2)
 
 
+def test_servers_of_a_machine_that_has_an_ipv6_address_only(start: Callable[..., Any]) -> None:
+    first, _ = start("::1")
+    urls = first.start_all(lambda: None)
+    assert [url.rpartition(":")[0] for url in urls] == ["http://127.0.0.1"] * 2 + ["http://[::1]"] * 2
+    assert all(answers(url) for url in urls)
+    assert first.url(2) != first.url(3)
+
+
 def test_a_machine_that_cannot_start_its_servers_ends_the_start_elsewhere_and_says_why(
     start: Callable[[], tuple[MachineFleets, MachineFleets]], tmp_path: Path
 ) -> None:
@@ -120,6 +132,46 @@ def test_a_machine_that_cannot_start_its_servers_ends_the_start_elsewhere_and_sa
         first.start_all(lambda: None)
     assert first._fleet is not None
     assert not any(first._fleet.is_alive(index) for index in range(2))
+
+
+def test_a_run_that_may_begin_with_fewer_is_told_which_servers_failed(
+    start: Callable[[], tuple[MachineFleets, MachineFleets]], tmp_path: Path
+) -> None:
+    (tmp_path / "broken").touch()
+    first, _ = start()
+    urls = first.start_all(lambda: None, 2)
+    assert [answers(url) for url in urls] == [True, True, False, False]
+    assert set(first.failed) == {2, 3}
+    assert all("no kernels on 127.0.0.2" in problem for problem in first.failed.values())
+    (tmp_path / "broken").unlink()  # whoever restarts them finds them where they were
+    first.start(3)
+    first.wait_ready(3, lambda: None)
+    assert answers(first.url(3))
+    (tmp_path / "broken").touch()
+    again, _ = start()
+    with pytest.raises(
+        RolloutError,
+        match=r"(?s)2 of 4 servers started, and scheduling.min_engines is 3:.*server 2 on.*server 3 on.*no kernels",
+    ):
+        again.start_all(lambda: None, 3)
+    assert again._fleet is not None
+    assert not any(again._fleet.is_alive(index) for index in range(2))
+
+
+def test_a_server_that_ends_when_it_was_ready_is_named_with_its_log(
+    start: Callable[[], tuple[MachineFleets, MachineFleets]], tmp_path: Path
+) -> None:
+    first, second = start()
+    first.start_all(lambda: None)
+    waits: list[int] = []
+    first.require_running(0.5, lambda: waits.append(1))
+    assert waits, "the other ranks must be told meanwhile"
+    assert second._fleet is not None
+    [page] = psutil.Process(second._fleet.pid(1)).children()
+    killing = threading.Timer(0.5, page.kill)
+    killing.start()
+    with pytest.raises(RolloutError, match=r"(?s)server 3 on 127.0.0.2 ended with status 137 as soon as it was ready"):
+        first.require_running(30.0, lambda: None)
 
 
 def test_a_start_is_given_up_while_it_waits(start: Callable[[], tuple[MachineFleets, MachineFleets]]) -> None:

@@ -6,15 +6,18 @@ import json
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 import pytest
 
 from megatron_klear.config import CodeRewardSettings, RewardSettings, RunSettings, Settings, TokenizerSettings
-from megatron_klear.data import PromptData
+from megatron_klear.data import ChatTokenizer, PromptData, load_chat_tokenizer
 from megatron_klear.errors import ConfigError, DataError
-from megatron_klear.records import Prompt, ScoredGroup
+from megatron_klear.records import Prompt, Rollout, RolloutGroup, ScoredGroup
 from megatron_klear.reward import GradeRequest
-from megatron_klear.session.grading import Graders, require_gradable
+from megatron_klear.session.grading import Graders, grade_requests, require_gradable
+from tests.chat_tokenizers import OPENING_TEMPLATE, PLAIN_TEMPLATE, THINKING_TEMPLATE, write_tokenizer
 
 needs_bubblewrap = pytest.mark.skipif(shutil.which("bwrap") is None, reason="needs bubblewrap")
 
@@ -69,3 +72,52 @@ def test_a_machine_without_a_sandbox_is_refused_before_anything_starts(make_grou
         require_gradable(data(prompt), "data.prompts", broken)
     assert caught.value.problems[0].startswith("code_reward.python: /nonexistent")
     require_gradable(data(prompt), "data.prompts", settings(code_reward=CodeRewardSettings(sandbox="rlimits")))
+
+
+def responses(chat: ChatTokenizer, *texts: str) -> RolloutGroup:
+    """What a model wrote: its tokens alone, with the end of its turn."""
+    asked = chat.encode_prompt([{"role": "user", "content": "2 + 5?"}])
+    return RolloutGroup(
+        prompt=Prompt(prompt_id="p", domain="math", token_ids=asked, reference="7"),
+        rollouts=tuple(
+            Rollout(
+                response_ids=np.array([*chat.encode(text), chat.end_of_turn_id]),
+                rollout_logprobs=np.zeros(len(chat.encode(text)) + 1, dtype=np.float32),
+                finish_reason="stop",
+                policy_versions=((0, len(chat.encode(text)) + 1),),
+            )
+            for text in texts
+        ),
+    )
+
+
+INSIDE = ("so it is.\n</think>\n\n\\boxed{7}", "so it is.\n</think>\n\n\\boxed{8}")
+"""Right and wrong, of a model that begins inside its thinking."""
+
+
+@pytest.mark.parametrize("require_think", [True, False])
+@pytest.mark.parametrize(
+    ("template", "written", "outcomes"),
+    [
+        (OPENING_TEMPLATE, INSIDE, ["correct", "wrong"]),
+        # Opened again, never closed; and answered without a word of thinking, which the open tag makes part of it.
+        (OPENING_TEMPLATE, ("<think>\n" + INSIDE[0], "so \\boxed{7}", "\\boxed{7}"), ["malformed"] * 3),
+        (THINKING_TEMPLATE, tuple("<think>\n" + text for text in INSIDE), ["correct", "wrong"]),
+        (THINKING_TEMPLATE, (*INSIDE, "<think>\nso \\boxed{7}"), ["malformed"] * 3),
+        (PLAIN_TEMPLATE, tuple("<think>\n" + text for text in INSIDE), ["correct", "wrong"]),
+    ],
+)
+def test_responses_are_graded_with_what_the_chat_template_opens_for_them(
+    tmp_path: Path, template: str, written: tuple[str, ...], outcomes: list[str], require_think: bool
+) -> None:
+    chat = load_chat_tokenizer(write_tokenizer(tmp_path / "tokenizer", template))
+    reward = RewardSettings(workers=1, timeout_seconds=20.0, malformed=-2.0, require_think=require_think)
+    run = Settings(run=RunSettings(dir="r"), tokenizer=TokenizerSettings(dir="t"), reward=reward)
+    graders = Graders(run)
+    grades = graders.grade_many(grade_requests(chat, [responses(chat, *written)]))
+    if not (require_think or template == OPENING_TEMPLATE):
+        untagged = graders.grade_many(grade_requests(chat, [responses(chat, "\\boxed{7}")]))
+        assert [grade.outcome for grade in untagged] == ["correct"]
+    graders.close()
+    worth = {"correct": 1.0, "wrong": -1.0, "malformed": -2.0}
+    assert [(grade.outcome, grade.reward) for grade in grades] == [(outcome, worth[outcome]) for outcome in outcomes]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import concurrent.futures
 import json
+import threading
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -102,7 +104,9 @@ class Colocated:
         first_rank = FirstRank(context, silence_seconds=5.0)
         self.group = EngineGroup([scene], 5.0)
         self.ended: list[str] = []
-        self.engines = EngineMemory(self.group, lambda caller: self.ended.append(caller.name), first_rank.alive)
+        self.group.on_lost = lambda caller: self.ended.append(caller.name)
+        self.stopping = False
+        self.engines = EngineMemory(self.group, first_rank.alive, lambda: self.stopping)
         self.handover = Handover(self.session, first_rank, scene.read)
         self.handover._is_gpu = True  # as far as measuring goes: without CUDA engines give nothing back
         self.handover.make_room()
@@ -218,6 +222,53 @@ def test_an_engine_that_gives_no_answer_is_ended_for_its_memory(
     assert colocated.ended == ["engine 0"]
     with colocated.engines.turn.starting(lambda: pytest.fail("it is the engines' turn: a server may start")):
         pass
+
+
+def test_an_engine_that_its_restart_has_taken_out_is_not_ended(
+    scene: Scene, context: ParallelContext, tmp_path: Path
+) -> None:
+    """It was ended before; what is ended now would be the server that starts in its place."""
+    colocated = Colocated(scene, context, tmp_path)
+    colocated.publish()
+    colocated.group.least = 0
+
+    def restarting(path: str, body: Mapping[str, Any], *, timeout_seconds: float) -> Any:
+        colocated.group.leave(scene)
+        scene.answers = {path: [KlearError("engine 0: no connection")]}
+        return Scene.start(scene, path, body, timeout_seconds=timeout_seconds)
+
+    scene.start = restarting  # type: ignore[method-assign]
+    colocated.engines.go_on()
+    assert colocated.group.callers == ()
+    assert colocated.ended == []
+
+
+def test_a_run_that_is_stopping_saves_without_waiting_for_a_server_that_starts(
+    scene: Scene, context: ParallelContext, tmp_path: Path
+) -> None:
+    colocated = Colocated(scene, context, tmp_path)
+    colocated.publish()
+    turn, started, given_up = colocated.engines.turn, threading.Event(), threading.Event()
+
+    def start() -> None:
+        with turn.starting(lambda: None):
+            started.set()
+            while not (turn.is_urgent or given_up.is_set()):
+                time.sleep(0.01)
+
+    starting = threading.Thread(target=start)
+    starting.start()
+    assert started.wait(10.0)
+    threading.Timer(0.5, lambda: setattr(colocated, "stopping", True)).start()
+    fallback = threading.Timer(20.0, given_up.set)
+    fallback.start()
+    began = time.monotonic()
+    with colocated.session.around_save():
+        assert "optimizer" in scene.trainer
+        assert 0.4 < time.monotonic() - began < 10.0, "it waits until it is asked to stop, and no longer"
+    fallback.cancel()
+    given_up.set()
+    starting.join(10.0)
 
 
 def test_memory_is_asked_for_when_nothing_computes_any_more(

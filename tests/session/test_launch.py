@@ -15,7 +15,7 @@ from megatron_klear.session import launch
 def status(tmp_path, monkeypatch, capsys):
     """Exit status of an entry whose body raises, and what this rank printed."""
     settings = Settings(run=RunSettings(dir=str(tmp_path)), tokenizer=TokenizerSettings(dir="tokenizer"))
-    monkeypatch.setattr(launch, "parse_command_line", lambda argv, entry: settings)
+    monkeypatch.setattr(launch, "parse_command_line", lambda argv, entry, more_outlook: settings)
     monkeypatch.setattr(launch, "StopRequest", object)  # it would take the signals of the test run
 
     def call(error: BaseException | None, rank: int = 0, local_rank: int = 0) -> tuple[int, str]:

@@ -6,23 +6,36 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
 
 from megatron_klear import parallel
 from megatron_klear.config import (
     ModelSettings,
     ParallelSettings,
+    RewardSettings,
     RlSettings,
     RolloutSettings,
     RunSettings,
+    SchedulingSettings,
     Settings,
     TokenizerSettings,
 )
-from megatron_klear.records import ParallelContext, Prompt, ScoredGroup
+from megatron_klear.data import DataCursor
+from megatron_klear.records import Grade, ParallelContext, Prompt, RolloutGroup, ScoredGroup
 from megatron_klear.rollout.ledger import LEDGER_FILE, Ledger, LedgerReader
+from megatron_klear.rollout.ledger.terms import enforce
 from megatron_klear.session.ledger import RunLedger
+from megatron_klear.session.terms import run_terms
 
+
+def chat(stop_ids: tuple[int, ...] = (7,), opening: str = "") -> Any:
+    return SimpleNamespace(stop_ids=stop_ids, opening=opening)
+
+
+CHAT = chat()
 STEP = 3
 """The step to train; its responses must be sampled by weights of version 2."""
 
@@ -53,6 +66,28 @@ class Data:
         return len(self.prompts)
 
 
+def settings_of(root: Path, **changed: Any) -> Settings:
+    (root / "tokenizer").mkdir(exist_ok=True)
+    (root / "tokenizer" / "tokenizer.json").write_text("{}")
+    sections = {
+        "run": RunSettings(dir=str(root)),
+        "tokenizer": TokenizerSettings(dir=str(root / "tokenizer")),
+        "model": ModelSettings(preset="qwen3-tiny"),
+        "rl": RlSettings(prompts_per_step=4, minibatch_prompts=4),
+        "rollout": RolloutSettings(responses_per_prompt=2),
+    }
+    return Settings(**{**sections, **changed})
+
+
+def leave_graded(ledger: Ledger, group: ScoredGroup, versions: tuple[tuple[int, int], ...]) -> None:
+    """Two responses with log-probabilities that tell them from those that are drawn anew."""
+    [group_id] = ledger.reserve([(0, group.group.prompt)], num_responses=2)
+    for index, rollout in enumerate(group.group.rollouts):
+        logprobs = rollout.rollout_logprobs - 1.0
+        ledger.save_response(group_id, index, replace(rollout, policy_versions=versions, rollout_logprobs=logprobs))
+    ledger.save_grades(group_id, group.grades)
+
+
 def test_only_responses_of_the_weights_before_the_step_are_recalled(
     context: ParallelContext, make_group: Callable[..., ScoredGroup], tmp_path: Path
 ) -> None:
@@ -63,22 +98,19 @@ def test_only_responses_of_the_weights_before_the_step_are_recalled(
         )
         for name, g in groups.items()
     }
+    settings = settings_of(tmp_path)
     with Ledger(tmp_path / LEDGER_FILE) as ledger:
+        enforce(ledger, run_terms(settings, CHAT), step=0, num_responses=2)
         for name, versions in FOUND.items():
-            [group_id] = ledger.reserve([(0, groups[name].group.prompt)], num_responses=2)
-            for index, rollout in enumerate(groups[name].group.rollouts):
-                logprobs = rollout.rollout_logprobs - 1.0  # so that what is drawn anew can be told from it
-                kept = replace(rollout, policy_versions=versions, rollout_logprobs=logprobs)
-                ledger.save_response(group_id, index, kept)
-            ledger.save_grades(group_id, groups[name].grades)
-    settings = Settings(
-        run=RunSettings(dir=str(tmp_path)),
-        tokenizer=TokenizerSettings(dir="tokenizer"),
-        model=ModelSettings(preset="qwen3-tiny"),
-        rl=RlSettings(prompts_per_step=4, minibatch_prompts=4),
-        rollout=RolloutSettings(responses_per_prompt=2),
+            leave_graded(ledger, groups[name], versions)
+    session = SimpleNamespace(
+        chat=CHAT,
+        settings=settings,
+        context=context,
+        root=tmp_path,
+        resumed=None,
+        step=STEP - 1,
     )
-    session = SimpleNamespace(settings=settings, context=context, root=tmp_path, resumed=None, step=STEP - 1)
     prompts = Data([group.group.prompt for group in groups.values()])
     drawn: list[str] = []
 
@@ -88,7 +120,7 @@ def test_only_responses_of_the_weights_before_the_step_are_recalled(
         return missing
 
     rollouts = SimpleNamespace(generate=generate, score=lambda missing, mine: [fresh[p.prompt_id] for p in mine])
-    cursor = SimpleNamespace(rows_taken=0, next_batch=lambda: range(4))
+    cursor = DataCursor(4, 4, seed=0, shuffle=False)
     with RunLedger(session, prompts) as source:  # type: ignore[arg-type]
         step = source.groups(STEP, cursor, rollouts)  # type: ignore[arg-type]
     assert drawn == ["older", "continued", "missing"]
@@ -101,3 +133,120 @@ def test_only_responses_of_the_weights_before_the_step_are_recalled(
     with LedgerReader(tmp_path / LEDGER_FILE) as reader:
         assert {group.oldest_version for group in reader.groups_of_step(STEP)} == {STEP - 1}
         assert [event for _, event, *_ in reader.events()].count("drawn again") == 2
+
+
+@pytest.mark.parametrize(
+    ("changed", "drawn", "graded", "said"),
+    [
+        ({"rollout": RolloutSettings(responses_per_prompt=2, temperature=0.6)}, 2, 0,
+         "2 are drawn anew, 0 are graded anew (rollout.temperature: 1.0 -> 0.6)"),
+        ({"rollout": RolloutSettings(responses_per_prompt=2, stop_tokens=("</answer>",), max_response_tokens=9)}, 2, 0,
+         '(rollout.max_response_tokens: 30720 -> 9, rollout.stop_tokens: [] -> ["</answer>"])'),
+        ({"reward": RewardSettings(wrong=-0.5, workers=9)}, 0, 2,
+         "0 are drawn anew, 2 are graded anew (reward.wrong: -1.0 -> -0.5)"),
+        ({"chat": chat(opening="<think>\n")}, 0, 2,
+         '0 are drawn anew, 2 are graded anew (responses begin with: null -> "<think>\\n")'),
+        ({"reward": RewardSettings(workers=9)}, 0, 0, ""),
+        ({"rollout": RolloutSettings(responses_per_prompt=2, batch_responses=3)}, 0, 0, ""),
+    ],
+)  # fmt: skip
+def test_a_step_has_responses_and_grades_of_one_set_of_settings(
+    context: ParallelContext,
+    make_group: Callable[..., ScoredGroup],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    changed: dict[str, Any],
+    drawn: int,
+    graded: int,
+    said: str,
+) -> None:
+    """What a life left graded for a step, recalled by one with other settings."""
+    groups = {name: make_group(name, [1, -1], lengths=[4, 4]) for name in ("one", "two")}
+    with Ledger(tmp_path / LEDGER_FILE) as ledger:
+        enforce(ledger, run_terms(settings_of(tmp_path), CHAT), step=0, num_responses=2)
+        for group in groups.values():
+            leave_graded(ledger, group, ((STEP - 1, 4),))
+    session = SimpleNamespace(
+        chat=changed.pop("chat", CHAT),
+        settings=settings_of(tmp_path, rl=RlSettings(prompts_per_step=2, minibatch_prompts=2), **changed),
+        context=context,
+        root=tmp_path,
+        resumed=None,
+        step=STEP - 1,
+    )
+    prompts = Data([group.group.prompt for group in groups.values()])
+    cursor = DataCursor(2, 2, seed=0, shuffle=False)
+    calls = {"drawn": 0, "graded": 0}
+
+    def score(missing: list[Prompt], mine: object) -> list[ScoredGroup]:
+        calls["drawn"] += len(missing)
+        versions = ((STEP - 1, 4),)
+        return [
+            replace(g, group=replace(
+                g.group, rollouts=tuple(replace(r, policy_versions=versions) for r in g.group.rollouts)
+            ))
+            for g in (groups[p.prompt_id] for p in missing)
+        ]  # fmt: skip
+
+    def score_stored(stored: list[RolloutGroup]) -> list[ScoredGroup]:
+        calls["graded"] += len(stored)
+        return [replace(groups[g.prompt.prompt_id], group=g, rewards=np.array([1.0, -0.5], np.float32),
+                        grades=(Grade(outcome="correct", reward=1.0), Grade(outcome="wrong", reward=-0.5)))
+                for g in stored]  # fmt: skip
+
+    rollouts = SimpleNamespace(generate=lambda missing, *, step: missing, score=score, score_stored=score_stored)
+    with caplog.at_level("WARNING"), RunLedger(session, prompts) as source:  # type: ignore[arg-type]
+        step = source.groups(STEP, cursor, rollouts)  # type: ignore[arg-type]
+    assert calls == {"drawn": drawn, "graded": graded}
+    assert [record.getMessage() for record in caplog.records if said and said in record.getMessage()] == [
+        record.getMessage() for record in caplog.records
+    ]
+    assert len(caplog.records) == bool(said)
+    for group in step:
+        before = groups[group.group.prompt.prompt_id].group.rollouts[1].rollout_logprobs
+        kept = before if drawn else before - 1.0
+        assert group.group.rollouts[1].rollout_logprobs.tobytes() == kept.tobytes()
+    with LedgerReader(tmp_path / LEDGER_FILE) as reader:
+        rewards = [[g.grades[i].reward for i in range(2)] for g in reader.groups_of_step(STEP)]
+    assert rewards == [[1.0, -0.5 if graded else -1.0]] * 2
+
+
+def test_what_servers_had_promised_to_a_step_by_completion_is_free_for_any_again(
+    context: ParallelContext, make_group: Callable[..., ScoredGroup], tmp_path: Path
+) -> None:
+    """The killed life trained the third and fourth prompt first; here the order of the data says which are a step's."""
+    groups = [make_group(name, [1, -1], lengths=[4, 4]) for name in ("one", "two", "three", "four")]
+    settings = settings_of(
+        tmp_path,
+        rl=RlSettings(prompts_per_step=2, minibatch_prompts=2),
+        scheduling=SchedulingSettings(order="completion"),
+    )
+    session = SimpleNamespace(chat=CHAT, settings=settings, context=context, root=tmp_path, resumed=None, step=0)
+    prompts = Data([group.group.prompt for group in groups])
+    cursor = DataCursor(4, 2, seed=0, shuffle=False)
+    rollouts = SimpleNamespace()  # all is there already
+    with RunLedger(session, prompts):  # type: ignore[arg-type]
+        pass
+    with Ledger(tmp_path / LEDGER_FILE) as ledger:
+        for group in groups:
+            leave_graded(ledger, group, ((0, 4),))
+        ledger.commit(1, [3, 4])
+        ledger.trained(1)
+    with RunLedger(session, prompts) as source:  # type: ignore[arg-type]
+        step = source.groups(1, cursor, rollouts)  # type: ignore[arg-type]
+        source.trained(1)
+    assert [group.group.prompt.prompt_id for group in step] == ["one", "two"]
+    with LedgerReader(tmp_path / LEDGER_FILE) as reader:
+        assert [group.group_id for group in reader.groups_of_step(1)] == [1, 2]
+        assert reader.states() == {"trained": 2, "graded": 2}
+
+
+def test_another_tokenizer_counts_by_what_it_holds(tmp_path: Path) -> None:
+    first = run_terms(settings_of(tmp_path), CHAT)
+    (tmp_path / "moved").mkdir()
+    moved = settings_of(tmp_path / "moved")
+    assert run_terms(moved, CHAT) == first
+    assert run_terms(moved, chat((7, 9))).sampling != first.sampling, "the model's directory ends responses, too"
+    (tmp_path / "moved" / "tokenizer" / "chat_template.jinja").write_text("other")
+    assert run_terms(moved, CHAT).sampling != first.sampling
+    assert run_terms(moved, CHAT).grading == first.grading

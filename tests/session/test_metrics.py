@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from megatron_klear.records import Grade, Prompt, Rollout, RolloutGroup, ScoredGroup
-from megatron_klear.session.metrics import rollout_metrics
+from megatron_klear.session.metrics import rollout_metrics, since
 
 
 def scored(name: str, *answers: tuple[str, float, int]) -> ScoredGroup:
@@ -52,3 +52,10 @@ def test_graders_that_fail_do_not_look_like_wrong_answers():
     values = rollout_metrics([scored("a", ("ungraded", 0.0, 4), ("ungraded", 0.0, 4))], [])
     assert values["grades/ungraded"] == 2
     assert not {"reward/mean", "reward/std", "accuracy/train"} & values.keys()
+
+
+def test_counts_of_a_manager_are_told_by_step_and_its_engines_as_they_are():
+    before = {"requests/failed": 3.0, "engines/lost": 1.0, "engines/serving": 4.0}
+    assert since({}, before) == before
+    now = {"requests/failed": 5.0, "engines/lost": 1.0, "engines/serving": 3.0}
+    assert since(before, now) == {"requests/failed": 2.0, "engines/lost": 0.0, "engines/serving": 3.0}

@@ -59,9 +59,9 @@ def trainer(**differences: list[float]) -> dict[str, np.ndarray]:
     return found
 
 
-def compare(old, *, attested: bool = True, **settings):
+def compare(old, *, proof: str = "checksum", **settings):
     session = SimpleNamespace(settings=SimpleNamespace(correction=CorrectionSettings(**settings)), step=PUBLISHED)
-    return off_policy(session, GROUPS, old, published=PUBLISHED, attested=attested)
+    return off_policy(session, GROUPS, old, published=PUBLISHED, proof=proof)
 
 
 def test_metrics_by_hand_over_response_tokens_alone():
@@ -102,8 +102,12 @@ def test_numerics_are_told_from_unknown_weights():
     assert "Cause: numerics" in told
     assert "tokens of version 7, the published one: 6, mean |difference| 1.5 nats" in told
     assert "tokens of older versions: 2, mean |difference| 0 nats" in told
-    with pytest.raises(MismatchError, match=r"stale weights, or numerics.*version 7.*checksums"):
-        compare(differing, attested=False)
+    with pytest.raises(MismatchError, match=r"numerics. The engine has the trainer's weights"):
+        compare(differing, proof="same tensors")
+    with pytest.raises(MismatchError, match=r"stale weights, or numerics.*version 7.*weight_sync.verify=checksum"):
+        compare(differing, proof="logprobs")
+    with pytest.raises(MismatchError, match=r"other weights, or numerics.*scheduling.replay_from.*version 7"):
+        compare(differing, proof="recorded")
 
 
 def test_staleness_is_told_by_version():

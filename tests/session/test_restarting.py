@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import gc
+import socket
 import threading
 import time
+import weakref
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from megatron_klear.errors import RolloutError, WeightSyncError
+from megatron_klear.rollout.manager import StartLimit
+from megatron_klear.session.others import ServersOfOthers
 from megatron_klear.session.restarting import EngineRestarts
 from megatron_klear.session.turn import Turn
 from megatron_klear.weight_sync import EngineGroup
@@ -20,6 +28,16 @@ from megatron_klear.weight_sync import EngineGroup
 class Caller:
     def __init__(self, name: str) -> None:
         self.name = name
+
+
+class Way:
+    """An endpoint."""
+
+    def __init__(self, stand_in: StandIn, index: int) -> None:
+        self.name, self._stand_in, self._index = stand_in.engines[index].endpoint.name, stand_in, index
+
+    async def close(self) -> None:
+        self._stand_in.done.append(f"close {self._stand_in.engines[self._index].endpoint.name}")
 
 
 class StandIn:
@@ -55,10 +73,7 @@ class StandIn:
         self.engines[index] = engine
 
     def another_endpoint(self, index: int) -> Any:
-        async def close() -> None:
-            self.done.append(f"close {self.engines[index].endpoint.name}")
-
-        return SimpleNamespace(name=self.engines[index].endpoint.name, close=close)
+        return Way(self, index)
 
 
 @pytest.fixture
@@ -73,6 +88,11 @@ def restarts_of(
     return EngineRestarts(stand_in, stand_in, group, bring_up, turn), group  # type: ignore[arg-type]
 
 
+async def restarted(restarts: EngineRestarts, endpoint: Any, why: str, seconds: float = 30.0) -> Any:
+    async with StartLimit(seconds) as limit:
+        return await restarts.restart(endpoint, why, limit)
+
+
 def test_it_joins_those_published_to_when_it_has_the_current_weights(stand_in: StandIn) -> None:
     seen = []
 
@@ -81,11 +101,11 @@ def test_it_joins_those_published_to_when_it_has_the_current_weights(stand_in: S
 
     restarts, group = restarts_of(stand_in, bring_up)
     endpoints = restarts.endpoints()
-    fresh = asyncio.run(restarts.restart(endpoints[1], "died"))
+    fresh = asyncio.run(restarted(restarts, endpoints[1], "died"))
     assert seen == [("new 1", ["old 0"])], "while it starts nothing may be published to it"
     assert [caller.name for caller in group.callers] == ["old 0", "new 1"]
     assert stand_in.done == ["stop 1", "start 1", "close new 1"]
-    again = asyncio.run(restarts.restart(fresh, "died again"))
+    again = asyncio.run(restarted(restarts, fresh, "died again"))
     assert again.name == "new 1"
     assert [caller.name for caller in group.callers] == ["old 0", "new 1"]
     restarts.close()
@@ -100,7 +120,7 @@ def test_it_waits_for_a_publish_and_a_publish_for_it(stand_in: StandIn) -> None:
 
     restarts, group = restarts_of(stand_in, bring_up)
     endpoint = restarts.endpoints()[0]
-    restarting = threading.Thread(target=lambda: asyncio.run(restarts.restart(endpoint, "died")))
+    restarting = threading.Thread(target=lambda: asyncio.run(restarted(restarts, endpoint, "died")))
     with restarts.publishing(lambda: None):
         restarting.start()
         assert not bringing.wait(0.5), "it must not load weights that are on their way out"
@@ -127,7 +147,7 @@ def test_on_gpus_that_are_shared_it_starts_in_the_engines_turn_which_lasts_until
     stand_in.ready.clear()
     restarts, group = restarts_of(stand_in, lambda engine, waiting: None, turn)
     endpoint = restarts.endpoints()[0]
-    restarting = threading.Thread(target=lambda: asyncio.run(restarts.restart(endpoint, "died")))
+    restarting = threading.Thread(target=lambda: asyncio.run(restarted(restarts, endpoint, "died")))
     restarting.start()
     try:
         while len(group.callers) == 2:
@@ -146,16 +166,80 @@ def test_on_gpus_that_are_shared_it_starts_in_the_engines_turn_which_lasts_until
         restarting.join(10.0)
 
 
+def test_a_start_is_given_up_and_its_memory_free_before_a_trainer_that_is_stopping_takes_its_turn(
+    stand_in: StandIn,
+) -> None:
+    turn = Turn()
+    turn.give()
+    stand_in.ready.clear()
+    restarts, group = restarts_of(stand_in, lambda engine, waiting: None, turn)
+    endpoint = restarts.endpoints()[0]
+    restarting = ThreadPoolExecutor(1).submit(asyncio.run, restarted(restarts, endpoint, "died"))
+    while "start 0" not in stand_in.done:
+        time.sleep(0.01)
+    began = time.monotonic()
+    turn.take(lambda: None, lambda: True)
+    assert time.monotonic() - began < 5.0, "a start may take half an hour"
+    assert stand_in.done == ["stop 0", "start 0", "stop 0"]
+    with pytest.raises(RolloutError, match="restart of server 0 was given up"):
+        restarting.result(10.0)
+    assert [caller.name for caller in group.callers] == ["old 1"]
+    restarts.close()
+
+
+@pytest.mark.parametrize("others", ["turn", "publish"])
+def test_only_the_servers_own_start_is_limited(stand_in: StandIn, others: str) -> None:
+    """The trainer's turn, or a publish, is three times as long as a start may take."""
+    turn = Turn() if others == "turn" else None
+    restarts, group = restarts_of(stand_in, lambda engine, waiting: None, turn)
+    endpoint = restarts.endpoints()[0]
+    with restarts.publishing(lambda: None) if turn is None else contextlib.nullcontext():
+        restarting = ThreadPoolExecutor(1).submit(asyncio.run, restarted(restarts, endpoint, "died", seconds=1.0))
+        time.sleep(3.0)
+        assert not restarting.done()
+    if turn is not None:
+        turn.give()
+    assert restarting.result(10.0).name == "new 0"
+    assert len(group.callers) == 2
+    stand_in.ready.clear()
+    with pytest.raises(TimeoutError):
+        asyncio.run(restarted(restarts, restarts.endpoints()[1], "died", seconds=0.5))
+    restarts.close()
+
+
 def test_a_server_that_cannot_be_proved_stays_out(stand_in: StandIn) -> None:
     def bring_up(engine: Any, waiting: Callable[[], None]) -> None:
         raise WeightSyncError("new 0: 1 differ: model.norm.weight")
 
     restarts, group = restarts_of(stand_in, bring_up)
     with pytest.raises(WeightSyncError, match="1 differ"):
-        asyncio.run(restarts.restart(restarts.endpoints()[0], "died"))
+        asyncio.run(restarted(restarts, restarts.endpoints()[0], "died"))
     assert [caller.name for caller in group.callers] == ["old 1"]
     with restarts.publishing(lambda: None):
         pass  # the failure left nothing locked
+    restarts.close()
+
+
+def test_one_that_comes_back_after_it_was_given_up_stays_out(stand_in: StandIn) -> None:
+    may_end = threading.Event()
+    restarts, group = restarts_of(stand_in, lambda engine, waiting: may_end.wait(10.0))  # type: ignore[arg-type,return-value]
+    with pytest.raises(TimeoutError):
+        asyncio.run(restarted(restarts, restarts.endpoints()[0], "died", seconds=0.5))
+    may_end.set()
+    with restarts.publishing(lambda: None):  # its end has been waited for
+        assert [caller.name for caller in group.callers] == ["old 1"]
+        assert stand_in.engines[0].endpoint.name == "old 0"
+    restarts.close()
+
+
+def test_an_endpoint_that_another_one_replaces_is_let_go(stand_in: StandIn) -> None:
+    restarts, _ = restarts_of(stand_in, lambda engine, waiting: None)
+    endpoint = restarts.endpoints()[0]
+    first = weakref.ref(endpoint)
+    for _ in range(3):
+        endpoint = asyncio.run(restarted(restarts, endpoint, "died"))
+    gc.collect()
+    assert first() is None
     restarts.close()
 
 
@@ -166,7 +250,7 @@ def test_a_restart_is_given_up_at_once(stand_in: StandIn, how: str) -> None:
     endpoint = restarts.endpoints()[0]
 
     async def restart() -> None:
-        work = asyncio.ensure_future(restarts.restart(endpoint, "died"))
+        work = asyncio.ensure_future(restarted(restarts, endpoint, "died"))
         await asyncio.sleep(0.2)
         if how == "cancelled":
             work.cancel()
@@ -181,3 +265,54 @@ def test_a_restart_is_given_up_at_once(stand_in: StandIn, how: str) -> None:
     assert time.monotonic() - began < 5.0
     stand_in.ready.set()
     assert stand_in.done == ["stop 0", "start 0"]
+
+
+def test_a_server_of_others_is_waited_for_and_taken_in_when_it_answers_at_its_url(stand_in: StandIn) -> None:
+    class Answers(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200 if self.path == "/model_info" else 404)
+            self.end_headers()
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    url = f"http://127.0.0.1:{port}"
+    brought_up: list[str] = []
+    group = EngineGroup([engine.caller for engine in stand_in.engines], 5.0)
+    others = ServersOfOthers([url, "http://127.0.0.1:1"])
+
+    def bring_up(engine: Any, waiting: Callable[[], None]) -> None:
+        brought_up.append(engine.endpoint.name)
+
+    restarts = EngineRestarts(others, stand_in, group, bring_up)  # type: ignore[arg-type]
+    endpoint = restarts.endpoints()[0]
+    absences: list[bool] = []
+
+    async def come_back() -> None:
+        async with StartLimit(0.4, absences.append) as limit:  # the absence does not count
+            await restarts.restart(endpoint, "no answer", limit)
+        assert limit.is_of_others
+
+    waiting = threading.Thread(target=lambda: asyncio.run(come_back()))
+    waiting.start()
+    time.sleep(1.0)
+    assert brought_up == []
+    assert absences == [True]
+    with restarts.publishing(lambda: None):
+        assert [caller.name for caller in group.callers] == ["old 1"], "a publish goes on without it"
+    server = ThreadingHTTPServer(("127.0.0.1", port), Answers)
+    serving = threading.Thread(target=server.serve_forever)
+    serving.start()
+    try:
+        waiting.join(30.0)
+        assert brought_up == ["new 0"]
+        assert [caller.name for caller in group.callers] == ["old 1", "new 0"]
+        assert absences == [True, False]
+    finally:
+        restarts.close()
+        server.shutdown()
+        serving.join()
+        server.server_close()

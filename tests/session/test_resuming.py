@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from megatron_klear.checkpoint import layout
-from megatron_klear.config import Settings, dump_settings
+from megatron_klear.config import SchedulingSettings, Settings, dump_settings
 from megatron_klear.config.schema import ModelSettings, OptimizerSettings, RunSettings, TokenizerSettings
 from megatron_klear.errors import ConfigError
 from megatron_klear.session.resuming import changes_at_resume
@@ -64,6 +64,28 @@ def test_the_newest_checkpoint_decides(tmp_path):
     write_checkpoint(tmp_path, 2, settings_of(tmp_path, run=RunSettings(dir=str(tmp_path), seed=7)))
     write_checkpoint(tmp_path, 4, settings_of(tmp_path))
     assert changes_at_resume(settings_of(tmp_path), "sft") == []
+
+
+@pytest.mark.parametrize("left", ["ledger", "checkpoint", "checkpoint and ledger"])
+def test_a_run_with_a_ledger_of_its_own_replays_no_other(tmp_path, left):
+    replay = settings_of(tmp_path, scheduling=SchedulingSettings(replay_from="elsewhere"))
+    if "checkpoint" in left:
+        position = {"ledger_id": "x", "step": 4, "last_group": 9, "in_flight": [[9, 0, "p"]]}
+        write_checkpoint(tmp_path, 4, settings_of(tmp_path), entry="rl", ledger=position)
+    if "ledger" in left:
+        (tmp_path / "ledger.sqlite").touch()
+    with pytest.raises(
+        ConfigError, match=r"scheduling\.replay_from: .* a rollout ledger of its own.*replay in another run\.dir"
+    ):
+        changes_at_resume(replay, "rl")
+    changes_at_resume(settings_of(tmp_path), "rl")
+
+
+def test_a_replay_goes_on_and_may_then_generate(tmp_path):
+    replay = settings_of(tmp_path, scheduling=SchedulingSettings(replay_from="elsewhere"))
+    write_checkpoint(tmp_path, 4, replay, entry="rl", ledger=None)
+    assert changes_at_resume(replay, "rl") == []
+    assert changes_at_resume(settings_of(tmp_path), "rl") == ['scheduling.replay_from: "elsewhere" -> null']
 
 
 def test_run_of_the_other_entry_is_refused_by_name(tmp_path):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -31,11 +31,13 @@ from megatron_klear.config import (
     TokenizerSettings,
 )
 from megatron_klear.conformance.reference import reference_model, sequence_logprobs
+from megatron_klear.errors import MismatchError
 from megatron_klear.model import build_qwen3, hf_named_tensors, load_hf_weights
 from megatron_klear.observe import names
 from megatron_klear.records import ParallelContext, ScoredGroup
 from megatron_klear.session import evaluation
 from megatron_klear.session import groups as step_source
+from megatron_klear.session.left_out import left_out_sample
 from megatron_klear.trainer import Trainer, make_trainable
 
 MakeGroup = Callable[..., ScoredGroup]
@@ -159,7 +161,7 @@ class Run:
         self.trainer = Trainer(trainable, ARCH, self.settings, context)
         self.scored, self.step, self.order, self.logged = groups, 0, [], {}
         # The engine and the graders, whose weights are known to be right.
-        self.rollouts, self.attested = self, True
+        self.rollouts, self.proof = self, "same tensors"
 
     def weights(self) -> dict[str, torch.Tensor]:
         stream = hf_named_tensors(self.trainer.trainable.model, ARCH, self.trainer.context)
@@ -197,8 +199,8 @@ class Run:
         self.order.append(f"groups {step}")
         return [self.scored[name] for name in cursor.next_batch()]
 
-    def publishing(self, version: int) -> contextlib.AbstractContextManager[None]:
-        return contextlib.nullcontext()
+    def publishing(self, version: int) -> contextlib.AbstractContextManager[bool]:
+        return contextlib.nullcontext(True)
 
     def sharing_engines(self) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext()
@@ -250,10 +252,10 @@ def test_two_steps_give_the_weights_of_the_printed_equations(
         for sign in (advantage > 0, advantage < 0):
             assert np.any(beyond & sign), "a region of Eq. 16 that no token was in"
 
-    step = ["groups {}", "hand to trainer", "old logprobs", "train", "trained {}", "publish {}", "evaluate after {}",
-            "examples {}: ['8 groups']", "finish {}"]  # fmt: skip
+    step = ["groups {}", "hand to trainer", "old logprobs", "left out logprobs", "train", "trained {}", "publish {}",
+            "evaluate after {}", "examples {}: ['8 groups']", "finish {}"]  # fmt: skip
     first, second = ([text.format(number) for text in step] for number in (1, 2))
-    first.insert(3, "train")
+    first.insert(4, "train")
     assert run.order == ["publish 0", "evaluate at start", *first, *second, "evaluate at end"]
     for number, kept in ((1, 5), (2, 3)):
         logged = run.logged[number]
@@ -285,3 +287,45 @@ def test_a_batch_without_any_signal_makes_no_update(
     assert run.logged[2]["updates"] == 4
     assert names.LOSS_TOTAL not in run.logged[2]
     assert run.logged[2][names.FILTER_GROUPS_KEPT] == 0
+    # By transformers: one response of each of the eight groups; in the second step that of number 2 % 2.
+    model, found = reference_model(ARCH).double(), []
+    for name in "ijklmnop":
+        prompt, rollout = groups[name].group.prompt.token_ids, groups[name].group.rollouts[0]
+        ids = np.concatenate([prompt, rollout.response_ids])
+        with torch.no_grad():
+            ours = sequence_logprobs(model, ids, TEMPERATURE)[len(prompt) :].numpy()
+        found.append(np.abs(ours - rollout.rollout_logprobs))
+    expected = np.concatenate(found)
+    assert run.logged[2][names.MISMATCH_MEAN_ABS] == pytest.approx(expected.mean(), rel=1e-5)
+    assert run.logged[2][names.MISMATCH_LEFT_OUT_MEAN_ABS] == run.logged[2][names.MISMATCH_MEAN_ABS]
+    assert run.logged[2][names.MISMATCH_MAX_ABS] == pytest.approx(expected.max(), rel=1e-5)
+
+
+def test_an_engine_that_leaves_nothing_to_train_on_is_still_compared(
+    context: ParallelContext, make_group: MakeGroup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All answers are wrong, so that the filter leaves no group, and the engine's log-probabilities are not ours."""
+    groups = {name: make_group(name, [-1, -1]) for name in "abcdefgh"}
+    run = Run(context, groups, "group")
+    run.settings = replace(run.settings, correction=CorrectionSettings(stop_above_mean=0.5))
+    monkeypatch.setattr(evaluation, "Evaluation", lambda session, heldout: run)
+    monkeypatch.setattr(step_source, "step_groups", lambda session, prompts, rollouts: run)
+    with pytest.raises(MismatchError, match=r"disagree on 8 responses of groups that are not trained on: mean"):
+        train_rl.train(
+            run,  # type: ignore[arg-type]
+            SimpleNamespace(prompts=list(groups)),  # type: ignore[arg-type]
+            SimpleNamespace(next_batch=lambda: list(groups)),  # type: ignore[arg-type]
+            None,
+        )
+
+
+def test_the_sample_of_left_out_groups_is_bounded_and_spread(make_group: MakeGroup) -> None:
+    groups = [make_group(f"g{i}", [-1, -1, -1]) for i in range(40)]
+    kept = groups[::2]
+    names_of = [g.group.prompt.prompt_id for g in left_out_sample(groups, kept, step=4)]
+    assert names_of == [f"g{i}" for i in (1, 5, 11, 15, 21, 25, 31, 35)]
+    for one in left_out_sample(groups, kept, step=4):
+        whole = next(g for g in groups if g.group.prompt.prompt_id == one.group.prompt.prompt_id)
+        assert one.group.rollouts == whole.group.rollouts[1:2]
+    assert len(left_out_sample(groups, groups[3:], step=1)) == 3
+    assert left_out_sample(groups, groups, step=1) == []

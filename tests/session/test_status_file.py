@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import signal
+import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ import pytest
 from megatron_klear.config import RunSettings, Settings, TokenizerSettings
 from megatron_klear.errors import DataError, RolloutError
 from megatron_klear.session import launch
+from megatron_klear.session.closing import closed_within, told_at_once
 from megatron_klear.session.launch import STATUS_FILE, Preempted, run_entry
 
 
@@ -26,7 +29,7 @@ def _own_signals() -> Iterator[None]:
 @pytest.fixture
 def _good_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     settings = Settings(run=RunSettings(dir=str(tmp_path / "run")), tokenizer=TokenizerSettings(dir="tokenizer"))
-    monkeypatch.setattr(launch, "parse_command_line", lambda argv, entry: settings)
+    monkeypatch.setattr(launch, "parse_command_line", lambda argv, entry, more_outlook: settings)
 
 
 def failing(error: BaseException | None) -> Callable[..., None]:
@@ -75,3 +78,38 @@ def test_file_that_cannot_be_written_is_named_and_changes_nothing(monkeypatch, t
     monkeypatch.setenv(STATUS_FILE, str(tmp_path / "nowhere" / "status"))
     assert run_entry("sft", failing(None), []) == 0
     assert STATUS_FILE in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("_good_settings")
+@pytest.mark.parametrize(("error", "status"), [(Preempted("stopped"), 75), (DataError("gone"), 2), (OSError(), 1)])
+def test_the_status_is_there_before_engines_are_closed(monkeypatch, tmp_path, error, status):
+    file = tmp_path / "status"
+    monkeypatch.setenv(STATUS_FILE, str(file))
+    seen = []
+
+    @contextmanager
+    def engines() -> Iterator[None]:
+        try:
+            yield
+        finally:
+            seen.append(file.read_text())
+
+    def body(settings: object, stop: object) -> None:
+        with engines(), told_at_once():
+            raise error
+
+    assert run_entry("rl", body, []) == status
+    assert seen == [f"{status}\n"]
+
+
+def test_what_does_not_close_is_left_and_named_and_keeps_nothing_else_open(caplog):
+    never, closed = threading.Event(), []
+
+    def fail() -> None:
+        raise OSError("no such engine")
+
+    closed_within(0.5, engines=never.wait, graders=lambda: closed.append(1), others=fail)
+    assert closed == [1]
+    assert "the engines did not close within" in caplog.text
+    assert "no such engine" in caplog.text
+    never.set()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 
 import pytest
 
@@ -32,6 +33,31 @@ def test_a_start_waits_for_the_engines_turn_and_the_trainer_for_the_start() -> N
     assert waits, "it did not wait for the server that was starting"
     starting.join(10.0)
     turn.take(lambda: None)  # it is its turn already
+
+
+def test_who_cannot_wait_has_a_start_given_up() -> None:
+    turn, started = Turn(), threading.Event()
+    turn.give()
+    asked: list[bool] = []
+
+    def start() -> None:
+        with turn.starting(lambda: None):
+            started.set()
+            while not turn.is_urgent:
+                time.sleep(0.01)
+
+    starting = threading.Thread(target=start, daemon=True)
+    starting.start()
+    assert started.wait(10.0)
+
+    def is_urgent() -> bool:
+        asked.append(turn.is_urgent)
+        return len(asked) > 2  # the signal comes while it waits
+
+    turn.take(lambda: None, is_urgent)
+    assert asked[:3] == [False] * 3
+    starting.join(10.0)
+    assert not turn.is_urgent, "the next start is not concerned"
 
 
 def test_what_waits_can_be_given_up() -> None:

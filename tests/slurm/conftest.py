@@ -154,3 +154,32 @@ def sft_arguments(data: Path) -> Callable[[Path], list[str]]:
         ]
 
     return arguments
+
+
+@pytest.fixture(scope="session")
+def rl_arguments(data: Path) -> Callable[[Path], list[str]]:
+    """Arguments of a small RL run in a run directory; how many steps it has is left to say."""
+
+    def arguments(run: Path) -> list[str]:
+        return [
+            *TINY[:4],
+            "optimizer.warmup_steps=0",
+            "evaluation.at_end=false",
+            "evaluation.every_steps=0",
+            "observe.tensorboard=false",
+            "observe.report=false",
+            f"run.dir={run}",
+            f"tokenizer.dir={data / 'tokenizer'}",
+            f"data.prompts=[{data / 'prompts.jsonl'}]",
+            "data.heldout=[]",
+            "checkpoint.start_from=null",
+            "checkpoint.every_steps=0",
+            "rl.prompts_per_step=4",
+            "rl.minibatch_prompts=4",
+            "rollout.responses_per_prompt=2",
+            "rollout.max_response_tokens=40",
+            "reward.workers=1",
+            "reward.malformed=-2.0",
+        ]
+
+    return arguments

@@ -50,6 +50,36 @@ def test_submitted_from_elsewhere_it_says_from_where(tmp_path):
     assert "submit from the root of the repository" in done.stderr
 
 
+RACE = """
+source tools/slurm_job.sh
+job=1 attempt=0 warned='' ended='' logs=$1 trainer='' engines='' entry=train_rl ranks=1 port=1
+train_nodes=(n1) engine_settings=()
+trap 'warned=1; ask_trainer_to_stop' USR1
+# Slurm's warning comes after the check for one and before the trainer is known.
+address() { kill -USR1 $$; echo here; }
+# The trainer, as torchrun with one rank that ends with the status of a saved run when it is asked to.
+run_step() {
+    python3 -c '
+import os, signal, sys, time
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
+open(os.environ["KLEAR_PID_FILE"], "w").write(str(os.getppid()))
+time.sleep(60)' &
+    wait $!
+    echo $? >"$KLEAR_STATUS_FILE"
+}
+start_trainer config.yaml
+wait_for "$trainer"
+cat "$status_file"
+"""
+
+
+def test_a_warning_while_the_trainer_is_being_started_reaches_it(tmp_path):
+    done = subprocess.run(
+        ["bash", "-c", RACE, "race", str(tmp_path)], cwd=ROOT, env=OUTSIDE, capture_output=True, text=True, timeout=50
+    )
+    assert done.stdout.splitlines()[-1] == "75", done.stdout + done.stderr
+
+
 @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
 def test_shellcheck_finds_nothing():
     scripts = [*ROOT.glob("tools/*.slurm"), *ROOT.glob("tools/slurm_*.sh"), *ROOT.glob("tests/slurm/*.sh")]

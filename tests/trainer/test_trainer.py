@@ -98,6 +98,8 @@ def test_one_report_by_hand(
     assert report.predicted_tokens == sum(int((s.policy_weight != 0).sum()) for s in sequences)
     assert report.microbatches == 2
     assert report.slots_used == pytest.approx(1.0)
+    assert report.budget_used == pytest.approx(92 / (2 * 50)), "packs end where their tokens do, budgets do not"
+    assert report.flops_max_over_mean == 1.0
 
     ratio = np.concatenate(
         [np.exp(v - s.old_logprobs)[s.policy_weight != 0] for s, v in zip(sequences, logprobs, strict=True)]

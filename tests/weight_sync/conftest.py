@@ -20,14 +20,30 @@ Publish = Callable[..., list[dict[str, Any]]]
 
 
 @pytest.fixture(scope="session")
-def publish(sglang_urls: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Publish:
-    """Run a job of `publish_worker.py` on two ranks; returns one result per action."""
+def publish(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Publish:
+    """Run a job of `publish_worker.py` on two ranks; returns one result per action.
 
-    def run(actions: list[dict[str, Any]], *, dtype: str = "float32", tp: int = 1, pp: int = 1) -> list[dict[str, Any]]:
+    Without a URL it publishes to the server that all tests share.
+    """
+
+    def started(dtype: str) -> str:
+        return request.getfixturevalue("sglang_urls")[dtype]
+
+    def run(
+        actions: list[dict[str, Any]],
+        *,
+        dtype: str = "float32",
+        tp: int = 1,
+        pp: int = 1,
+        url: str | None = None,
+        server_tp: int = 1,
+    ) -> list[dict[str, Any]]:
         folder = tmp_path_factory.mktemp("publish")
         job, result = folder / "job.json", folder / "result.json"
-        settings = {"url": sglang_urls[dtype], "dtype": dtype, "tp": tp, "pp": pp, "actions": actions}
-        job.write_text(json.dumps({**settings, "directory": str(folder / "weights"), "result": str(result)}))
+        settings = {"url": url or started(dtype), "server_tp": server_tp, "dtype": dtype, "tp": tp, "pp": pp}
+        job.write_text(
+            json.dumps({**settings, "actions": actions, "directory": str(folder / "weights"), "result": str(result)})
+        )
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             environment = {

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -106,7 +107,7 @@ class Rank:
         return Publisher(
             group,
             transport,
-            EngineLayout(tp=1, device="cpu", dtype=self.job["dtype"]),
+            EngineLayout(tp=self.job["server_tp"], device="cpu", dtype=self.job["dtype"]),
             head_dim=self.arch.head_dim,
             context=self.context,
             first_rank=self.first_rank,
@@ -117,18 +118,18 @@ class Rank:
         )
 
     def transport(self, action: dict[str, Any], group: EngineGroup, sharing: BucketSharing | None) -> Transport:
-        kind = action["transport"]
+        kind, tp = action["transport"], self.job["server_tp"]
         made: Transport
         if sharing is not None:
-            made = SharedTransport(group, sharing, lambda caller: [action["rank"]])
+            made = SharedTransport(group, sharing, lambda caller: action["ranks"])
         elif kind == "disk":
             made = DiskTransport(
                 group, WeightFiles(Path(self.job["directory"]), hf_config(self.arch, dtype=self.job["dtype"]), keep=2)
             )
         elif kind == "distributed":
-            made = DistributedTransport(group, tp=1, device=torch.device("cpu"))
+            made = DistributedTransport(group, tp=tp, device=torch.device("cpu"))
         else:
-            made = TensorTransport(group, tp=1, by_value=kind == "value")
+            made = TensorTransport(group, tp=tp, by_value=kind == "value")
         return Corrupting(made, action["corrupt"]) if "corrupt" in action else made  # type: ignore[return-value]
 
     def stream(self) -> Iterator[tuple[str, torch.Tensor]]:
@@ -139,6 +140,9 @@ class Rank:
         weights = reference_model(self.arch, seed=action["version"]).state_dict()
         load_hf_weights(self.trainer.trainable.model, self.arch, self.context, weights.__getitem__)
         publisher = self.publisher(action)
+        if "left_open" in action and self.engine is not None:  # as by a trainer that was killed in the middle of a set
+            answer = httpx2.post(f"{self.job['url']}/begin_weight_update", json={"selector": "all"}, timeout=60)
+            answer.raise_for_status()
         meanwhile = self.generate_meanwhile(action) if "during" in action else None
         try:
             report = publisher.publish(self.stream(), version=action["version"])
@@ -164,7 +168,13 @@ class Rank:
         return made[0]
 
     def generate(
-        self, *, responses: int, tokens: int, seed: int, on_progress: ProgressCallback | None = None
+        self,
+        *,
+        responses: int,
+        tokens: int,
+        seed: int,
+        stops: tuple[int, ...] = (),
+        on_progress: ProgressCallback | None = None,
     ) -> list[RolloutGroup]:
         assert self.engine is not None
         rng = np.random.default_rng(seed)
@@ -177,20 +187,30 @@ class Rank:
             )
             for i in range(3)
         ]
-        sampling = SamplingParams(temperature=1.0, top_p=1.0, max_response_tokens=tokens, stop_token_ids=())
+        sampling = SamplingParams(temperature=1.0, top_p=1.0, max_response_tokens=tokens, stop_token_ids=stops)
         return self.engine.generate(
             prompts, num_responses=responses, sampling=sampling, seed=seed, on_progress=on_progress
         )
 
     def generate_meanwhile(self, action: dict[str, Any]) -> Any:
-        """Start a long generation before the publish; returns what waits for its spans of versions."""
+        """Start a long generation before the publish; returns what waits for its spans of versions.
+
+        There are more responses than the server takes at once, and they end at any length: whenever the publish comes,
+        some are on their way.
+        """
         if self.engine is None:
             return lambda: None
         found: list[list[RolloutGroup]] = []
         begun = threading.Event()
         thread = threading.Thread(
             target=lambda: found.append(
-                self.generate(responses=5, tokens=action["during"], seed=99, on_progress=lambda _: begun.set())
+                self.generate(
+                    responses=action["during"],
+                    tokens=80,
+                    seed=99,
+                    stops=(action["stop"],),
+                    on_progress=lambda _: begun.set(),
+                )
             )
         )
         thread.start()

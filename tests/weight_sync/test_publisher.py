@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import concurrent.futures
 import json
+import pickle
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -124,6 +127,34 @@ def test_servers_without_update_sessions_need_none(publisher: Callable[..., Publ
     assert "/end_weight_update" not in engine.paths()
 
 
+class LeftOpen(Engine):
+    """An engine that knows whether a frame is open, as SGLang does: one is, from a trainer that was killed in a set."""
+
+    is_open = True
+
+    def start(self, path: str, body: Mapping[str, Any], *, timeout_seconds: float) -> Any:
+        if path in ("/begin_weight_update", "/end_weight_update"):
+            begins = path == "/begin_weight_update"
+            self.answers[path] = (
+                (400, "already open" if begins else "none is open") if self.is_open == begins else (200, "{}")
+            )
+            self.is_open = begins
+        return super().start(path, body, timeout_seconds=timeout_seconds)
+
+
+def test_a_frame_that_an_earlier_trainer_left_open_is_closed(publisher: Callable[..., Publisher]) -> None:
+    left_open, closed = LeftOpen("a"), LeftOpen("b")
+    closed.is_open = False
+    made = publisher(left_open, closed)
+    made.publish(WEIGHTS.items(), version=1)
+    begin, end, update = "/begin_weight_update", "/end_weight_update", "/update_weights_from_tensor"
+    for engine in (left_open, closed):
+        assert engine.paths()[1:7] == [begin, end, begin, update, update, end]
+    closed.is_open = True  # it was lost in a set, and has come back
+    made.publish(WEIGHTS.items(), version=2)
+    assert left_open.paths()[-8:-3] == closed.paths()[-8:-3] == [begin, update, update, end, "/flush_cache"]
+
+
 @pytest.mark.parametrize(
     ("answers", "text"),
     [
@@ -152,6 +183,22 @@ def test_what_fails_is_named_and_the_engines_stay_paused(
     assert all("/continue_generation" not in engine.paths() for engine in engines)
     if "/pause_generation" not in answers and "/begin_weight_update" not in answers:
         assert read == list(WEIGHTS), "other ranks would wait for the rest of the stream"
+
+
+def test_whatever_a_transport_raises_the_stream_is_read_to_its_end(publisher: Callable[..., Publisher]) -> None:
+    """The other ranks read it, too, in exchanges; memory and threads run out without an error of ours."""
+
+    class NoMemory(TensorTransport):
+        def send(self, bucket: Bucket) -> None:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    engine, read = Engine("a"), []
+    made = publisher(engine, transport=lambda group: NoMemory(group, tp=1, by_value=True))
+    with pytest.raises(WeightSyncError, match="sending weights failed: OutOfMemoryError: CUDA out of mem") as error:
+        made.publish(((name, read.append(name) or tensor) for name, tensor in WEIGHTS.items()), version=1)
+    assert isinstance(error.value.__cause__, torch.OutOfMemoryError)
+    assert read == list(WEIGHTS)
+    assert "/continue_generation" not in engine.paths()
 
 
 @pytest.mark.parametrize("wrong", [2, 3, 5])
@@ -244,6 +291,71 @@ def test_a_copy_is_kept_beside_another_transport_and_restores_an_engine(
         restore(EngineGroup([silent], 5.0), files.newest, version=3, expected=made.expected)
 
 
+def test_an_engine_that_does_not_see_the_files_is_sent_them_and_goes_on_only_when_proved(
+    publisher: Callable[..., Publisher], tmp_path: Path
+) -> None:
+    files = WeightFiles(tmp_path, {}, keep=1)
+    made = publisher(Engine("a"), transport=lambda g: KeepingTransport(TensorTransport(g, tp=1, by_value=True), files))
+    made.publish(WEIGHTS.items(), version=3)
+    assert files.newest is not None
+    far = Engine("far", {"/update_weights_from_disk": (400, "no such directory")})
+    restore(EngineGroup([far], 5.0), files.newest, version=3, expected=made.expected, sent_to_tp=1)
+    paths = far.paths()
+    assert paths[:2] == ["/pause_generation", "/update_weights_from_disk"]
+    assert paths[-4:] == ["/flush_cache", "/weights_checker", "/update_weight_version", "/continue_generation"]
+    arrived = {}
+    for path, body in far.seen:
+        if path == "/update_weights_from_tensor":
+            bucket = pickle.loads(base64.b64decode(body["serialized_named_tensors"][0]))
+            for entry in bucket["metadata"]:
+                raw = bucket["flattened_tensor"][entry.start_idx : entry.end_idx]
+                arrived[entry.name] = raw.clone().view(entry.dtype).reshape(entry.shape)
+    assert arrived.keys() == WEIGHTS.keys()
+    assert all(torch.equal(arrived[name], tensor) for name, tensor in WEIGHTS.items())
+
+    near = Engine("near")
+    restore(EngineGroup([near], 5.0), files.newest, version=3, expected=made.expected, sent_to_tp=1)
+    assert "/update_weights_from_tensor" not in near.paths()
+
+    wrong = Engine("wrong", {"/weights_checker": (200, Engine.checksums({"model.norm.weight": "0" * 16}))})
+    with pytest.raises(WeightSyncError, match=r"wrong: 1 differ: model.norm.weight"):
+        restore(EngineGroup([wrong], 5.0), files.newest, version=3, expected=made.expected, sent_to_tp=1)
+    assert not {"/update_weight_version", "/continue_generation"} & set(wrong.paths()), "it stays paused"
+    (files.newest / "model.safetensors.index.json").write_text("half")
+    with pytest.raises(WeightSyncError, match="cannot read the weights of version 3"):
+        restore(EngineGroup([far], 5.0), files.newest, version=3, expected=made.expected, sent_to_tp=1)
+
+
+@pytest.mark.parametrize("sent_to_tp", [None, 1])
+def test_without_checksums_an_engine_gets_its_version_when_it_is_proved_otherwise(
+    publisher: Callable[..., Publisher], tmp_path: Path, sent_to_tp: int | None
+) -> None:
+    files = WeightFiles(tmp_path, {}, keep=1)
+    made = publisher(Engine("a"), transport=lambda g: KeepingTransport(TensorTransport(g, tp=1, by_value=True), files))
+    made.publish(WEIGHTS.items(), version=3)
+    assert files.newest is not None
+    fresh = Engine("fresh")
+
+    def prove() -> None:
+        generates = sent_to_tp is None or fresh.paths()[-1] == "/continue_generation"
+        assert generates, "only then it can show its log-probabilities"
+        fresh.seen.append(("proof", {}))
+
+    options: dict[str, Any] = {"version": 3, "expected": None, "sent_to_tp": sent_to_tp}
+    restore(EngineGroup([fresh], 5.0), files.newest, prove=prove, **options)
+    assert fresh.paths()[-2:] == ["proof", "/update_weight_version"]
+    assert fresh.paths().count("/continue_generation") == (0 if sent_to_tp is None else 1)
+
+    wrong = Engine("wrong")
+
+    def refute() -> None:
+        raise WeightSyncError("wrong: log-probabilities differ")
+
+    with pytest.raises(WeightSyncError, match="log-probabilities differ"):
+        restore(EngineGroup([wrong], 5.0), files.newest, prove=refute, **options)
+    assert "/update_weight_version" not in wrong.paths(), "it must not pass for one with current weights"
+
+
 @pytest.mark.parametrize("path", ["/pause_generation", "/update_weights_from_tensor", "/weights_checker"])
 def test_an_engine_that_gives_no_answer_is_done_without_where_enough_are_left(
     publisher: Callable[..., Publisher], path: str, caplog: pytest.LogCaptureFixture
@@ -267,6 +379,37 @@ def test_an_engine_that_gives_no_answer_is_done_without_where_enough_are_left(
     engines[2].answers[path] = gone
     with pytest.raises(WeightSyncError, match="publishing weights failed: b: "):
         made.publish(WEIGHTS.items(), version=2)
+
+
+@pytest.mark.parametrize("path", ["/pause_generation", "/update_weight_version", "/continue_generation"])
+def test_whoever_is_left_out_of_a_publish_is_told_of_before_it_may_come_back(
+    publisher: Callable[..., Publisher], path: str
+) -> None:
+    """In the last calls, too, after which it would look as if it had all it needs."""
+    groups: list[EngineGroup] = []
+
+    def transport(group: EngineGroup) -> TensorTransport:
+        groups.append(group)
+        return TensorTransport(group, tp=1, by_value=True)
+
+    engines = [Engine("a"), Engine("b", {path: RolloutError(f"b: {path}: broken off")})]
+    made, lost = publisher(*engines, transport=transport), []
+    (group,) = groups
+    group.least = 1
+    leaving = []
+
+    def on_lost(caller: Any) -> None:
+        thread = threading.Thread(target=group.leave, args=(caller,))  # as its restart does
+        thread.start()
+        thread.join(0.3)
+        leaving.append(thread)
+        lost.append((caller, thread.is_alive()))
+
+    group.on_lost = on_lost
+    made.publish(WEIGHTS.items(), version=1)
+    leaving[0].join(5.0)
+    assert lost == [(engines[1], True)], "the restart waits until it has been told of"
+    assert group.callers == (engines[0],)
 
 
 def test_an_engine_that_refuses_is_never_done_without(publisher: Callable[..., Publisher]) -> None:

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import base64
 import io
+import multiprocessing
 import pickle
+import socket
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch.multiprocessing import reductions
 
+from megatron_klear.errors import WeightSyncError
 from megatron_klear.weight_sync import sharing
 from megatron_klear.weight_sync.buckets import Bucket
 from megatron_klear.weight_sync.tensor_transport import contents
@@ -80,3 +84,38 @@ def test_a_handle_names_the_gpu_by_its_uuid(monkeypatch: pytest.MonkeyPatch) -> 
         ("a", 0, 24, torch.float32), ("b", 24, 32, torch.bfloat16),
     ]  # fmt: skip
     assert reader.named - {("torch", "float32")} == ACCEPTED
+
+
+def offering_rank(rank: int, port: int, results: Any) -> None:
+    """One of two ranks; the second has no memory for its first bucket."""
+    store = dist.TCPStore("127.0.0.1", port, 2, is_master=rank == 0)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    context: Any = SimpleNamespace(world=SimpleNamespace(rank=rank, size=2), device=torch.device("cpu"))
+    offering = sharing.BucketSharing(context)
+    good = Bucket(names=("a",), tensors=(torch.full((3,), float(rank)),))
+    bad: Any = SimpleNamespace(flat=lambda: (_ for _ in ()).throw(MemoryError("8 GB")))
+    try:
+        offering.offer(bad if rank == 1 else good)
+        outcome: Any = "offered"
+    except WeightSyncError as error:
+        outcome = str(error)
+    offering.offer(good)
+    results.put((rank, outcome, len(offering.offers), len(set(offering.offers))))
+    dist.barrier()
+
+
+def test_a_rank_that_cannot_offer_is_named_on_every_rank() -> None:
+    """And no rank is left behind in the exchange: the next bucket's offers are whole."""
+    spawning = multiprocessing.get_context("spawn")
+    results = spawning.Queue()
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    ranks = [spawning.Process(target=offering_rank, args=(rank, port, results)) for rank in range(2)]
+    for process in ranks:
+        process.start()
+    found = sorted(results.get(timeout=120) for _ in ranks)
+    for process in ranks:
+        process.join(60)
+    text = "no copy of the weights can be offered to the engines: rank 1: MemoryError: 8 GB"
+    assert found == [(0, text, 2, 2), (1, text, 2, 2)]

@@ -24,7 +24,6 @@ from megatron_klear.data.index.parts import LINE_BYTES, PART_BYTES, Part, plan_p
 from megatron_klear.data.index.tokenize import PartCounts, PartJob, do_part
 from megatron_klear.data.jsonl import JsonObject
 from megatron_klear.errors import DataError
-from megatron_klear.parallel.orphans import end_with_parent
 
 log = logging.getLogger(__name__)
 
@@ -151,6 +150,8 @@ def _do_all(jobs: Sequence[PartJob], processes: int, alive: Callable[[], None]) 
 
 
 def _start_process() -> None:
+    from megatron_klear.parallel.orphans import end_with_parent  # takes in torch, which plans do without
+
     end_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which lets parts that are begun be finished
     warnings.filterwarnings("ignore", module=r"megatron\..*")  # of packages that are not there

@@ -23,7 +23,7 @@ from pathlib import Path
 from megatron_klear.config import INDEX_FOLDER
 from megatron_klear.errors import DataError
 
-FORMAT = 2
+FORMAT = 3
 """Raised whenever the same rows would be written otherwise."""
 
 _END_BYTES = 1 << 16

@@ -7,12 +7,13 @@
 
 A session has a scratch folder in memory, made anew for every test, and is the first process of its PID namespace: code
 cannot signal it, and whatever code leaves behind ends with it. Expected outputs never enter the sandbox: output and
-results are compared outside. Assertions run in a process of their own, where the answer's objects are only names
-(inside/remote.py).
+results are compared outside. Assertions run in a process of their own, where the answer's objects are data or only
+names (inside/remote.py, inside/shared.py).
 
-Chosen by measurement (benchmarks/reward_throughput.py; figures in benchmarks/results): on a busy machine a trivial test
-takes 295 ms with bubblewrap and an interpreter of its own, 47 ms with bubblewrap per answer and a fork per test, and
-20 ms in this design, in which start-up is paid once per worker; an interpreter without any sandbox takes 78 ms.
+Chosen by measurement (benchmarks/reward_throughput.py; figures in benchmarks/results/reward_throughput.json): on a
+machine with other work a trivial test takes 26.3 ms with bubblewrap and an interpreter of its own, 7.6 ms with
+bubblewrap per answer and a fork per test, and 3.0 ms in this design, in which start-up is paid once per worker; an
+interpreter without any sandbox takes 7.9 ms.
 """
 
 from __future__ import annotations

@@ -40,7 +40,10 @@ _SLACK_SECONDS = 30.0
 _MOST_REPLY_BYTES = 1 << 28
 
 _INSIDE = "megatron_klear.reward.sandbox.inside"
-_MODULES = ("channel", "kernel", "children", "programs", "remote", "checks", "server")
+_MODULES = (
+    *("channel", "kernel", "children", "programs", "plain", "shared", "remote", "pytest_part", "cases", "checks"),
+    "server",
+)
 
 # Makes modules of the texts that come through the socket; nothing of the project's is on a path in the sandbox.
 _BOOT = """
@@ -181,12 +184,13 @@ class SandboxProcess:
             raise SandboxError(f"it has ended: {self._printed() or error}") from error
         return self._ask({**sources, "limits": message}, "compilation").problem
 
-    def run(self, test: dict[str, str]) -> TestResult:
+    def run(self, test: dict[str, Any], *, answered: bool = True) -> TestResult:
         """Run one test of the answer that was opened.
 
         Args:
-            test: `kind` stdin with `input`, call with `function` and `arguments` (JSON), or assert with `setup` and
-                `test`.
+            test: `kind` stdin with `input`, call with `function` and `arguments` (JSON), or assert with what
+                `checks.check_answer` takes.
+            answered: whether a test of the kind assert meets the answer; if not, the output is a fault of its own.
 
         Raises:
             SandboxError: see `open`.
@@ -195,8 +199,8 @@ class SandboxProcess:
             return self._ask(test, "test")
         # In two messages: the first starts the answer's process, which must never have seen the second.
         with contextlib.suppress(OSError):  # told by what follows
-            self._send({"kind": "assert"})
-        return self._ask({"setup": test["setup"], "test": test["test"]}, "test")
+            self._send({"kind": "assert", "answered": answered, "owed": test["owed"], "stubs": test["stubs"]})
+        return self._ask({name: value for name, value in test.items() if name != "kind"}, "test")
 
     def close_answer(self) -> None:
         """End the answer's session; its processes and files are gone."""
@@ -297,7 +301,7 @@ class SandboxProcess:
         if status == 0:
             return ""
         lines = errors.decode("utf-8", "replace").strip().splitlines()
-        said = _printable(lines[-1]) if lines else ""
+        said = printable(lines[-1]) if lines else ""
         if said.startswith("MemoryError"):
             return f"memory limit: more than {self._limits.memory_bytes} bytes"
         if said.startswith("OSError: [Errno 27]"):
@@ -340,6 +344,6 @@ def _signal_name(number: int) -> str:
         return f"signal {number}"
 
 
-def _printable(line: str) -> str:
+def printable(line: str) -> str:
     """A line that untrusted code wrote, short and without control characters."""
     return "".join(char if char.isprintable() else "?" for char in line[:200])

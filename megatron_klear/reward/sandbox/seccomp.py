@@ -6,7 +6,8 @@ library falls back. The filter is part of the sandbox, and all there is of one i
 
 Not allowed, among others: sockets (a connected pair excepted), ptrace and other processes' memory, new namespaces,
 mounts, System V and POSIX queues and shared memory, memfd (memory that no limit counts), keys, bpf, io_uring, perf.
-Signals reach the process itself only, and new processes are refused unless a setting allows them.
+Signals reach the process itself only, whatever call they would be sent by, and new processes are refused unless a
+setting allows them.
 
 Numbers: the kernel's headers, asm/unistd_64.h (x86_64) and asm-generic/unistd.h (aarch64).
 """
@@ -36,7 +37,7 @@ _PLAIN = """
     unlink:87:- unlinkat:263:35 rename:82:- renameat:264:38 renameat2:316:276 link:86:- linkat:265:37 symlink:88:-
     symlinkat:266:36 readlink:89:- readlinkat:267:78 chmod:90:- fchmod:91:52 fchmodat:268:53 utime:132:- utimes:235:-
     utimensat:280:88 futimesat:261:- truncate:76:45 ftruncate:77:46 fallocate:285:47 fsync:74:82 fdatasync:75:83
-    flock:73:32 fcntl:72:25 dup:32:23 dup2:33:- dup3:292:24 getdents:78:- getdents64:217:61 fadvise64:221:223
+    flock:73:32 dup:32:23 dup2:33:- dup3:292:24 getdents:78:- getdents64:217:61 fadvise64:221:223
     copy_file_range:326:285 sendfile:40:71 statfs:137:43 fstatfs:138:44 futex:202:98 set_tid_address:218:96
     set_robust_list:273:99 get_robust_list:274:100 rseq:334:293 arch_prctl:158:- restart_syscall:219:128 exit:60:93
     exit_group:231:94 wait4:61:260 waitid:247:95 membarrier:324:283 getrandom:318:278 sendto:44:206 recvfrom:45:207
@@ -46,6 +47,7 @@ _PLAIN = """
 _CHECKED = """
     clone:56:220 clone3:435:435 fork:57:- vfork:58:- execve:59:221 setsid:112:157 setpgid:109:154 kill:62:129
     tkill:200:130 tgkill:234:131 ioctl:16:29 prctl:157:167 prlimit64:302:261 socketpair:53:199
+    fcntl:72:25
 """
 
 _NEWEST_CALL = 462
@@ -63,6 +65,14 @@ _AF_UNIX = 1
 _PR_SET_NAME, _PR_GET_NAME = 15, 16
 _IOCTLS = (0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451)
 """TCGETS, TIOCGWINSZ (is it a terminal?), FIONREAD, FIONBIO, FIONCLEX, FIOCLEX."""
+
+_FCNTLS = (0, 1, 2, 3, 5, 6, 7, 36, 37, 38, 1030, 1031, 1032)
+"""F_DUPFD, F_GETFD, F_SETFD, F_GETFL; locks of the process and of the open file; F_DUPFD_CLOEXEC, the size of a pipe.
+
+Not those that choose who is signalled when a file can be read, and with what (F_SETOWN, F_SETOWN_EX, F_SETSIG): the
+kernel sends such a signal without asking this filter. Nor leases and notices (F_SETLEASE, F_NOTIFY), which signal too.
+"""
+_F_SETFL, _O_ASYNC = 4, 0x2000
 
 OWN_PID = 0x7FFFFFF1
 """Stands in the filter where the process id of the filtered process goes; the sandbox puts it in after the fork."""
@@ -150,6 +160,9 @@ def _checks(name: str, allow_processes: bool) -> list[_Op]:
         return [_Op(_RETURN, _ALLOW if allow_processes else _EPERM)]
     if name == "ioctl":
         return _one_of(1, _IOCTLS)
+    if name == "fcntl":
+        no_signals = [_argument(2), _Op(_ANY_BIT, _O_ASYNC, 0, 1), _Op(_RETURN, _EPERM), _Op(_RETURN, _ALLOW)]
+        return [_argument(1), _Op(_EQUAL, _F_SETFL, 0, len(no_signals)), *no_signals, *_one_of(1, _FCNTLS)]
     if name == "prctl":
         return _one_of(0, (_PR_SET_NAME, _PR_GET_NAME))
     if name == "prlimit64":

@@ -9,7 +9,8 @@ from __future__ import annotations
 from megatron_klear.rollout.ledger.entries import STATES, GroupState, StoredGroup
 from megatron_klear.rollout.ledger.reading import GroupFilter, LedgerReader, ResponseRow
 from megatron_klear.rollout.ledger.replay import replay_step, scored_group, with_names_of_their_own
-from megatron_klear.rollout.ledger.resuming import LedgerPosition, Reconciled, position, reconcile
+from megatron_klear.rollout.ledger.resuming import LedgerPosition, Reconciled, open_groups, position, reconcile
+from megatron_klear.rollout.ledger.terms import OPENING, Terms, UnderOtherTerms, check_replay
 from megatron_klear.rollout.ledger.writing import Ledger
 
 LEDGER_FILE = "ledger.sqlite"
@@ -17,6 +18,7 @@ LEDGER_FILE = "ledger.sqlite"
 
 __all__ = [
     "LEDGER_FILE",
+    "OPENING",
     "STATES",
     "GroupFilter",
     "GroupState",
@@ -26,6 +28,10 @@ __all__ = [
     "Reconciled",
     "ResponseRow",
     "StoredGroup",
+    "Terms",
+    "UnderOtherTerms",
+    "check_replay",
+    "open_groups",
     "position",
     "reconcile",
     "replay_step",

@@ -12,6 +12,7 @@ from typing import Any
 from megatron_klear.errors import DataError
 from megatron_klear.rollout.ledger.entries import StoredGroup
 from megatron_klear.rollout.ledger.reading import GroupFilter, LedgerReader, ResponseRow
+from megatron_klear.rollout.ledger.terms import recorded_opening
 from megatron_klear.rollout.ledger.text import Decode
 
 _ROWS_AT_A_TIME = 512
@@ -24,7 +25,8 @@ def export(reader: LedgerReader, chosen: GroupFilter, out: Path, decode: Decode 
         reader: of the ledger.
         chosen: which responses.
         out: a name ending in `.jsonl` or `.parquet`.
-        decode: makes text of tokens; None leaves texts out.
+        decode: makes text of tokens; None leaves texts out. What the chat template opened for the responses, as
+            "<think>", is put before them: they are the texts that were graded, and their end tokens.
         tokens: also write token ids and logprobs.
 
     Returns:
@@ -49,14 +51,15 @@ def export(reader: LedgerReader, chosen: GroupFilter, out: Path, decode: Decode 
 
 def _rows(reader: LedgerReader, chosen: GroupFilter, decode: Decode | None, tokens: bool) -> Iterator[dict[str, Any]]:
     group: StoredGroup | None = None
+    opening = recorded_opening(reader)
     for row in reader.response_rows(chosen):
         if group is None or group.group_id != row.group_id:
             group = reader.load(row.group_id)
         assert group is not None
-        yield _row(row, group, decode, tokens)
+        yield _row(row, group, opening, decode, tokens)
 
 
-def _row(row: ResponseRow, group: StoredGroup, decode: Decode | None, tokens: bool) -> dict[str, Any]:
+def _row(row: ResponseRow, group: StoredGroup, opening: str, decode: Decode | None, tokens: bool) -> dict[str, Any]:
     rollout = group.rollouts.get(row.response_index)  # absent when its tokens were removed to save space
     values: dict[str, Any] = {
         "prompt_id": row.prompt_id,
@@ -75,7 +78,7 @@ def _row(row: ResponseRow, group: StoredGroup, decode: Decode | None, tokens: bo
         "prompt": group.prompt.text,
     }
     if decode is not None:
-        values["response"] = None if rollout is None else decode(rollout.response_ids)
+        values["response"] = None if rollout is None else opening + decode(rollout.response_ids)
     if tokens:
         values["prompt_token_ids"] = group.prompt.token_ids.tolist()
         values["token_ids"] = None if rollout is None else rollout.response_ids.tolist()

@@ -26,8 +26,9 @@ class GroupFilter:
         min_reward, max_reward: of the response, both included.
         min_tokens, max_tokens: its length, both included.
         version: a version that some of its tokens were sampled from.
-        prompt_id: exactly, or with `%` as in SQL's LIKE.
+        prompt_id: exactly, or with `%` for any text.
         epoch: pass over the data.
+        whole_id: as prompt_id, where `%` stands for itself.
     """
 
     state: str | None = None
@@ -40,6 +41,7 @@ class GroupFilter:
     version: int | None = None
     prompt_id: str | None = None
     epoch: int | None = None
+    whole_id: str | None = None
 
     def where(self) -> tuple[str, list[Any]]:
         """An SQL condition over `g` (groups) and `r` (responses, absent for groups without any), and its values."""
@@ -53,11 +55,17 @@ class GroupFilter:
             ("r.num_tokens >= ?", self.min_tokens),
             ("r.num_tokens <= ?", self.max_tokens),
             ("EXISTS (SELECT 1 FROM json_each(r.versions) v WHERE json_extract(v.value, '$[0]') = ?)", self.version),
-            ("g.prompt_id LIKE ?" if "%" in (self.prompt_id or "") else "g.prompt_id = ?", self.prompt_id),
+            ("g.prompt_id GLOB ?", None if self.prompt_id is None else _pattern(self.prompt_id)),
             ("g.epoch = ?", self.epoch),
+            ("g.prompt_id = ?", self.whole_id),
         ]
         asked = [(text, value) for text, value in conditions if value is not None]
         return " AND ".join(f"({text})" for text, _ in asked) or "1", [value for _, value in asked]
+
+
+def _pattern(prompt_id: str) -> str:
+    """For SQL's GLOB, in which unlike in LIKE upper and lower case differ; only `%` stands for something else."""
+    return "".join("*" if c == "%" else f"[{c}]" if c in "*?[" else c for c in prompt_id)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,7 +139,7 @@ _RESPONSE_ROWS = """
 SELECT g.group_id, g.epoch, g.prompt_id, g.state, g.step, r.response_index, r.finish_reason, r.num_tokens, r.versions,
        r.attempts, r.outcome, r.reward, r.reason
 FROM groups g JOIN responses r USING (group_id)
-WHERE {where} ORDER BY g.group_id, r.response_index LIMIT {limit}
+WHERE {where} ORDER BY g.group_id {direction}, r.response_index LIMIT {limit}
 """
 
 
@@ -157,6 +165,11 @@ class LedgerReader:
     ) -> None:
         self._connection.close()
 
+    def fact(self, name: str) -> str | None:
+        """A fact noted about the run; None when there is none."""
+        rows = list(self._rows("SELECT value FROM facts WHERE name = ?", [name]))
+        return str(rows[0][0]) if rows else None
+
     def states(self) -> dict[str, int]:
         """Number of groups per state."""
         return dict(self._rows("SELECT state, COUNT(*) FROM groups GROUP BY state"))
@@ -172,11 +185,14 @@ class LedgerReader:
         rows = self._rows(_GROUP_ROWS.format(where=where, limit=int(limit)), values)
         return [GroupRow(**dict(zip(names, row, strict=True))) for row in rows]
 
-    def response_rows(self, chosen: GroupFilter, limit: int = -1) -> Iterator[ResponseRow]:
-        """Responses that the filter lets through, in order of group and index."""
+    def response_rows(
+        self, chosen: GroupFilter, limit: int = -1, *, newest_first: bool = False
+    ) -> Iterator[ResponseRow]:
+        """Responses that the filter lets through, in order of group and index, or the newest groups first."""
         where, values = chosen.where()
         names = ResponseRow.__dataclass_fields__
-        for row in self._rows(_RESPONSE_ROWS.format(where=where, limit=int(limit)), values):
+        query = _RESPONSE_ROWS.format(where=where, limit=int(limit), direction="DESC" if newest_first else "ASC")
+        for row in self._rows(query, values):
             fields = dict(zip(names, row, strict=True))
             yield ResponseRow(**{**fields, "versions": unpack_versions(fields["versions"])})
 

@@ -23,6 +23,7 @@ from typing import Any, Self
 from megatron_klear.errors import CheckpointError
 from megatron_klear.records import Prompt
 from megatron_klear.rollout.ledger.entries import cut_to_version
+from megatron_klear.rollout.ledger.terms import Terms, UnderOtherTerms, enforce
 from megatron_klear.rollout.ledger.writing import Ledger
 
 
@@ -67,6 +68,7 @@ class Reconciled:
         cut_back: lost responses, or parts of some, to versions that are gone.
         restored: in flight at the checkpoint and missing from the ledger; reserved again.
         confirmed: trained by the checkpoint's word.
+        other_terms: had responses or grades of other settings.
     """
 
     continuing: int
@@ -74,16 +76,24 @@ class Reconciled:
     cut_back: int
     restored: int
     confirmed: int
+    other_terms: UnderOtherTerms
 
 
 def position(ledger: Ledger, step: int) -> LedgerPosition:
     """What the checkpoint of a step has to store; call it after `trained(step)`."""
     with ledger.transaction() as db:
-        rows = db.execute(
+        last = db.execute("SELECT COALESCE(MAX(group_id), 0) FROM groups").fetchone()[0]
+        return LedgerPosition(
+            ledger_id=ledger.ledger_id, step=step, last_group=last, in_flight=tuple(open_groups(ledger))
+        )
+
+
+def open_groups(ledger: Ledger) -> list[tuple[int, int, str]]:
+    """(group id, epoch, prompt_id) of the groups that are not trained, in the order of the walk."""
+    with ledger.transaction() as db:
+        return db.execute(
             "SELECT group_id, epoch, prompt_id FROM groups WHERE state != 'trained' ORDER BY group_id"
         ).fetchall()
-        last = db.execute("SELECT COALESCE(MAX(group_id), 0) FROM groups").fetchone()[0]
-    return LedgerPosition(ledger_id=ledger.ledger_id, step=step, last_group=last, in_flight=tuple(rows))
 
 
 def reconcile(
@@ -94,9 +104,10 @@ def reconcile(
     identity: str,
     prompts: Mapping[str, Prompt],
     num_responses: int,
+    terms: Terms,
     keep_next_step: bool = True,
 ) -> Reconciled:
-    """Make the ledger agree with the checkpoint that a run goes on from, in one transaction.
+    """Make the ledger agree with the checkpoint and the settings that a run goes on from, in one transaction.
 
     Args:
         ledger: of this run; empty where the run is new or its ledger was lost.
@@ -105,7 +116,8 @@ def reconcile(
         identity: of everything that version 0 depends on (data, model, first weights); without a checkpoint, groups
             are kept only when it is unchanged.
         prompts: by id, to reserve again what a lost ledger held.
-        num_responses: M.
+        num_responses: M, also of groups that were reserved with another and are not trained.
+        terms: settings that responses and grades must be of, see `terms.py`.
         keep_next_step: whether the groups of the step after `step` stay promised to it; false where the order of the
             data says anew which they are.
 
@@ -124,6 +136,7 @@ def reconcile(
             restored = _restore(ledger, stored, prompts, num_responses)
             confirmed = _confirm(ledger, stored)
         rolled_back = _roll_back(ledger, step, step + 1 if keep_next_step else step)
+        other_terms = enforce(ledger, terms, step=step, num_responses=num_responses)
         cut = _cut_back(ledger, step)
         return Reconciled(
             continuing=len(ledger.unfinished()),
@@ -131,39 +144,56 @@ def reconcile(
             cut_back=cut,
             restored=restored,
             confirmed=confirmed,
+            other_terms=other_terms,
         )
 
 
 def _restore(ledger: Ledger, stored: LedgerPosition, prompts: Mapping[str, Prompt], num_responses: int) -> int:
-    """Reserve again what was in flight when the ledger is a new one; refuse that of another run."""
-    if ledger.ledger_id == stored.ledger_id:
-        return 0
-    if ledger.states():
+    """Reserve again what was in flight and is missing, in a new ledger or an older copy; refuse that of another run."""
+    if ledger.ledger_id != stored.ledger_id and ledger.states():
         raise CheckpointError(
             f"{ledger.file} is not the ledger that the newest checkpoint was written with; put that one back, or move "
             "this one aside to go on without the responses in flight"
         )
-    gone = [prompt_id for _, _, prompt_id in stored.in_flight if prompt_id not in prompts]
-    if gone:
-        raise CheckpointError(
-            f"{len(gone)} prompts that were in flight are no longer in data.prompts: {', '.join(gone[:8])}; put them "
-            "back, or start in another run.dir"
-        )
-    ledger.set_fact("ledger_id", stored.ledger_id)
-    # Ids go on where the lost ledger's ended, so that order and seeds of the walk stay what they were.
     with ledger.transaction() as db:
+        missing = []
         for group_id, epoch, prompt_id in stored.in_flight:
-            _number_next(db, group_id)
-            ledger.reserve([(epoch, prompts[prompt_id])], num_responses=num_responses)
-        _number_next(db, stored.last_group + 1)
-        ledger.note("restored", [entry[0] for entry in stored.in_flight], step=stored.step)
-    return len(stored.in_flight)
+            entered = db.execute(
+                "SELECT group_id, epoch, prompt_id FROM groups WHERE group_id = ? OR (epoch = ? AND prompt_id = ?)",
+                [group_id, epoch, prompt_id],
+            ).fetchall()
+            if not entered:
+                missing.append((group_id, epoch, prompt_id))
+            elif entered != [(group_id, epoch, prompt_id)]:
+                raise CheckpointError(
+                    f"{ledger.file} contradicts the newest checkpoint: there group {group_id} is prompt {prompt_id} of "
+                    f"epoch {epoch}, here it is not; put back the ledger that the checkpoint was written with, or move "
+                    "this one aside to go on without the responses in flight"
+                )
+        gone = [prompt_id for _, _, prompt_id in missing if prompt_id not in prompts]
+        if gone:
+            raise CheckpointError(
+                f"{len(gone)} prompts that were in flight are no longer in data.prompts: {', '.join(gone[:8])}; put "
+                "them back, or start in another run.dir"
+            )
+        ledger.set_fact("ledger_id", stored.ledger_id)
+        last = max(_last_number(db), stored.last_group)
+        for group_id, epoch, prompt_id in missing:
+            [entered_as] = ledger.reserve([(epoch, prompts[prompt_id])], num_responses=num_responses)
+            # Order and seeds of the walk stay what they were.
+            db.execute("UPDATE groups SET group_id = ? WHERE group_id = ?", [group_id, entered_as])
+        # No number is given out twice: ids go on where the ledger of the checkpoint had come to.
+        db.execute("DELETE FROM sqlite_sequence WHERE name = 'groups'")
+        db.execute("INSERT INTO sqlite_sequence VALUES ('groups', ?)", [last])
+        if missing:
+            ledger.note("restored", [entry[0] for entry in missing], step=stored.step)
+    return len(missing)
 
 
-def _number_next(db: Any, group_id: int) -> None:
-    """Let the next group have this id."""
-    db.execute("DELETE FROM sqlite_sequence WHERE name = 'groups'")
-    db.execute("INSERT INTO sqlite_sequence VALUES ('groups', ?)", [group_id - 1])
+def _last_number(db: Any) -> int:
+    """The newest group id ever given out."""
+    row = db.execute("SELECT seq FROM sqlite_sequence WHERE name = 'groups'").fetchone()
+    return 0 if row is None else int(row[0])
 
 
 def _confirm(ledger: Ledger, stored: LedgerPosition) -> int:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from typing import TypeVar
 
 from rich import box
 from rich.console import Console
@@ -13,13 +14,22 @@ from megatron_klear.rollout.ledger.entries import STATES, StoredGroup
 from megatron_klear.rollout.ledger.reading import GroupRow, ResponseRow
 from megatron_klear.rollout.ledger.text import Decode
 
+Row = TypeVar("Row")
+
 _COLOURS = {"correct": "green", "wrong": "red", "malformed": "red", "partial": "yellow", "ungraded": "yellow"}
 
 
 def print_groups(console: Console, rows: Sequence[GroupRow], states: dict[str, int], limit: int) -> None:
-    """One line per group, and how many there are in each state."""
+    """One line per group up to `limit` of them (negative: all), and how many there are in each state.
+
+    Args:
+        console: where to.
+        rows: newest first; one more than `limit` where there are more.
+        states: number of groups per state.
+        limit: most lines.
+    """
     table = _table("prompt", "epoch", "state", "step", "done", "correct", "reward", "tokens", "versions", "redrawn")
-    for row in rows:
+    for row in _up_to(rows, limit):
         table.add_row(
             escape(row.prompt_id),
             str(row.epoch),
@@ -34,16 +44,15 @@ def print_groups(console: Console, rows: Sequence[GroupRow], states: dict[str, i
         )
     console.print(table)
     counted = ", ".join(f"{states[state]:,} {state}" for state in STATES if state in states)
-    shown = f"the newest {limit} are shown (--limit)" if len(rows) == limit else f"{len(rows)} shown"
-    console.print(f"groups: {counted or 'none'}; {shown}", highlight=False)
+    console.print(f"groups: {counted or 'none'}; {_shown(rows, limit)}", highlight=False)
 
 
-def print_responses(console: Console, rows: Iterable[ResponseRow]) -> None:
-    """One line per response."""
+def print_responses(console: Console, rows: Sequence[ResponseRow], limit: int) -> None:
+    """One line per response; arguments as of `print_groups`."""
     table = _table(
         "prompt", "epoch", "#", "state", "step", "outcome", "reward", "tokens", "end", "versions", "requests"
     )
-    for row in rows:
+    for row in _up_to(rows, limit):
         colour = _COLOURS.get(row.outcome or "", "")
         outcome = f"[{colour}]{row.outcome}[/]" if colour else "-"
         table.add_row(
@@ -60,6 +69,7 @@ def print_responses(console: Console, rows: Iterable[ResponseRow]) -> None:
             str(row.attempts),
         )
     console.print(table)
+    console.print(f"responses: {_shown(rows, limit)}", highlight=False)
 
 
 def print_group(console: Console, group: StoredGroup, decode: Decode | None, index: int | None) -> None:
@@ -94,6 +104,14 @@ def _table(*names: str) -> Table:
     for name in names:
         table.add_column(name, justify="left" if name in texts else "right", no_wrap=name != "versions")
     return table
+
+
+def _up_to(rows: Sequence[Row], limit: int) -> Sequence[Row]:
+    return rows if limit < 0 else rows[:limit]
+
+
+def _shown(rows: Sequence[object], limit: int) -> str:
+    return f"the newest {limit} are shown (--limit)" if 0 <= limit < len(rows) else f"{len(rows)} shown"
 
 
 def _or_dash(value: float | None, form: str = "") -> str:

@@ -247,6 +247,24 @@ class Ledger:
             for index, rollout in kept.items():
                 self.save_response(group_id, index, rollout, attempts=attempts.get(index, 1))
 
+    def drop_grades(self, group_ids: Sequence[int], *, why: str) -> None:
+        """Put groups that are graded or committed back to `generated`, their responses untouched.
+
+        Args:
+            group_ids: which groups.
+            why: for the list of events.
+        """
+        with self.transaction() as db:
+            for group_id in group_ids:
+                state, _ = self._state(group_id)
+                if state not in ("graded", "committed"):
+                    raise RolloutError(f"{self.file}: group {group_id} is {state}; its grades cannot be dropped")
+                db.execute(
+                    "UPDATE responses SET outcome = NULL, reward = NULL, reason = NULL WHERE group_id = ?", [group_id]
+                )
+                self._move(group_id, "generated")
+            self.note("graded again", group_ids, detail=why)
+
     def prune(self, step: int) -> int:
         """Remove the tokens (not the rows) of groups trained in steps up to `step`; their space is used again.
 

@@ -11,5 +11,6 @@ from megatron_klear.rollout.manager.grading import Grader
 from megatron_klear.rollout.manager.health import Restart
 from megatron_klear.rollout.manager.manager import RolloutManager
 from megatron_klear.rollout.manager.scheduler import Scheduler
+from megatron_klear.rollout.manager.start_limit import StartLimit
 
-__all__ = ["Grader", "Restart", "RolloutManager", "Sampling", "Scheduler"]
+__all__ = ["Grader", "Restart", "RolloutManager", "Sampling", "Scheduler", "StartLimit"]

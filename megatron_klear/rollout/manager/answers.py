@@ -71,3 +71,23 @@ def extended(head: Rollout | None, part: GeneratedPart, *, is_full: bool) -> Rol
         finish_reason=finish,
         policy_versions=join_versions(head.policy_versions, part.policy_versions),
     )
+
+
+def cut_to_length(rollout: Rollout, budget: int) -> Rollout:
+    """A response as it would have ended under a token budget that it fills or exceeds.
+
+    Args:
+        rollout: of at least `budget` tokens.
+        budget: most tokens of a response.
+    """
+    runs, left = [], budget
+    for version, count in rollout.policy_versions:
+        if left > 0:
+            runs.append((version, min(count, left)))
+        left -= count
+    return Rollout(
+        response_ids=np.ascontiguousarray(rollout.response_ids[:budget]),
+        rollout_logprobs=np.ascontiguousarray(rollout.rollout_logprobs[:budget]),
+        finish_reason="length",
+        policy_versions=tuple(runs),
+    )

@@ -85,6 +85,11 @@ class Dispatcher:
         self._life, self._numbers = uuid.uuid4().hex[:8], itertools.count()
         self._side_tasks: set[asyncio.Task[Any]] = set()
 
+    @property
+    def max_response_tokens(self) -> int:
+        """Token budget of a response, all its requests together."""
+        return self._sampling.params.max_response_tokens
+
     def enqueue(self, group: GroupWork) -> None:
         """Let a group's waiting responses be sent when their turn comes; `dispatch` does it."""
         if group.waiting and not group.is_queued:
@@ -139,8 +144,18 @@ class Dispatcher:
         request.task = asyncio.create_task(self._serve(request))
 
     def _asked(self, request: Request) -> GenerationRequest:
+        """What is left to draw of a response.
+
+        Raises:
+            RolloutError: nothing is; such a response has ended and must not be sent.
+        """
         response, params = request.response, self._sampling.params
         group, token_ids = response.group, response.group.prompt.token_ids
+        if response.num_tokens >= params.max_response_tokens:
+            raise RolloutError(
+                f"prompt {group.prompt.prompt_id}, response {response.index}: has {response.num_tokens} tokens, "
+                f"rollout.max_response_tokens = {params.max_response_tokens}"
+            )
         if response.head is not None:
             token_ids = np.concatenate([token_ids, response.head.response_ids])
         return GenerationRequest(
@@ -153,7 +168,7 @@ class Dispatcher:
 
     async def _serve(self, request: Request) -> None:
         """Wait for an engine's answer and do what it calls for."""
-        engine, asked = request.engine, self._asked(request)
+        engine = request.engine
         loop = asyncio.get_running_loop()
 
         def note(tokens: int) -> None:
@@ -163,6 +178,7 @@ class Dispatcher:
             request.last_progress = engine.last_progress = loop.time()
 
         try:
+            asked = self._asked(request)
             part = await engine.endpoint.generate(asked, note)
             if request.is_abandoned:
                 return

@@ -26,7 +26,7 @@ class Engine:
         requests: in flight, by id.
         last_progress: loop time of the newest token of any request, or of becoming busy.
         has_answered: it brought a token since it was started; before, it may be compiling.
-        failures: requests failed in a row.
+        failures: in a row; requests that fail together count once.
         restarts: in a row without a whole response in between.
         unanswered: checks in a row without an answer, while it had no requests.
         is_asked: such a check is under way.

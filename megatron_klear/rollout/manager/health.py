@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections.abc import Awaitable, Callable
 from statistics import median
 from typing import Any
@@ -12,17 +13,19 @@ from megatron_klear.config import SchedulingSettings
 from megatron_klear.errors import RolloutError
 from megatron_klear.rollout.endpoint import Endpoint
 from megatron_klear.rollout.manager.engines import Engine, EnginePool
+from megatron_klear.rollout.manager.start_limit import StartLimit
 from megatron_klear.rollout.manager.work import Request
 
 log = logging.getLogger(__name__)
 
-Restart = Callable[[Endpoint, str], Awaitable[Endpoint]]
-"""Given a lost engine and why, starts it anew, loads the current weights, and returns how to reach it."""
+Restart = Callable[[Endpoint, str, StartLimit], Awaitable[Endpoint]]
+"""Given a lost engine, why, and the limit that it tells what it waits for: starts the engine anew, loads the current
+weights, and returns how to reach it."""
 
 MOST_RESTARTS = 3
 """Restarts in a row, without one whole response in between, after which an engine is given up."""
 _FAILURES_IN_A_ROW = 5
-"""Failed requests in a row after which an engine that passes its health check is lost all the same."""
+"""Failures in a row after which an engine that passes its health check is lost all the same."""
 _CHECK_SECONDS = 10.0
 _UNANSWERED_CHECKS = 2
 """Checks of an idle engine in a row without an answer, after which it is lost."""
@@ -65,7 +68,9 @@ class EngineCare:
         self._pool, self._settings, self._restart = pool, settings, restart
         self._on_lost, self._on_ready, self._on_failure, self._move = on_lost, on_ready, on_failure, move
         self._short_since: float | None = None
+        self._unattended_since = -math.inf  # since when no engine has been starting, where there were too few
         self._measured_at = 0.0
+        self._blamed: dict[int, list[Callable[[], None]]] = {}  # what to call when a suspected engine is well
         self._tasks: set[asyncio.Task[Any]] = set()
         self.lost = self.rejoined = 0
 
@@ -83,12 +88,13 @@ class EngineCare:
 
         Args:
             engine: that failed.
-            on_well: called when it is well, so that the request is to blame.
+            on_well: called when it is well, so that the request may be to blame.
         """
-        engine.failures += 1
+        self._blamed.setdefault(engine.number, []).append(on_well)
         if engine.status == "serving":
+            engine.failures += 1  # those that fail together, as with one connection, have failed once
             engine.status = "checked"
-            self._spawn(self._check(engine, on_well))
+            self._spawn(self._check(engine))
 
     def expect_publish(self) -> None:
         """Engines change their weights from now until `check_versions`: nobody is judged by them meanwhile."""
@@ -124,6 +130,7 @@ class EngineCare:
         if engine.status not in ("serving", "checked"):
             return
         self.lost += 1
+        self._blamed.pop(engine.number, None)
         engine.status, engine.last_error = "down", why
         log.warning("%s is lost: %s", engine.name, why)
         engine.down_since = asyncio.get_running_loop().time()
@@ -135,32 +142,47 @@ class EngineCare:
     async def _version_of(self, engine: Engine) -> int:
         return await asyncio.wait_for(engine.endpoint.check(), _CHECK_SECONDS)
 
-    async def _check(self, engine: Engine, on_well: Callable[[], None]) -> None:
+    async def _settled_version_of(self, engine: Engine) -> int:
+        """As `_version_of`, when no publish changes it meanwhile."""
+        while True:
+            await self._settled.wait()
+            wanted, found = self.version, await self._version_of(engine)
+            if self._settled.is_set() and self.version == wanted:
+                return found
+
+    async def _check(self, engine: Engine) -> None:
         try:
             await self._version_of(engine)
         except Exception as error:  # whatever its client raises, the engine did not say that it lives
             self.lose(engine, f"{engine.last_error}; then its check failed: {_text(error)}")
             return
+        for on_well in self._blamed.pop(engine.number, ()):
+            on_well()
         if engine.failures >= _FAILURES_IN_A_ROW:
-            self.lose(engine, f"failed {engine.failures} requests in a row, the last one: {engine.last_error}")
+            self.lose(engine, f"failed {engine.failures} times in a row, the last time: {engine.last_error}")
             return
         if engine.status == "checked":
             engine.status = "serving"
             self._pool.offer(engine)
-        on_well()
         self._on_ready()
 
     async def _start_again(self, engine: Engine, restart: Restart) -> None:
-        """Restart until it serves with current weights, or has failed too often."""
+        """Restart until it serves with current weights, or has failed too often.
+
+        One that others start is never given up: waiting costs nothing, and counts as an outage where it is needed.
+        """
+
+        def judge_absence(is_absent: bool) -> None:
+            engine.status = "down" if is_absent else "starting"
+
         while engine.restarts < MOST_RESTARTS:
             engine.restarts += 1
             engine.status = "starting"
             try:
-                async with asyncio.timeout(self._settings.start_seconds):
-                    endpoint = await restart(engine.endpoint, engine.last_error)
+                async with StartLimit(self._settings.start_seconds, judge_absence) as limit:
+                    endpoint = await restart(engine.endpoint, engine.last_error, limit)
                     engine.endpoint = endpoint
-                await self._settled.wait()
-                found = await self._version_of(engine)
+                found = await self._settled_version_of(engine)
                 if found == self.version:
                     self._let_in(engine)
                     return
@@ -169,6 +191,8 @@ class EngineCare:
                 engine.last_error = f"restart {engine.restarts} failed: {_text(error)}"
             engine.status = "down"
             await asyncio.sleep(min(2.0**engine.restarts, self._settings.stall_seconds))
+            if limit.is_of_others:
+                engine.restarts = min(engine.restarts, MOST_RESTARTS - 1)
         engine.status = "given up"
         self._judge()
 
@@ -192,7 +216,7 @@ class EngineCare:
                     continue
                 if engine.status == "serving" and engine.requests:
                     self._watch_engine(engine, now)
-                elif engine.status == "serving" and self._settled.is_set() and not engine.is_asked:
+                elif engine.status == "serving" and self._settled.is_set() and not engine.is_asked and not self._others:
                     self._spawn(self._check_idle(engine))
                 elif engine.status == "down" and self._restart is None:
                     self._spawn(self._ask_whether_back(engine))
@@ -211,9 +235,15 @@ class EngineCare:
             return
         # One request may be lost in an engine that works for the others; one that waits there for its turn is not.
         for request in list(engine.requests.values()):
-            patience = 3 * settings.stall_seconds if request.tokens else settings.start_seconds
-            if now - request.last_progress > patience:
+            silent = now - request.last_progress
+            if not request.tokens:
+                if silent > settings.start_seconds:
+                    self._move(request, hung=True)
+            elif silent > 4 * settings.stall_seconds:
                 self._move(request, hung=True)
+            elif silent > 3 * settings.stall_seconds:
+                # It may have had to make room in a full cache, and the engine then gives its tokens back when asked.
+                self._move(request, hung=False)
 
     def _measure(self, seconds: float) -> None:
         """Tokens per second and request of each engine since the last time, and who lags far behind."""
@@ -277,9 +307,11 @@ class EngineCare:
             return
         if self._short_since is None:
             self._short_since = now
-        waited = now - self._short_since
-        if serving + coming < settings.min_engines or (waited >= settings.outage_seconds and not starting):
-            self._on_failure(RolloutError(self._account(serving, waited)))
+        if starting:
+            self._unattended_since = now
+        without = now - max(self._short_since, self._unattended_since)
+        if serving + coming < settings.min_engines or without >= settings.outage_seconds:
+            self._on_failure(RolloutError(self._account(serving, now - self._short_since)))
 
     def _account(self, serving: int, waited: float) -> str:
         others = [engine for engine in self._pool if engine.status not in ("serving", "checked")]

@@ -12,6 +12,7 @@ from typing import Any, Self, TypeVar
 
 from megatron_klear.config import SchedulingSettings
 from megatron_klear.errors import RolloutError
+from megatron_klear.observe import names
 from megatron_klear.records import Prompt
 from megatron_klear.rollout.endpoint import Endpoint
 from megatron_klear.rollout.ledger import Ledger, StoredGroup
@@ -22,8 +23,18 @@ from megatron_klear.rollout.manager.scheduler import Scheduler
 
 T = TypeVar("T")
 
-_CLOSE_SECONDS = 30.0
-_WAKE_SECONDS = 0.5
+_CLOSE_SECONDS = 8.0
+"""For engines to be told that nobody waits any more; a run that was asked to stop has half a minute in all."""
+_JOIN_SECONDS = 2.0
+_COUNTED = {
+    names.REQUESTS_SENT: "requests",
+    names.REQUESTS_FAILED: "failed requests",
+    names.REQUESTS_MALFORMED: "malformed answers",
+    names.REQUESTS_ABANDONED: "abandoned requests",
+    names.REQUESTS_MOVED: "moved requests",
+    names.REQUESTS_INTERRUPTED: "interrupted",
+}
+"""Keys of the dispatcher's counts by the names of metrics."""
 
 
 class RolloutManager:
@@ -67,6 +78,7 @@ class RolloutManager:
             )
         self._ledger = ledger
         self._num_responses, self._keep_steps = sampling.num_responses, settings.keep_steps
+        self._pausing: concurrent.futures.Future[None] | None = None
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._run_loop, name="rollout manager", daemon=True)
         self._thread.start()
@@ -127,16 +139,24 @@ class RolloutManager:
             self._ledger.prune(step - self._keep_steps)
         self._call(self._made(lambda: self._scheduler.trained(step)))
 
-    def pause_for_publish(self, waiting: Callable[[], None] | None = None) -> None:
-        """Return when no request is in flight: by interrupting them (partial rollouts) or by waiting for them.
+    def pause_for_publish(self, timeout: float | None = None) -> bool:
+        """Wait until no request is in flight: by interrupting them (partial rollouts) or by waiting for them.
+
+        Nothing is sent from the first call on. Asked again after one that timed out, it goes on waiting.
 
         Args:
-            waiting: called while it waits, several times a second.
+            timeout: in seconds; short, so that other ranks never wait long for the first. None waits for the end.
+
+        Returns:
+            whether none is in flight now.
         """
-        future = asyncio.run_coroutine_threadsafe(self._scheduler.pause(), self._loop)
-        while waiting is not None and not concurrent.futures.wait([future], timeout=_WAKE_SECONDS).done:
-            waiting()
-        future.result()
+        if self._pausing is None:
+            self._pausing = asyncio.run_coroutine_threadsafe(self._scheduler.pause(), self._loop)
+        if not concurrent.futures.wait([self._pausing], timeout=timeout).done:
+            return False
+        done, self._pausing = self._pausing, None
+        done.result()
+        return True
 
     def resume(self, version: int) -> None:
         """Go on under new weights; engines that report another version are lost until they have it."""
@@ -153,28 +173,33 @@ class RolloutManager:
             self._call(self._made(care.unshare))
 
     def counts(self) -> dict[str, float]:
-        """What happened so far, for metrics: requests, tokens, failures, moves, engines that serve."""
+        """What happened since the manager was made, under names of `observe.names`, and how many engines serve now."""
+        return self._call(self._made(self._counted))
+
+    def _counted(self) -> dict[str, float]:
         dispatcher = self._scheduler.dispatcher
         pool, care = dispatcher.pool, dispatcher.care
-        return {
-            **dispatcher.counts,
-            "groups drawn again": float(self._scheduler.drawn_again),
-            "engines serving": float(len(pool.serving())),
-            "engines lost": float(care.lost),
-            "engines rejoined": float(care.rejoined),
+        found = {name: float(dispatcher.counts[key]) for name, key in _COUNTED.items()}
+        return found | {
+            names.REQUESTS_GROUPS_REDRAWN: float(self._scheduler.drawn_again),
+            names.ENGINES_SERVING: float(len(pool.serving())),
+            names.ENGINES_LOST: float(care.lost),
+            names.ENGINES_REJOINED: float(care.rejoined),
         }
 
     def close(self) -> None:
         """End the thread and its requests; a second call does nothing."""
         if not self._thread.is_alive():
             return
+        if self._pausing is not None:
+            self._pausing.cancel()
         try:
             asyncio.run_coroutine_threadsafe(self._scheduler.close(), self._loop).result(_CLOSE_SECONDS)
         except TimeoutError:
             pass  # an engine's client that cannot be ended must not keep the run from ending
         finally:
             self._loop.call_soon_threadsafe(self._loop.stop)
-            self._thread.join(_CLOSE_SECONDS)
+            self._thread.join(_JOIN_SECONDS)
 
     def _run_loop(self) -> None:
         asyncio.set_event_loop(self._loop)

@@ -14,6 +14,7 @@ from megatron_klear.errors import RolloutError
 from megatron_klear.records import Rollout
 from megatron_klear.rollout.endpoint import Endpoint
 from megatron_klear.rollout.ledger import Ledger, StoredGroup
+from megatron_klear.rollout.manager.answers import cut_to_length
 from megatron_klear.rollout.manager.dispatch import Dispatcher, Sampling
 from megatron_klear.rollout.manager.grading import Grader, GradingQueue
 from megatron_klear.rollout.manager.health import Restart
@@ -95,7 +96,7 @@ class Scheduler:
         Asked again for the same step it gives the same groups.
 
         Raises:
-            RolloutError: generation cannot go on.
+            RolloutError: generation cannot go on, or nothing that is under way can fill the step.
         """
         loop = asyncio.get_running_loop()
         deadline = None if timeout is None else loop.time() + timeout
@@ -105,11 +106,16 @@ class Scheduler:
             batch = await self._batch(step, count)
             if batch is not None:
                 break
+            in_time = True
             try:
                 await asyncio.wait_for(
                     self._news.wait(), None if deadline is None else max(0.0, deadline - loop.time())
                 )
             except TimeoutError:
+                in_time = False
+            if not in_time:
+                if await self._batch(step, count) is None:
+                    self._refuse_to_wait_in_vain(step, count)
                 return None
         ids = [group.group_id for group in batch]
         for group in batch:
@@ -181,6 +187,23 @@ class Scheduler:
         if self.error is not None:
             raise self.error
 
+    def _refuse_to_wait_in_vain(self, step: int, count: int) -> None:
+        """Raise when a step lacks groups while none is being generated or graded, or can be begun."""
+        groups = self._groups.values()
+        may_begin = self.dispatcher.paused and bool(self._not_started)
+        if may_begin or any(g.oldest_version is not None and not g.is_graded for g in groups):
+            return
+        free = sum(group.step in (None, step) for group in groups)
+        self.fail(
+            RolloutError(
+                f"step {step} waits for {count} prompt groups and nothing is being generated or graded: of {free} that "
+                f"the rollout ledger has for it, {len(self._not_started)} may not be begun before the next publish; "
+                f"the ledger {self._ledger.file} and the checkpoint do not belong together, or fewer prompts were "
+                "reserved than steps need. Move the ledger aside to go on without the responses in flight"
+            )
+        )
+        self.raise_error()
+
     def _add(self, stored: StoredGroup) -> None:
         group = GroupWork(group_id=stored.group_id, epoch=stored.epoch, prompt=stored.prompt, step=stored.step)
         self._groups[group.group_id] = group
@@ -200,13 +223,23 @@ class Scheduler:
             self._num_graded += 1
             group.ready_rank = next(self._ready_ranks)
             return
+        full: list[tuple[ResponseWork, Rollout]] = []
+        budget = self.dispatcher.max_response_tokens
         for index in reversed(range(stored.num_responses)):
             rollout = stored.rollouts.get(index)
             if rollout is None or rollout.finish_reason == "abort":
-                group.waiting.append(ResponseWork(group=group, index=index, head=rollout))
-        group.open_responses = len(group.waiting)
-        if not group.waiting:
+                response = ResponseWork(group=group, index=index, head=rollout)
+                if rollout is not None and response.num_tokens >= budget:
+                    # Begun under a larger budget: under this one it would have ended here, and nothing can be asked.
+                    full.append((response, cut_to_length(rollout, budget)))
+                else:
+                    group.waiting.append(response)
+        group.open_responses = len(group.waiting) + len(full)
+        if not group.open_responses:
             self._grading.add(group.group_id)
+        for response, rollout in full:
+            response.attempts = 1
+            self._save(response, rollout)
 
     def _go_on(self) -> None:
         """Let in as many new groups as can be trained before they are too old, and send what waits."""
@@ -216,12 +249,19 @@ class Scheduler:
         limit = started_limit(
             version=dispatcher.version, next_step=self._next_step, staleness=self.staleness, per_step=self._per_step
         )
-        while self._not_started and self._num_started < limit:
+        while self._not_started and (self._num_started < limit or self._is_among_first(self._not_started[0], limit)):
             group = self._groups[heapq.heappop(self._not_started)]
             group.oldest_version = dispatcher.version
             self._num_started += 1
             dispatcher.enqueue(group)
         dispatcher.dispatch()
+
+    def _is_among_first(self, group_id: int, limit: int) -> bool:
+        """Whether a step within the limit waits for this very group, however many of later ones have begun.
+
+        They began in an earlier life, under a larger limit; in the order of the data nothing can stand in for it.
+        """
+        return self._settings.order == "fixed" and sum(other < group_id for other in self._groups) < limit
 
     def _save(self, response: ResponseWork, rollout: Rollout) -> None:
         """Write down a response, or what there is of it; with the last of a group, have it graded."""

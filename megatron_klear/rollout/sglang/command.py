@@ -6,6 +6,8 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
+
 from megatron_klear.config.serving import SglangSettings
 from megatron_klear.errors import ConfigError
 
@@ -39,6 +41,7 @@ def server_command(
     dtype: str,
     host: str,
     port: int,
+    name: str,
     on_cpu: bool,
     batch_responses: int,
     longest_sequence: int,
@@ -53,6 +56,7 @@ def server_command(
         model_dir: directory with the model's config.json.
         dtype: data type where `sglang.dtype` is auto.
         host, port: to listen on.
+        name: that it tells whoever asks for its models.
         on_cpu: whether it computes on the CPU.
         batch_responses: responses generated at a time.
         longest_sequence: prompt and response together, in tokens.
@@ -88,11 +92,16 @@ def server_command(
         arguments.append("--enable-deterministic-inference")
     if settings.quantization != "none":
         arguments += ["--quantization", settings.quantization]
-    return [str(server_python(settings)), "-m", "sglang.launch_server", *arguments, *settings.extra_args]
+    return [str(server_python(settings)), "-m", "sglang.launch_server", *arguments, *settings.extra_args,
+            "--served-model-name", name]  # fmt: skip
 
 
 def server_environment(settings: SglangSettings, index: int, *, on_cpu: bool) -> dict[str, str]:
-    """Environment variables of server number `index`: the trainer's, less what would steer the server wrongly."""
+    """Environment variables of server number `index`: the trainer's, less what would steer the server wrongly.
+
+    Raises:
+        ConfigError: its GPUs are the trainer's, or not there.
+    """
     environment = {name: value for name, value in os.environ.items() if not _is_the_trainers(name)}
     environment |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
     # The margin may exceed the model's positions; no token is ever placed there.
@@ -100,6 +109,9 @@ def server_environment(settings: SglangSettings, index: int, *, on_cpu: bool) ->
     if on_cpu:
         # Without a number of its own SGLang binds threads to all cores, where they wait for the trainer's.
         environment |= {"SGLANG_USE_CPU_ENGINE": "1", "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+        if settings.server_tp > 1:
+            # Without shares of the cores it wants as many NUMA nodes as ranks.
+            environment.setdefault("SGLANG_CPU_OMP_THREADS_BIND", _core_shares(settings.server_tp))
         if settings.deterministic:
             # A sum that threads share is cut by their number; what is compiled differs by the shapes it was made for.
             environment |= {"PYTHONPATH": str(CPU_PLUGIN), "OMP_NUM_THREADS": "1", "TORCH_COMPILE_DISABLE": "1"}
@@ -109,7 +121,7 @@ def server_environment(settings: SglangSettings, index: int, *, on_cpu: bool) ->
     if settings.placement == "colocated":
         # What is meant for the trainer's allocator (expandable segments) and what gives memory up do not go together.
         environment = {name: value for name, value in environment.items() if not name.endswith("_ALLOC_CONF")}
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "0"))
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # without torchrun one process trains, on GPU 0
     if settings.placement == "separate" and settings.first_gpu < ranks and settings.memory_fraction is None:
         raise ConfigError(
             [
@@ -122,13 +134,23 @@ def server_environment(settings: SglangSettings, index: int, *, on_cpu: bool) ->
     return environment | {"CUDA_VISIBLE_DEVICES": _gpus(os.environ, first, settings.server_tp)}
 
 
+def _core_shares(count: int) -> str:
+    """This process's cores as SGLang takes them, dealt to `count` ranks: `0,1|2,3`; all to each where they are few."""
+    cores = [str(core) for core in sorted(os.sched_getaffinity(0))]
+    shares = [cores[rank * len(cores) // count : (rank + 1) * len(cores) // count] for rank in range(count)]
+    return "|".join(",".join(share or cores) for share in shares)
+
+
 def _gpus(environment: Mapping[str, str], first: int, count: int) -> str:
     visible = environment.get("CUDA_VISIBLE_DEVICES")
-    names = [str(n) for n in range(first + count)] if visible is None else visible.split(",")
+    names = [str(n) for n in range(torch.cuda.device_count())] if visible is None else visible.split(",")
+    names = [name for name in names if name.strip()]
     if len(names) < first + count:
+        there = f"this machine has {len(names)}" if visible is None else f"CUDA_VISIBLE_DEVICES shows {len(names)}"
         raise ConfigError(
-            [f"sglang.servers: needs GPUs {first} to {first + count - 1}, and CUDA_VISIBLE_DEVICES shows {len(names)}"]
-        )
+            [f"sglang.servers: needs GPUs {first} to {first + count - 1} (sglang.first_gpu, sglang.server_tp), and "
+             f"{there}"]
+        )  # fmt: skip
     return ",".join(names[first : first + count])
 
 
@@ -137,4 +159,6 @@ def _is_the_trainers(name: str) -> bool:
     return name.startswith(("TORCHELASTIC_", "PYTHON")) or name in (
         *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_RANK"),
         *("ROLE_NAME", "ROLE_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "VIRTUAL_ENV", "CUDA_VISIBLE_DEVICES"),
+        # Set by launchers, and by us for as long as a group for weights is made, beside which a server may start.
+        "TORCH_NCCL_ASYNC_ERROR_HANDLING",
     )

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
+from megatron_klear.config.yarn import Yarn
 from megatron_klear.errors import ConfigError
 from megatron_klear.rollout.endpoint import EndpointError
 from megatron_klear.rollout.sglang.command import CONTEXT_MARGIN
 from megatron_klear.rollout.sglang.connection import Connection, Refused
+from megatron_klear.rollout.sglang.ends import ends_problem
+from megatron_klear.rollout.sglang.rotary import rotary_problem
+from megatron_klear.rollout.sglang.vocabulary import vocab_size
 
 MINIMUM_VERSION = (0, 5, 21)
 """First release with weight-update sessions and versions per token; tests/rollout/sglang passed on it and on 0.5.23."""
@@ -18,7 +22,10 @@ MINIMUM_VERSION = (0, 5, 21)
 ARCHITECTURE = "Qwen3ForCausalLM"
 
 _ASK_SECONDS = 60.0
-_NO_TOKEN = 10**9
+
+
+class Unreachable(ConfigError):
+    """A server gave no answer."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,6 +38,9 @@ class Expected:
         deterministic: whether tokens must follow from seeds (sglang.deterministic).
         tokenizer_samples: texts and the token ids that our tokenizer makes of them, no special tokens added.
         architecture: class of the model; None takes any (a teacher of another family is only sampled from).
+        yarn: of its rotary embedding, None for none; `any` takes whatever it has.
+        stop_ids: the only ids that may end a response; None takes whatever it has.
+        setting: names in messages where the servers come from.
     """
 
     vocab_size: int
@@ -38,6 +48,9 @@ class Expected:
     deterministic: bool = False
     tokenizer_samples: Sequence[tuple[str, Sequence[int]]] = field(default=())
     architecture: str | None = ARCHITECTURE
+    yarn: Yarn | Literal["any"] | None = "any"
+    stop_ids: Collection[int] | None = None
+    setting: str = "sglang.urls"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,7 +65,9 @@ class EngineFacts:
         quantization: None, or the kind.
         incremental: whether its streams hold new tokens only.
         context_length: longest sequence, in tokens.
+        most_running: requests that it generates for at a time; None when it does not tell.
         model_path, weight_version: what it was started with, and what was published to it since.
+        overrides: what was laid over its config.json, as JSON; YaRN among it.
     """
 
     version: str
@@ -62,18 +77,21 @@ class EngineFacts:
     quantization: str | None
     incremental: bool
     context_length: int
+    most_running: int | None = None
     model_path: str = ""
     weight_version: str = ""
+    overrides: str = ""
 
 
 async def examine(connection: Connection, expected: Expected) -> EngineFacts:
     """Ask a server for what it is and compare that with what we need.
 
     Raises:
-        ConfigError: it cannot be reached, is no SGLang, is too old, or serves another model; all problems at once.
+        ConfigError: it is no SGLang, is too old, or serves another model; all problems at once.
+        Unreachable: it gives no answer.
     """
-    server = await _asked(connection, "/server_info")
-    model = await _asked(connection, "/model_info")
+    server = await _asked(connection, "/server_info", expected.setting)
+    model = await _asked(connection, "/model_info", expected.setting)
     problems: list[str] = []
     version = str(server.get("version", "unknown"))
     if _numbers(version) < MINIMUM_VERSION:
@@ -84,9 +102,9 @@ async def examine(connection: Connection, expected: Expected) -> EngineFacts:
     if (wanted is not None and wanted not in architectures) or not model.get("is_generation", True):
         needed_model = wanted or "one that generates text"
         problems.append(f"it serves {', '.join(architectures) or 'no known model'}, needs {needed_model}")
-    vocab_size = await _vocab_size(connection)
-    if vocab_size is not None and vocab_size != expected.vocab_size:
-        problems.append(f"its model has {vocab_size} tokens, ours has {expected.vocab_size} (model.vocab_size)")
+    tokens = await vocab_size(connection, server, model)
+    if tokens is not None and tokens != expected.vocab_size:
+        problems.append(f"its model has {tokens} tokens, ours has {expected.vocab_size} (model.vocab_size)")
     context_length = await _context_length(connection)
     needed = expected.longest_sequence + CONTEXT_MARGIN
     if context_length is not None and context_length < needed:
@@ -98,10 +116,21 @@ async def examine(connection: Connection, expected: Expected) -> EngineFacts:
         problems.append(
             "it draws by chance, and sglang.deterministic is set; start it with --enable-deterministic-inference"
         )
+    if expected.yarn != "any":
+        problem = rotary_problem(connection.name, server, model, expected.yarn)
+        problems += [] if problem is None else [problem]
+    if expected.stop_ids is not None:
+        problem = ends_problem(connection.name, server, model, expected.stop_ids)
+        problems += [] if problem is None else [problem]
+    if model.get("preferred_sampling_params"):
+        problems.append(
+            f"it adds {model['preferred_sampling_params']} to what requests ask for; start it without "
+            "--preferred-sampling-params"
+        )
     if not server.get("skip_tokenizer_init"):
         problems += await _tokenizer_problems(connection, expected)
     if problems:
-        raise ConfigError([f"sglang.urls: {connection.name}: {problem}" for problem in problems])
+        raise ConfigError([f"{expected.setting}: {connection.name}: {problem}" for problem in problems])
     return EngineFacts(
         version=version,
         device=str(server.get("device", "cuda")),
@@ -110,42 +139,38 @@ async def examine(connection: Connection, expected: Expected) -> EngineFacts:
         quantization=server.get("quantization") or None,
         incremental=bool(server.get("incremental_streaming_output")),
         context_length=needed if context_length is None else context_length,
+        most_running=_most_running(server),
         model_path=str(model.get("model_path", "")),
         weight_version=str(model.get("weight_version", "")),
+        overrides=str(server.get("json_model_override_args") or ""),
     )
 
 
-async def _asked(connection: Connection, path: str) -> Mapping[str, Any]:
+async def _asked(connection: Connection, path: str, setting: str) -> Mapping[str, Any]:
     try:
         answer = await connection.get(path, timeout_seconds=_ASK_SECONDS)
-    except (EndpointError, Refused) as error:
-        text = str(error) if isinstance(error, EndpointError) else f"{connection.name}: {path} answered {error}"
-        raise ConfigError([f"sglang.urls: {text}; it must be a running SGLang server"]) from error
+    except EndpointError as error:
+        raise Unreachable([f"{setting}: {error}; it must be a running SGLang server"]) from error
+    except Refused as error:
+        text = f"{connection.name}: {path} answered {error}"
+        raise ConfigError([f"{setting}: {text}; it must be a running SGLang server"]) from error
     if not isinstance(answer, Mapping):
-        raise ConfigError([f"sglang.urls: {connection.name}: {path} answered no object; it must be an SGLang server"])
+        raise ConfigError([f"{setting}: {connection.name}: {path} answered no object; it must be an SGLang server"])
     return answer
+
+
+def _most_running(server: Mapping[str, Any]) -> int | None:
+    """Of all data-parallel parts of a server together; what it was asked for, where it does not tell what it does."""
+    states = server.get("internal_states")
+    told = [s.get("effective_max_running_requests_per_dp") for s in states or () if isinstance(s, Mapping)]
+    counts = [count for count in told or [server.get("max_running_requests")] if isinstance(count, int) and count > 0]
+    return sum(counts) or None
 
 
 def _numbers(version: str) -> tuple[int, ...]:
     """(0, 5, 23) of `0.5.23.post1`; of anything unreadable nothing, which is below every version."""
     found = re.match(r"(\d+)\.(\d+)\.(\d+)", version)
     return tuple(int(number) for number in found.groups()) if found else ()
-
-
-async def _vocab_size(connection: Connection) -> int | None:
-    """The model's vocabulary, which SGLang tells only when it refuses a request; None if it does not.
-
-    A bias on a token that no vocabulary has is refused before anything is computed.
-    """
-    body = {"input_ids": [0], "sampling_params": {"max_new_tokens": 1, "logit_bias": {str(_NO_TOKEN): 0.0}}}
-    try:
-        await connection.post("/generate", body, timeout_seconds=_ASK_SECONDS)
-    except Refused as refusal:
-        found = re.search(r"\[0, (\d+)\]", refusal.text)
-        return int(found[1]) + 1 if found else None
-    except EndpointError:
-        return None
-    return None
 
 
 async def _context_length(connection: Connection) -> int | None:

@@ -67,6 +67,14 @@ class Connection:
         """The text that a path answers; raises as `post` does."""
         return (await self._answer("POST", path, body, timeout_seconds)).text
 
+    async def status(self, path: str, *, timeout_seconds: float) -> int:
+        """The HTTP status of a path, whatever it answers.
+
+        Raises:
+            EndpointError: no answer.
+        """
+        return (await self._sent("GET", path, None, timeout_seconds)).status_code
+
     async def stream(self, path: str, body: Mapping[str, Any]) -> AsyncIterator[dict[str, Any]]:
         """The JSON objects of a stream of server-sent events, up to its end mark; the caller limits the time.
 
@@ -107,13 +115,18 @@ class Connection:
     async def _answer(
         self, method: str, path: str, body: Mapping[str, Any] | None, timeout_seconds: float
     ) -> httpx2.Response:
-        timeout = httpx2.Timeout(timeout_seconds, connect=min(_CONNECT_SECONDS, timeout_seconds))
-        try:
-            response = await self._client.request(method, self.url + path, json=body, timeout=timeout)
-        except httpx2.TransportError as error:
-            raise self._failed(path, error) from error
+        response = await self._sent(method, path, body, timeout_seconds)
         self._raise_for(path, response)
         return response
+
+    async def _sent(
+        self, method: str, path: str, body: Mapping[str, Any] | None, timeout_seconds: float
+    ) -> httpx2.Response:
+        timeout = httpx2.Timeout(timeout_seconds, connect=min(_CONNECT_SECONDS, timeout_seconds))
+        try:
+            return await self._client.request(method, self.url + path, json=body, timeout=timeout)
+        except httpx2.TransportError as error:
+            raise self._failed(path, error) from error
 
     def _raise_for(self, path: str, response: httpx2.Response) -> None:
         status = response.status_code

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from megatron_klear.rollout.endpoint import EndpointError, GeneratedPart, Genera
 from megatron_klear.rollout.sglang.answers import NO_VERSION, AnswerReader, parse_version
 from megatron_klear.rollout.sglang.command import CONTEXT_MARGIN
 from megatron_klear.rollout.sglang.connection import Connection, Refused
+from megatron_klear.rollout.sglang.progress import Progress
 
 _LIFE = uuid.uuid4().hex[:12]
 """Names this life of the run: one that is resumed gives the versions after its checkpoint to other weights."""
@@ -33,7 +34,11 @@ class SglangEndpoint:
         context_length: longest sequence that the server takes, in tokens.
         incremental: whether the server streams new tokens only (its --incremental-streaming-output).
         stream_interval: tokens between two chunks of a stream.
-        idle_seconds: longest time without a new token.
+        idle_seconds: longest time without a new token, where the server brings none for others either (`Progress`).
+        first_seconds: longest time until the server's first token of all.
+        is_in_use: whether the server gets the weights that are published; it is not well otherwise.
+        spares_others: have an interruption of all requests leave alone those that did not come this way.
+        progress: of the server, shared by all ways to it.
     """
 
     def __init__(
@@ -45,14 +50,20 @@ class SglangEndpoint:
         incremental: bool,
         stream_interval: int = 64,
         idle_seconds: float = 600.0,
+        first_seconds: float = 0.0,
+        is_in_use: Callable[[], bool] = lambda: True,
+        spares_others: bool = False,
+        progress: Progress | None = None,
     ) -> None:
         self.connection = connection
         self._vocab_size = vocab_size
         self._context_length = context_length
         self._incremental = incremental
         self._stream_interval = stream_interval
-        self._idle_seconds = idle_seconds
+        self._idle_seconds, self._first_seconds, self._is_in_use = idle_seconds, first_seconds, is_in_use
         self._version = NO_VERSION
+        self._spares_others, self._progress = spares_others, progress or Progress()
+        self._in_flight: set[str] = set()
 
     @property
     def name(self) -> str:
@@ -78,19 +89,20 @@ class SglangEndpoint:
         self._check(request)
         reader = AnswerReader(self.name, vocab_size=self._vocab_size, incremental=self._incremental)
         finished = False
+        self._in_flight.add(request.request_id)
         try:
-            async with asyncio.timeout(self._idle_seconds) as limit:
+            async with self._progress.limit(self._idle_seconds, self._first_seconds) as brought:
                 async for chunk in self.connection.stream("/generate", self._body(request)):
                     before = reader.num_tokens
                     reader.add(chunk)
                     if reader.num_tokens > before:
-                        limit.reschedule(asyncio.get_running_loop().time() + self._idle_seconds)
+                        brought()
                         if on_tokens is not None:
                             on_tokens(reader.num_tokens)
             finished = True
         except TimeoutError as error:
             raise EndpointError(
-                f"{self.name}: no new token of request {request.request_id} for {self._idle_seconds:g} s "
+                f"{self.name}: no new token of request {request.request_id} for {self._idle_seconds:g} s or more "
                 f"(sglang.idle_seconds), {reader.num_tokens} tokens in",
                 retry=True,
             ) from error
@@ -101,6 +113,7 @@ class SglangEndpoint:
                 raise RolloutError(f"{self.name} refuses {what}: {refusal.text}") from refusal
             raise EndpointError(f"{self.name}: /generate answered {refusal}; is it SGLang?", retry=True) from refusal
         finally:
+            self._in_flight.discard(request.request_id)
             if not finished:
                 await self._abandon(request.request_id)
         part = reader.finish()
@@ -139,6 +152,9 @@ class SglangEndpoint:
 
     async def abort(self, request_id: str | None) -> None:
         """Interrupt a request, None all of them; `generate` then returns what it has, finish reason `abort`."""
+        if request_id is None and self._spares_others:
+            await asyncio.gather(*(self.abort(own) for own in list(self._in_flight)))
+            return
         body = {"rid": "", "abort_all": True} if request_id is None else {"rid": request_id}
         try:
             await self.connection.post_for_text("/abort_request", body, timeout_seconds=_ABORT_SECONDS)
@@ -149,8 +165,10 @@ class SglangEndpoint:
         """Return the version of the weights in use, -1 for those that no trainer has sent.
 
         Raises:
-            EndpointError: it is not alive.
+            EndpointError: it is not alive, or was left out of a publish.
         """
+        if not self._is_in_use():
+            raise EndpointError(f"{self.name}: it was left out of a publish, where it gave no answer", retry=True)
         # Not /health: that one generates a token, and waits in vain while generation is paused.
         try:
             info = await self.connection.get("/model_info", timeout_seconds=_ALIVE_SECONDS)

@@ -42,6 +42,8 @@ class EndpointPool:
         self.failures = 0
         self.version: int | None = None
         """Of the weights in use; tokens come from these, or others in use since a call began. None does not look."""
+        self.is_in_use: Callable[[int], bool] = lambda place: True
+        """Whether the endpoint at a place gets requests; asked whenever one is sent or moves to another endpoint."""
         self._numbers = itertools.count()
 
     async def generate(
@@ -151,11 +153,18 @@ class EndpointPool:
         )
 
     def _least_busy(self) -> int:
-        return min(range(len(self.endpoints)), key=self._outstanding.__getitem__)
+        return min(self._in_use(), key=self._outstanding.__getitem__)
+
+    def _in_use(self) -> list[int]:
+        places = [place for place in range(len(self.endpoints)) if self.is_in_use(place)]
+        if not places:
+            text = f"none of the {len(self.endpoints)} engines gets the weights that are published any more"
+            raise EndpointError(text, retry=True)
+        return places
 
     def _moved(self, place: int) -> int:
         """Another endpoint than `place` where there is one; keeps the count of what each has."""
-        others = [i for i in range(len(self.endpoints)) if i != place] or [place]
+        others = [i for i in self._in_use() if i != place] or [place]
         chosen = min(others, key=self._outstanding.__getitem__)
         self._outstanding[place] -= 1
         self._outstanding[chosen] += 1

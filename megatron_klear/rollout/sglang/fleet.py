@@ -9,6 +9,7 @@ import logging
 import re
 import socket
 import time
+import uuid
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -37,6 +38,10 @@ _fleets: weakref.WeakSet[ServerFleet] = weakref.WeakSet()
 def _close_all() -> None:
     for fleet in list(_fleets):
         fleet.close()
+
+
+class StartFailed(RolloutError):
+    """A server ended, or did not answer in time."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,6 +102,7 @@ class ServerFleet:
         }
         self._processes: dict[int, ServerProcess] = {}
         self._ports: dict[int, int] = {}
+        self._names: dict[int, str] = {}
         self._closed = False
         _fleets.add(self)
 
@@ -119,39 +125,58 @@ class ServerFleet:
         if self._closed:
             raise RolloutError(f"{self._name(index)} is not started: the run is ending")
         port = self._choose_port(index)
-        command = server_command(self._settings, self._model_dir.absolute(), port=port, **self._shape)
+        name = f"klear-{uuid.uuid4().hex}"
+        command = server_command(self._settings, self._model_dir.absolute(), port=port, name=name, **self._shape)
         environment = server_environment(self._settings, index, on_cpu=self._on_cpu)
-        self._ports[index] = port
+        self._ports[index], self._names[index] = port, name
         log_file = self._logs / f"engine_{self._place.first_number + index}.log"
         self._processes[index] = ServerProcess(command, environment, log_file, companions=self._place.companions)
 
     def start_all(self, waiting: Callable[[], None] | None = None) -> list[str]:
-        """Start all servers at once and wait until each answers.
-
-        Args:
-            waiting: called while waiting, several times a second.
+        """Start all servers at once and wait until each answers; see `start_most`.
 
         Returns:
             their URLs, in order.
+        """
+        return [url for url, _ in self.start_most(0, waiting)]
+
+    def start_most(self, most_failures: int, waiting: Callable[[], None] | None = None) -> list[tuple[str, str]]:
+        """Start all servers at once and wait until each answers, or has failed.
+
+        Args:
+            most_failures: servers that may fail.
+            waiting: called while waiting, several times a second.
+
+        Returns:
+            URL of each, in order, and what is wrong with it, which is nothing where it answers.
 
         Raises:
             ConfigError: see `start`.
-            RolloutError: a server ended or is not ready in time; carries the end of its log.
+            RolloutError: more servers ended or are not ready in time; carries the ends of their logs.
         """
+        found: list[tuple[str, str]] = []
         try:
             for index in range(self._settings.servers):
                 self.start(index)
             for index in range(self._settings.servers):
-                self.wait_ready(index, waiting)
+                problem = ""
+                try:
+                    self.wait_ready(index, waiting)
+                except StartFailed as failure:
+                    problem = str(failure)
+                    self.stop(index)
+                found.append((self.url(index), problem))
+                if len(problems := [problem for _, problem in found if problem]) > most_failures:
+                    raise RolloutError("\n".join(problems))
         except BaseException:
             self.close()
             raise
-        return [self.url(index) for index in range(self._settings.servers)]
+        return found
 
     def url(self, index: int) -> str:
         """Where server number `index` answers."""
-        host = self._place.address if self._host == "0.0.0.0" else self._host
-        return f"http://{host}:{self._ports[index]}"
+        host = self._place.address if self._host in ("0.0.0.0", "::") else self._host
+        return f"http://{f'[{host}]' if ':' in host else host}:{self._ports[index]}"
 
     def pid(self, index: int) -> int:
         """Process id of the server's supervisor."""
@@ -170,26 +195,25 @@ class ServerFleet:
         """Wait until a started server answers; one whose free port was taken meanwhile is given another.
 
         Raises:
-            RolloutError: it ended, or is not ready after `sglang.start_seconds`; carries the end of its log.
+            StartFailed: it ended, or is not ready after `sglang.start_seconds`; carries the end of its log.
         """
         deadline = time.monotonic() + self._settings.start_seconds
         attempts = 1
         with httpx2.Client(trust_env=False, timeout=5.0) as client:
-            while not is_ready(client, self.url(index)):
-                process = self._processes[index]
+            while not (is_ready(client, self.url(index)) and self._is_ours(client, index)):
+                process = self._processes.get(index)
+                if process is None:
+                    raise StartFailed(f"{self._name(index)} was ended while it was starting")
                 status = process.exit_status()
                 if status is not None:
-                    tail = process.log_tail()
-                    if _PORT_TAKEN.search(tail) and self._settings.port is None and attempts < _PORT_ATTEMPTS:
+                    taken = _PORT_TAKEN.search(process.log_tail())
+                    if taken and self._settings.port is None and attempts < _PORT_ATTEMPTS:
                         attempts += 1
                         self.start(index)
                         continue
-                    raise RolloutError(
-                        f"{self._name(index)} ended with status {status} while starting (sglang.*); the end of "
-                        f"{process.log}:\n{tail}"
-                    )
+                    raise self._ended(index, status, "while starting (sglang.*)")
                 if time.monotonic() > deadline:
-                    raise RolloutError(
+                    raise StartFailed(
                         f"{self._name(index)} is not ready after {self._settings.start_seconds:.0f} s "
                         f"(sglang.start_seconds); the end of {process.log}:\n{process.log_tail()}"
                     )
@@ -197,6 +221,28 @@ class ServerFleet:
                     waiting()
                 time.sleep(_POLL_SECONDS)
         log.info("%s is ready: %s, log %s", self._name(index), self.url(index), self._processes[index].log)
+
+    def require_running(self, seconds: float, waiting: Callable[[], None] | None = None) -> None:
+        """Require that every server that was started still runs; asked where one of them gives no answer.
+
+        Args:
+            seconds: how long one that gives no answer may take to end, if it is about to.
+            waiting: called while waiting, several times a second.
+
+        Raises:
+            RolloutError: one has ended; carries the end of its log.
+        """
+        deadline = time.monotonic() + seconds
+        while True:
+            for index, process in self._processes.items():
+                status = process.exit_status()
+                if status is not None:
+                    raise self._ended(index, status, "as soon as it was ready")
+            if time.monotonic() > deadline:
+                return
+            if waiting is not None:
+                waiting()
+            time.sleep(_POLL_SECONDS)
 
     def stop(self, index: int) -> None:
         """End server number `index` and all its processes; nothing happens when it does not run."""
@@ -212,6 +258,20 @@ class ServerFleet:
         for index in list(self._processes):
             self.stop(index)
         _fleets.discard(self)
+
+    def _is_ours(self, client: httpx2.Client, index: int) -> bool:
+        """Whether the server that answers is the one that was started, and not one that took its port meanwhile."""
+        try:
+            answer = client.get(f"{self.url(index)}/v1/models")
+            return bool(answer.json()["data"][0]["id"] == self._names[index])
+        except (httpx2.TransportError, ValueError, KeyError, IndexError, TypeError):
+            return False
+
+    def _ended(self, index: int, status: int, when: str) -> StartFailed:
+        process = self._processes[index]
+        return StartFailed(
+            f"{self._name(index)} ended with status {status} {when}; the end of {process.log}:\n{process.log_tail()}"
+        )
 
     def _name(self, index: int) -> str:
         number, place = self._place.first_number + index, self._place
@@ -259,13 +319,13 @@ def is_ready(client: httpx2.Client, url: str) -> bool:
 
 
 def _free_port(host: str) -> int:
-    with socket.socket() as probe:
+    with socket.socket(_family(host)) as probe:
         probe.bind((host, 0))
         return int(probe.getsockname()[1])
 
 
 def _is_free(host: str, port: int) -> bool:
-    with socket.socket() as probe:
+    with socket.socket(_family(host)) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
@@ -274,3 +334,7 @@ def _is_free(host: str, port: int) -> bool:
                 raise
             return False
     return True
+
+
+def _family(host: str) -> socket.AddressFamily:
+    return socket.AF_INET6 if ":" in host else socket.AF_INET

@@ -40,6 +40,9 @@ class RoutedEndpoint(SglangEndpoint):
         Raises:
             EndpointError: a server could not be told.
         """
+        if request_id is None and self._spares_others:
+            await super().abort(None)  # which comes back here, with one after the other
+            return
         told = await asyncio.gather(*(worker.abort(request_id) for worker in self._workers), return_exceptions=True)
         for failure in told:
             if isinstance(failure, BaseException):

@@ -12,13 +12,14 @@ from typing import Any, TypeVar
 from megatron_klear.config.serving import SglangSettings
 from megatron_klear.errors import ConfigError
 from megatron_klear.records import FloatArray, IntArray, Prompt, Rollout, RolloutGroup
-from megatron_klear.rollout.endpoint import Endpoint
+from megatron_klear.rollout.endpoint import Endpoint, EndpointError
 from megatron_klear.rollout.engine import ProgressCallback, RolloutCallback, RolloutProgress, SamplingParams
-from megatron_klear.rollout.sglang.compatibility import EngineFacts, Expected, examine
+from megatron_klear.rollout.sglang.compatibility import EngineFacts, Expected, Unreachable, examine
 from megatron_klear.rollout.sglang.connection import Connection, Refused
 from megatron_klear.rollout.sglang.endpoint import SglangEndpoint
 from megatron_klear.rollout.sglang.engine import EndpointPool
 from megatron_klear.rollout.sglang.loop import LoopThread
+from megatron_klear.rollout.sglang.progress import Progress
 from megatron_klear.rollout.sglang.router import RoutedEndpoint, require_workers
 
 _WAKE_SECONDS = 0.1
@@ -83,21 +84,42 @@ class SglangEngine:
         settings: section `sglang`.
         expected: what they must serve.
         in_flight: responses that one server has at a time.
+        spares_others: an interruption of all requests leaves alone those that others send to the same servers.
+        least: how few servers must answer; None needs all of them.
+
+    Attributes:
+        engines: the servers.
+        absent: what is wrong with those that gave no answer when they were connected, by number.
+        is_in_use: whether a server still gets the weights that are published. One that does not is asked for nothing,
+            and its endpoints' checks fail: it may hold the weights in use, and yet miss what follows.
 
     Raises:
         ConfigError: a server cannot be reached or does not serve our model; all of them in one message.
     """
 
-    def __init__(self, urls: Sequence[str], settings: SglangSettings, expected: Expected, *, in_flight: int) -> None:
-        self._settings, self._expected = settings, expected
+    def __init__(
+        self,
+        urls: Sequence[str],
+        settings: SglangSettings,
+        expected: Expected,
+        *,
+        in_flight: int,
+        spares_others: bool = False,
+        least: int | None = None,
+    ) -> None:
+        self._settings, self._expected, self._spares_others = settings, expected, spares_others
+        self.is_in_use: Callable[[SglangCaller], bool] = lambda caller: True
+        self._progress: dict[str, Progress] = {}
         self._loop = LoopThread("sglang")
         try:
-            self.engines = self._loop.run(self._connect(urls))
+            self.engines, self.absent = self._loop.run(self._connect(urls, len(urls) if least is None else least))
             endpoints: list[Endpoint] = [engine.endpoint for engine in self.engines]
             if settings.router_url is not None:
                 self._loop.run(require_workers(self._router(), urls))
                 endpoints, in_flight = [self.routed_endpoint()], in_flight * len(urls)
             self._pool = EndpointPool(endpoints, in_flight=in_flight, retries=settings.retries)
+            if settings.router_url is None:
+                self._pool.is_in_use = lambda place: self.is_in_use(self.engines[place].caller)
         except BaseException:
             self._loop.close()
             raise
@@ -169,6 +191,34 @@ class SglangEngine:
         """
         return self._loop.run(engine.endpoint.score(token_ids, timeout_seconds=timeout_seconds))
 
+    def scores(
+        self,
+        endpoints: Sequence[SglangEndpoint],
+        token_ids: IntArray,
+        *,
+        timeout_seconds: float,
+        waiting: Callable[[], None],
+    ) -> list[FloatArray | EndpointError]:
+        """What several servers say of a sequence, asked at once; in their order, an error where there is no answer.
+
+        Args:
+            endpoints: of the servers.
+            token_ids: int64 [T].
+            timeout_seconds: of each.
+            waiting: called from this thread while it waits, several times a second.
+        """
+
+        async def ask(endpoint: SglangEndpoint) -> FloatArray | EndpointError:
+            try:
+                return await endpoint.score(token_ids, timeout_seconds=timeout_seconds)
+            except EndpointError as error:
+                return error
+
+        async def ask_all() -> list[FloatArray | EndpointError]:
+            return list(await asyncio.gather(*(ask(endpoint) for endpoint in endpoints)))
+
+        return self._run(ask_all(), waiting)
+
     def _run(self, coroutine: Coroutine[Any, Any, _Result], between: Callable[[], None]) -> _Result:
         future = self._loop.start(coroutine)
         try:
@@ -191,6 +241,7 @@ class SglangEngine:
         Raises:
             ConfigError: it cannot be reached, or does not serve our model.
         """
+        self._progress.pop(url.rstrip("/"), None)  # it may be compiling again
         return self._loop.run(self._examined(index, url))
 
     def replace(self, index: int, engine: ConnectedEngine) -> None:
@@ -203,7 +254,13 @@ class SglangEngine:
     def another_endpoint(self, index: int) -> SglangEndpoint:
         """One more way to server number `index`, for a caller with an event loop of its own."""
         engine = self.engines[index]
-        return self._endpoint(Connection(engine.endpoint.name, engine.caller.url), engine.facts)
+        return self._endpoint(Connection(engine.endpoint.name, engine.caller.url), engine.facts, engine.caller)
+
+    @property
+    def most_running(self) -> int | None:
+        """Requests that any of the servers generates for at a time; None when one does not tell."""
+        counts = [engine.facts.most_running for engine in self.engines]
+        return None if None in counts else min(count for count in counts if count is not None)
 
     def routed_endpoint(self) -> RoutedEndpoint:
         """One way to all servers, through the router, for a caller with an event loop of its own."""
@@ -219,32 +276,44 @@ class SglangEngine:
 
         return [index for index, found in enumerate(self._loop.run(ask())) if found == version]
 
-    async def _connect(self, urls: Sequence[str]) -> tuple[ConnectedEngine, ...]:
+    async def _connect(
+        self, urls: Sequence[str], least: int
+    ) -> tuple[tuple[ConnectedEngine, ...], dict[int, ConfigError]]:
         found = await asyncio.gather(
             *(self._examined(index, url) for index, url in enumerate(urls)), return_exceptions=True
         )
-        engines: list[ConnectedEngine] = []
+        engines = {index: result for index, result in enumerate(found) if isinstance(result, ConnectedEngine)}
+        absent = {index: result for index, result in enumerate(found) if isinstance(result, Unreachable)}
         problems: list[str] = []
-        for result in found:
+        for index, result in enumerate(found):
             if isinstance(result, ConfigError):
-                problems += result.problems
+                if index not in absent or len(engines) < max(least, 1):
+                    problems += result.problems
             elif isinstance(result, BaseException):
                 raise result
-            else:
-                engines.append(result)
         if problems:
             raise ConfigError(problems)
-        return tuple(engines)
+        for index in absent:  # they will have to hold weights as the others do, or are refused when they come
+            engines[index] = self._connected(self._connection(index, urls[index]), next(iter(engines.values())).facts)
+        return tuple(engines[index] for index in range(len(urls))), dict(absent)
 
     async def _examined(self, index: int, url: str) -> ConnectedEngine:
-        connection = Connection(f"engine {index} ({url.rstrip('/')})", url)
-        facts = await examine(connection, self._expected)
-        return ConnectedEngine(
-            endpoint=self._endpoint(connection, facts), caller=SglangCaller(self._loop, connection), facts=facts
-        )
+        connection = self._connection(index, url)
+        return self._connected(connection, await examine(connection, self._expected))
 
-    def _endpoint(self, connection: Connection, facts: EngineFacts) -> SglangEndpoint:
-        return SglangEndpoint(connection, **self._options(facts))
+    @staticmethod
+    def _connection(index: int, url: str) -> Connection:
+        return Connection(f"engine {index} ({url.rstrip('/')})", url)
+
+    def _connected(self, connection: Connection, facts: EngineFacts) -> ConnectedEngine:
+        caller = SglangCaller(self._loop, connection)
+        return ConnectedEngine(endpoint=self._endpoint(connection, facts, caller), caller=caller, facts=facts)
+
+    def _endpoint(self, connection: Connection, facts: EngineFacts, caller: SglangCaller) -> SglangEndpoint:
+        progress = self._progress.setdefault(connection.url, Progress())
+        return SglangEndpoint(
+            connection, is_in_use=lambda: self.is_in_use(caller), progress=progress, **self._options(facts)
+        )
 
     def _options(self, facts: EngineFacts) -> dict[str, Any]:
         return {
@@ -253,6 +322,8 @@ class SglangEngine:
             "incremental": facts.incremental,
             "stream_interval": self._settings.stream_interval,
             "idle_seconds": self._settings.idle_seconds,
+            "first_seconds": self._settings.start_seconds,
+            "spares_others": self._spares_others,
         }
 
     def _router(self) -> Connection:

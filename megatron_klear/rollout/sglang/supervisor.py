@@ -114,6 +114,8 @@ def _end(server: subprocess.Popen[bytes], *, at_once: bool) -> int:
             server.send_signal(signal.SIGTERM)
         with contextlib.suppress(subprocess.TimeoutExpired):
             server.wait(GRACE_SECONDS)
+    if server.poll() is None:  # even where /proc tells nothing of it: its end is waited for
+        server.kill()
     deadline = time.monotonic() + 30.0
     while time.monotonic() < deadline:
         left = [pid for pid in _descendants(os.getpid()) if not _is_dead(pid)]
@@ -134,20 +136,26 @@ def _descendants(pid: int) -> list[int]:
 
 
 def _children(pid: int) -> list[int]:
-    children: list[int] = []
-    with contextlib.suppress(OSError):
-        for task in Path(f"/proc/{pid}/task").iterdir():
-            with contextlib.suppress(OSError):
-                children += [int(number) for number in (task / "children").read_text().split()]
-    return children
+    try:
+        lists = [(task / "children").read_text() for task in Path(f"/proc/{pid}/task").iterdir()]
+    except OSError:  # it has ended, a thread of it has, or the kernel has no such files (CONFIG_PROC_CHILDREN)
+        stats = Path("/proc").glob("[0-9]*/stat")
+        return [int(stat.parent.name) for stat in stats if _fields(stat)[1:2] == [str(pid)]]
+    return [int(number) for text in lists for number in text.split()]
 
 
 def _is_dead(pid: int) -> bool:
     """Whether a process has ended and only waits for its parent to notice."""
+    fields = _fields(Path(f"/proc/{pid}/stat"))
+    return not fields or fields[0] in "ZX"
+
+
+def _fields(stat: Path) -> list[str]:
+    """A process's state, its parent's number and so on; nothing when it is gone."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
-    except (OSError, IndexError):
-        return True
+        return stat.read_text().rpartition(")")[2].split()
+    except OSError:
+        return []
 
 
 if __name__ == "__main__":

@@ -169,6 +169,14 @@ class SimulatedEngine:
         """Never answer the next requests, and be well otherwise."""
         self._losing = count
 
+    def retract(self) -> None:
+        """Take the slot of the request with the most tokens, as for want of cache, and do not give it another."""
+        running = [run for run in self._runs.values() if run.began is not None]
+        if running:
+            run = max(running, key=self._so_far)
+            run.before, run.began = self._so_far(run), None
+            self._schedule_end(run)
+
     def _fill(self) -> None:
         while self._waiting and self.running < self._slots:
             run = self._waiting.popleft()
@@ -201,7 +209,7 @@ class SimulatedEngine:
     def _so_far(self, run: _Run) -> int:
         """Tokens by now; the last one comes only with the end."""
         if run.began is None:
-            return 0
+            return run.before
         passed = asyncio.get_running_loop().time() - run.began
         return max(0, min(run.before + int(passed / self._seconds_per_token), run.total - 1))
 
@@ -211,7 +219,7 @@ class SimulatedEngine:
             return
         for run in self._runs.values():
             tokens = self._so_far(run)
-            if tokens and run.on_tokens is not None:
+            if tokens and run.began is not None and run.on_tokens is not None:
                 run.on_tokens(tokens)
         if self._runs:
             self._reporter = asyncio.get_running_loop().call_later(self._report_seconds, self._report)

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from megatron_klear.records import Grade, Prompt, Rollout
-from megatron_klear.rollout.ledger import Ledger
+from megatron_klear.rollout.ledger import Ledger, Terms
+from megatron_klear.rollout.ledger.terms import enforce
 
 
 @pytest.fixture
@@ -19,7 +20,9 @@ def file(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def ledger(file: Path) -> Iterator[Ledger]:
+    """Of a run that began under no settings in particular."""
     with Ledger(file) as ledger:
+        enforce(ledger, Terms(), step=0, num_responses=2)
         yield ledger
 
 

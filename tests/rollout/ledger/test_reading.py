@@ -41,6 +41,12 @@ def reader(ledger, file, advance, make_prompt, make_rollout):
         ({"prompt_id": "a"}, {"a0.0", "a0.1", "a1.0", "a1.1"}),
         ({"prompt_id": "odd_1"}, {"odd_10.0"}),
         ({"prompt_id": "%i%"}, {"mixed0.0"}),
+        ({"prompt_id": "od__1"}, set()),
+        ({"prompt_id": "odd_%"}, {"odd_10.0"}),
+        ({"prompt_id": "od__%"}, set()),  # an underscore stands for itself
+        ({"prompt_id": "O%"}, set()),
+        ({"prompt_id": "odd*"}, set()),
+        ({"prompt_id": "[o]dd%"}, set()),
         ({"prompt_id": "a", "epoch": 1}, {"a1.0", "a1.1"}),
         ({"prompt_id": "a", "step": 2}, set()),
     ],
@@ -69,3 +75,22 @@ def test_a_history_that_contradicts_the_state_is_found(reader, ledger):
     [group] = ledger.connection.execute("SELECT group_id FROM groups WHERE prompt_id = 'a' AND epoch = 0").fetchone()
     ledger.note("trained", [group], step=9)
     assert reader.trained_not_once() == [(0, "a", "trained", 2)]
+
+
+def test_responses_of_the_newest_groups_first(reader):
+    rows = list(reader.response_rows(GroupFilter(), 3, newest_first=True))
+    assert [(row.prompt_id, row.epoch, row.response_index) for row in rows] == [
+        ("odd_1", 0, 0), ("mixed", 0, 0), ("a", 1, 0),
+    ]  # fmt: skip
+    everything = [(row.group_id, row.response_index) for row in reader.response_rows(GroupFilter())]
+    assert everything == sorted(everything)
+
+
+def test_characters_that_mean_something_to_the_database_stand_for_themselves(ledger, file, advance):
+    names = ["a*b", "a?b", "a[b]c", "axb"]
+    for name in names:
+        advance(ledger, name, "generated")
+    with LedgerReader(file) as reader:
+        for name in names:
+            assert [row.prompt_id for row in reader.group_rows(GroupFilter(prompt_id=name))] == [name]
+        assert [row.prompt_id for row in reader.group_rows(GroupFilter(prompt_id="a[%"))] == ["a[b]c"]

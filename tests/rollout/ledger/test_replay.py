@@ -8,7 +8,8 @@ import pytest
 
 from megatron_klear.errors import RolloutError
 from megatron_klear.records import Grade
-from megatron_klear.rollout.ledger import LedgerReader, replay_step
+from megatron_klear.rollout.ledger import LedgerReader, Terms, check_replay, replay_step
+from megatron_klear.rollout.ledger.terms import enforce
 
 
 def test_a_step_is_replayed_in_its_order_with_its_advantages(ledger, file, make_prompt, make_rollout):
@@ -59,3 +60,20 @@ def test_a_prompt_that_a_step_holds_from_two_epochs_has_two_names(ledger, file, 
         assert reader.trained_not_once() == []
     assert [g.group.prompt.prompt_id for g in groups] == ["a", "b", "a of epoch 1"]
     assert [len(g.group.rollouts[0].response_ids) for g in groups] == [3, 4, 5]
+
+
+def test_a_replay_under_other_settings_is_refused_or_told(ledger, file):
+    recorded = Terms(
+        sampling={"rollout.temperature": 1.0, "rollout.top_p": 1.0, "rollout.stop_tokens": ("</a>",)},
+        grading={"reward.wrong": -1.0},
+    )
+    with LedgerReader(file) as reader:
+        assert check_replay(reader, recorded) == "", "an old ledger does not say"
+    enforce(ledger, recorded, step=0, num_responses=2)
+    other = Terms(sampling={**recorded.sampling, "rollout.top_p": 0.9}, grading={"reward.wrong": 0.0})
+    hotter = Terms(sampling={**other.sampling, "rollout.temperature": 0.6}, grading=recorded.grading)
+    with LedgerReader(file) as reader:
+        assert check_replay(reader, recorded) == ""
+        assert check_replay(reader, other) == "rollout.top_p: 1.0 there, 0.9 here; reward.wrong: -1.0 there, 0.0 here"
+        with pytest.raises(RolloutError, match=r"\(rollout.temperature: 1.0 there, 0.6 here\); .*replay_from"):
+            check_replay(reader, hotter)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,15 +13,21 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from megatron_klear.records import Grade, Prompt, Rollout
-from megatron_klear.rollout.ledger import Ledger
+from megatron_klear.rollout.ledger import OPENING, Ledger
 from megatron_klear.rollouts import main
 
 WORDS = ["what", "is", "two", "and", "four", "[b]"]
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> Path:
+def run(tmp_path: Path, written: Ledger) -> Path:
     """A run directory with a tokenizer of six words and one graded group; the ledger is still open for writing."""
+    return tmp_path
+
+
+@pytest.fixture
+def written(tmp_path: Path) -> Iterator[Ledger]:
+    """The ledger of `run`."""
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="what"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     (tmp_path / "tokenizer").mkdir()
@@ -42,7 +49,7 @@ def run(tmp_path: Path) -> Path:
             Grade(outcome="correct", reward=1.0), Grade(outcome="wrong", reward=-1.0, reason="not [bold] 4")
         ])  # fmt: skip
         ledger.reserve([(1, prompt)], num_responses=2)
-        yield tmp_path
+        yield ledger
 
 
 def said(capsys, *arguments: object, status: int = 0) -> str:
@@ -61,6 +68,17 @@ def test_list(run, capsys):
     assert line == ["sum", "0", "1", "graded", "-", "wrong", "-1.00", "3", "stop", "0x1", "1x2", "1"]
 
 
+def test_a_list_that_was_cut_says_so_and_shows_the_newest(run, capsys):
+    text = said(capsys, run, "list", "--limit", 1)
+    assert "the newest 1 are shown (--limit)" in text
+    [line] = [line.split() for line in text.splitlines() if line.startswith(" sum")]
+    assert line[1] == "1", "the second epoch"
+    text = said(capsys, run, "list", "--responses", "--limit", 1)
+    assert "responses: the newest 1 are shown (--limit)" in text
+    for limit in (2, -1):
+        assert "responses: 2 shown" in said(capsys, run, "list", "--responses", "--limit", limit)
+
+
 def test_show_decodes_with_the_tokenizer_of_the_run(run, capsys):
     text = said(capsys, run, "show", "sum", "--epoch", 0)
     assert "what is two and two" in text
@@ -74,6 +92,17 @@ def test_show_decodes_with_the_tokenizer_of_the_run(run, capsys):
     assert "[4, 5]" in said(capsys, run, "show", "sum", "--epoch", 0)
 
 
+def test_show_takes_an_id_as_it_stands_and_list_takes_percent_for_any_text(tmp_path, capsys):
+    with Ledger(tmp_path / "ledger.sqlite") as ledger:
+        for token, name in enumerate(("s%m", "sum", "sam")):
+            prompt = Prompt(prompt_id=name, domain="math", token_ids=np.array([token]), reference="4")
+            ledger.reserve([(0, prompt)], num_responses=2)
+    assert "[0]" in said(capsys, tmp_path, "show", "s%m", "--ids")
+    assert "no group of prompt su%" in said(capsys, tmp_path, "show", "su%", status=2)
+    assert "3 reserved; 1 shown" in said(capsys, tmp_path, "list", "--prompt-id", "su%")
+    assert "3 reserved; 3 shown" in said(capsys, tmp_path, "list", "--prompt-id", "s%m")
+
+
 def test_export_jsonl(run, capsys):
     out = run / "out.jsonl"
     assert "1 responses written" in said(capsys, run, "export", out, "--min-reward", 1, "--tokens")
@@ -82,6 +111,16 @@ def test_export_jsonl(run, capsys):
     assert (row["outcome"], row["reward"], row["prompt"], row["reference"]) == ("correct", 1.0, "2+2?", "4")
     assert (row["token_ids"], row["logprobs"], row["policy_versions"]) == ([4, 5], [-0.5, -0.5], [[0, 1], [1, 1]])
     assert list(run.glob("*.new")) == []
+
+
+def test_exported_text_begins_with_what_the_chat_template_opened(run, written, capsys):
+    written.set_fact("grading", json.dumps({OPENING: "[T]\n"}))
+    out = run / "out.jsonl"
+    assert "2 responses written" in said(capsys, run, "export", out)
+    assert [json.loads(line)["response"] for line in out.read_text().splitlines()] == [
+        "[T]\nfour [b]",
+        "[T]\ntwo and two",
+    ]
 
 
 def test_export_parquet(run, capsys):

@@ -73,8 +73,8 @@ class World:
             for i in range(first, first + count)
         ]  # fmt: skip
 
-    async def _train(self, steps: int, num_prompts: int) -> None:
-        scheduler = self.scheduler = Scheduler(
+    def make_scheduler(self) -> Scheduler:
+        return Scheduler(
             self.engines, self.ledger, settings=self.settings,
             sampling=Sampling(
                 params=SamplingParams(
@@ -84,6 +84,9 @@ class World:
             ),
             groups_per_step=self.per_step, grade=grade, restart=self.restart, run_blocking=run_inline,
         )  # fmt: skip
+
+    async def _train(self, steps: int, num_prompts: int) -> None:
+        scheduler = self.scheduler = self.make_scheduler()
         try:
             await scheduler.start(version=self.done_steps, next_step=self.done_steps + 1)
             await scheduler.resume(self.done_steps)

@@ -21,7 +21,7 @@ from megatron_klear.config import SchedulingSettings
 from megatron_klear.records import Grade, Prompt, RolloutGroup
 from megatron_klear.rollout.endpoint import GenerationRequest
 from megatron_klear.rollout.engine import SamplingParams
-from megatron_klear.rollout.ledger import Ledger, LedgerPosition, StoredGroup, position, reconcile
+from megatron_klear.rollout.ledger import Ledger, LedgerPosition, StoredGroup, Terms, position, reconcile
 from megatron_klear.rollout.manager import RolloutManager, Sampling
 from megatron_klear.rollout.simulation import SimulatedEngine
 
@@ -58,7 +58,7 @@ def main(directory: Path, steps: int, mode: str, order: str) -> None:
     weights, done = saved["weights"], saved["step"]
     stored = None if saved["ledger"] is None else LedgerPosition.from_json(saved["ledger"])
     ledger = Ledger(directory / "ledger.sqlite")
-    reconcile(ledger, done, stored, identity="toy", prompts=PROMPTS, num_responses=M)
+    reconcile(ledger, done, stored, identity="toy", prompts=PROMPTS, num_responses=M, terms=Terms())
     engines = [
         SimulatedEngine(f"engine {i}", remaining=remaining, slots=4, seconds_per_token=0.0005, report_seconds=0.05,
                         version=done)

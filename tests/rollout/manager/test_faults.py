@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import random
+import re
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from megatron_klear.errors import RolloutError
+from megatron_klear.records import Rollout
 from megatron_klear.rollout.endpoint import EndpointError
 from megatron_klear.rollout.ledger import LedgerReader
 
@@ -94,7 +96,7 @@ def test_an_engine_that_comes_back_with_old_weights_stays_out(make_world):
 def test_restart_is_asked_for_with_the_reason_and_the_engine_rejoins(make_world, undisturbed):
     told = []
 
-    async def restart(endpoint, why):
+    async def restart(endpoint, why, limit):
         told.append((endpoint.name, why))
         await asyncio.sleep(3.0)
         endpoint.revive(world.scheduler.dispatcher.version)
@@ -187,6 +189,58 @@ def test_nonsense_is_never_trained_on(make_world, undisturbed, kind):
     assert counts["malformed answers"] == (0 if kind == "not an answer" else counts["failed requests"])
 
 
+def test_requests_that_fail_together_are_one_failure_of_the_engine(make_world, undisturbed):
+    """As many as the only engine has at a time, by one connection that breaks: it is well, and has failed once."""
+    world = make_world(engines=1, before_step=once(2, lambda w: w.engines[0].fail_next(8))).run(STEPS)
+    trained_once(world)
+    assert world.trace == undisturbed
+    assert world.scheduler.dispatcher.care.lost == 0
+    assert world.scheduler.dispatcher.counts["failed requests"] == 8
+
+
+def test_the_first_group_of_a_step_may_begin_however_many_later_ones_have(make_world):
+    """They began in an earlier life, one step off; this one is synchronous, and its first step waits for the first."""
+    world = make_world(engines=2, mode="sync", order="fixed")
+    ids = world.ledger.reserve(world.prompts(0, 8, 10), num_responses=2)
+    begun = Rollout(
+        response_ids=np.array([11, 12]), rollout_logprobs=np.full(2, -0.5, np.float32), finish_reason="abort",
+        policy_versions=((0, 2),),
+    )  # fmt: skip
+    for group_id in ids[1:7]:
+        world.ledger.save_response(group_id, 0, begun)
+    world.run(STEPS)
+    trained_once(world)
+    assert [key for _, key, _ in world.trace] == [f"{i // 10}/p{i % 10}" for i in range(STEPS * 4)]
+
+
+def test_a_request_that_an_engine_made_room_for_keeps_its_tokens(make_world):
+    """It has no turn again while the engine works for others; when asked, the engine gives back what it has drawn."""
+    asked, given = [], []
+
+    def retract(world):
+        later(3.0, world.engines[0].retract)
+        for engine in world.engines:
+            abort = engine.abort
+
+            async def seen(request_id, abort=abort, engine=engine):
+                asked.append(request_id)
+                run = engine._runs.get(request_id)
+                given.append(engine._so_far(run) if run else 0)
+                await abort(request_id)
+
+            engine.abort = seen
+
+    settings = {"mode": "async", "partial_rollouts": False, "order": "completion", "stall_seconds": 4.0}
+    world = make_world(engines=1, slots=2, per_step=40, before_step=once(1, retract), **settings)
+    world.run(1, num_prompts=200)
+    counts = world.scheduler.dispatcher.counts
+    assert (counts["moved requests"], counts["abandoned requests"], counts["interrupted"]) == (1, 0, 1)
+    [number], [name] = given, asked
+    assert number >= 10
+    [group] = [group for group in world.groups_seen if group.group_id == int(name.split("-")[1])]
+    assert len(group.rollouts[int(name.split("-")[2])].response_ids) >= number
+
+
 def test_lost_requests_are_sent_again(make_world, undisturbed):
     """The engine works on for the others and simply never answers one."""
     world = make_world(engines=2, before_step=once(2, lambda w: w.engines[0].lose_next(1))).run(STEPS)
@@ -209,7 +263,7 @@ def test_random_faults_lose_nothing(make_world, mode, seed):
     """Every few seconds something happens to some engine; the first one is spared."""
     rng = random.Random(seed)
 
-    async def restart(endpoint, why):
+    async def restart(endpoint, why, limit):
         await asyncio.sleep(rng.uniform(0.5, 5.0))
         if rng.random() < 0.3:
             raise OSError("no such host")
@@ -265,8 +319,95 @@ def test_the_run_ends_below_min_engines_and_not_before(make_world):
         make_world(engines=3, min_engines=3, before_step=once(2, one_dies), train_seconds=40.0).run(STEPS)
 
 
+def test_what_a_restart_waits_for_is_not_held_against_the_engine(make_world, undisturbed):
+    """Its turn comes after ten times the limit; what is counted is its start, also if it waits in the middle of it."""
+    restarts = []
+
+    async def restart(endpoint, why, limit):
+        restarts.append(why)
+        with limit.waiting_for_others():
+            await asyncio.sleep(600.0)
+        await asyncio.sleep(25.0)
+        with limit.waiting_for_others():
+            await asyncio.sleep(600.0)
+        await asyncio.sleep(25.0)  # 50 s of its own, of 60
+        endpoint.revive(world.scheduler.dispatcher.version)
+        return endpoint
+
+    world = make_world(
+        engines=1, restart=restart, before_step=once(2, lambda w: later(1.0, w.engines[0].die)), start_seconds=60.0
+    )
+    world.run(STEPS)
+    assert len(restarts) == 1
+    trained_once(world)
+    assert world.trace == undisturbed
+
+
+def test_an_engine_that_starts_too_slowly_in_its_turn_is_given_up_and_not_after_the_first_attempt(make_world):
+    began, ended = [], []
+
+    async def restart(endpoint, why, limit):
+        with limit.waiting_for_others():
+            await asyncio.sleep(600.0)
+        began.append(asyncio.get_running_loop().time())
+        try:
+            await asyncio.sleep(1000.0)
+        finally:
+            ended.append(asyncio.get_running_loop().time())
+
+    world = make_world(
+        engines=1, restart=restart, before_step=once(2, lambda w: later(1.0, w.engines[0].die)), start_seconds=60.0
+    )
+    with pytest.raises(RolloutError, match=r"engine 0: given up, restart 3 failed: no answer in time"):
+        world.run(STEPS)
+    assert [end - begin for begin, end in zip(began, ended, strict=True)] == pytest.approx([60.0] * 3)
+
+
+def test_an_engine_of_others_is_never_given_up_while_enough_serve(make_world, undisturbed):
+    """It is away for longer than any limit, comes back wrong five times, and then right."""
+    tries = []
+
+    async def restart(endpoint, why, limit):
+        tries.append(why)
+        with limit.absent():
+            await asyncio.sleep(0.5)
+        if len(tries) < 6:
+            raise RolloutError("serves another model")
+        endpoint.revive(world.scheduler.dispatcher.version)
+        return endpoint
+
+    world = make_world(
+        engines=2, restart=restart, before_step=once(2, lambda w: later(1.0, w.engines[0].die)), start_seconds=60.0,
+        stall_seconds=4.0, train_seconds=20.0, outage_seconds=10.0,
+    )  # fmt: skip
+    world.run(STEPS)
+    assert len(tries) == 6
+    assert tries[3] == "restart 3 failed: serves another model"
+    trained_once(world)
+    assert world.trace == undisturbed
+
+
+def test_an_absent_engine_of_others_is_an_outage(make_world):
+    """Nobody here starts it: the run must not wait for it as for a server of its own."""
+    began = []
+
+    async def restart(endpoint, why, limit):
+        began.append(asyncio.get_running_loop().time())
+        with limit.absent():
+            await asyncio.sleep(1e6)
+
+    world = make_world(
+        engines=1, restart=restart, before_step=once(2, lambda w: later(1.0, w.engines[0].die)), start_seconds=60.0,
+        outage_seconds=300.0,
+    )  # fmt: skip
+    with pytest.raises(RolloutError, match=r"0 of 1 engines serve.*\n  - engine 0: down, ") as caught:
+        world.run(STEPS)
+    assert len(began) == 1
+    assert 300 <= float(re.search(r"for (\d+) s", str(caught.value)).group(1)) < 360
+
+
 def test_an_engine_that_cannot_be_restarted_is_given_up(make_world):
-    async def restart(endpoint, why):
+    async def restart(endpoint, why, limit):
         raise OSError("out of GPU memory")
 
     world = make_world(engines=1, restart=restart, before_step=once(2, lambda w: later(1.0, w.engines[0].die)))
@@ -358,7 +499,7 @@ def test_an_answer_that_comes_after_all_is_ignored(make_world, undisturbed):
 def test_an_engine_that_missed_a_publish_is_started_anew(make_world, undisturbed):
     told = []
 
-    async def restart(endpoint, why):
+    async def restart(endpoint, why, limit):
         told.append(why)
         del endpoint.stuck
         return endpoint
@@ -382,7 +523,7 @@ def test_an_engine_restarted_during_a_long_publish_is_judged_after_it(make_world
     """It comes back in the midst of it, when the weights that the manager takes for current are on their way out."""
     restarts = []
 
-    async def restart(endpoint, why):
+    async def restart(endpoint, why, limit):
         restarts.append(why)
         await asyncio.sleep(20.0)  # the step is over by then, and the publish under way
         endpoint.revive(-1)
@@ -402,7 +543,7 @@ def test_an_idle_engine_that_dies_is_started_anew_before_it_is_needed(make_world
     """Nothing is in flight while the only engine dies: synchronous, and the step trains for long."""
     restarts = []
 
-    async def restart(endpoint, why):
+    async def restart(endpoint, why, limit):
         restarts.append((asyncio.get_running_loop().time(), why))
         endpoint.revive(1)
         return endpoint

@@ -19,7 +19,9 @@ from megatron_klear.rollout.ledger import LedgerReader
 
 ROOT = Path(__file__).parents[3]
 WORKER = Path(__file__).with_name("killed_trainer.py")
-STEPS, PER_STEP, NUM_PROMPTS, KILLS = 60, 3, 7, 8
+STEPS, PER_STEP, NUM_PROMPTS, KILLS = 240, 3, 7, 8
+"""A step is 6 responses of 20 tokens in the mean, in 8 slots of 0.5 ms a token: 8 lives of 0.25 s at most see no more
+than 270 steps and 135 in the mean, so that the run is not at its end before it was killed."""
 
 
 def launch(directory: Path, mode: str, order: str) -> subprocess.Popen[str]:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from megatron_klear.errors import RolloutError
+from megatron_klear.records import Rollout
 from megatron_klear.rollout.ledger import LedgerReader
+from megatron_klear.rollout.simulation import run_simulated
 
 BUDGET = 120
 
@@ -148,3 +151,74 @@ def test_groups_too_old_for_a_smaller_bound_are_drawn_again(make_world):
     assert again.scheduler.drawn_again > 0
     again.trace[:0] = first.trace
     check_ledger(again, 7)
+
+
+def test_a_head_that_fills_a_smaller_budget_ends_there(make_world):
+    """A ledger of responses begun under a larger budget: no request of no tokens, and exactly the budget's worth."""
+    world = make_world(mode="async", engines=1, per_step=1, max_staleness=1)
+    [(epoch, prompt)] = world.prompts(0, 1, 10)
+    [group] = world.ledger.reserve([(epoch, prompt)], num_responses=2)
+    heads = {}
+    for index, length in enumerate((BUDGET + 5, BUDGET)):
+        heads[index] = Rollout(
+            response_ids=np.arange(length) + 10,
+            rollout_logprobs=-np.arange(length, dtype=np.float32),
+            finish_reason="abort",
+            policy_versions=((0, BUDGET - 3), (1, length - BUDGET + 3)),
+        )
+        world.ledger.save_response(group, index, heads[index])
+    world.done_steps = 1
+    world.engines[0].version = 1
+    asked = []
+    real = world.engines[0].generate
+
+    async def recording(request, on_tokens=None):
+        asked.append(request)
+        return await real(request, on_tokens)
+
+    world.engines[0].generate = recording
+    world.run(3)
+    [taken] = [g for g in world.groups_seen if g.group_id == group]
+    for index, head in heads.items():
+        rollout = taken.rollouts[index]
+        assert rollout.finish_reason == "length"
+        assert rollout.response_ids.tolist() == head.response_ids[:BUDGET].tolist()
+        assert rollout.rollout_logprobs.tobytes() == head.rollout_logprobs[:BUDGET].tobytes()
+        assert rollout.policy_versions == ((0, BUDGET - 3), (1, 3))
+    assert asked
+    assert all(request.request_id.split("-")[1] != str(group) for request in asked)
+    assert min(request.max_new_tokens for request in asked) >= 1
+
+
+@pytest.mark.parametrize("order", ["fixed", "completion"])
+def test_a_step_that_nothing_can_fill_is_an_error_and_no_endless_wait(make_world, order):
+    """Prompts that the ledger has lost and that nobody submits again."""
+    world = make_world(mode="one_step_off", order=order)
+    said = []
+
+    async def waits(scheduler):
+        await scheduler.start(version=0, next_step=1)
+        scheduler.add(world.ledger.reserve(world.prompts(0, 6, 10), num_responses=2))
+        await scheduler.resume(0)
+        assert await scheduler.take(1, 4, 0.001) is None, "engines are at work"
+        groups = None
+        while groups is None:
+            groups = await scheduler.take(1, 4, 5.0)
+        world.ledger.trained(1)
+        scheduler.trained(1)
+        await scheduler.pause()
+        for engine in world.engines:
+            engine.version = 1
+        await scheduler.resume(1)
+        try:
+            for _ in range(100):
+                assert await scheduler.take(2, 4, 5.0) is None
+        except RolloutError as error:
+            said.append(str(error))
+        finally:
+            await scheduler.close()
+
+    run_simulated(waits(world.make_scheduler()))
+    [message] = said
+    assert "step 2 waits for 4 prompt groups and nothing is being generated or graded: of 2 that" in message
+    assert str(world.ledger.file) in message

@@ -8,6 +8,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ import pytest
 from megatron_klear.errors import RolloutError
 from megatron_klear.rollout.endpoint import EndpointError, GeneratedPart, GenerationRequest
 from megatron_klear.rollout.sglang import Connection, SglangEndpoint, endpoint
+from megatron_klear.rollout.sglang.progress import Progress
 from tests.rollout.sglang.conftest import StandIn, chunk
 
 STOP = {"type": "stop", "matched": 7}
@@ -206,12 +208,103 @@ def test_a_stalled_response_is_given_up_and_dropped_at_the_server(stand_in: Stan
 
     stand_in.answers["/generate"] = stall
     start = time.monotonic()
-    with pytest.raises(EndpointError, match=r"no new token of request r1 for 0.5 s \(sglang.idle_seconds\)") as error:
+    with pytest.raises(
+        EndpointError, match=r"no new token of request r1 for 0.5 s or more \(sglang.idle_seconds\)"
+    ) as error:
         generate(stand_in.url, make_request(), idle=0.5)
     released.set()
     assert error.value.retry
     assert time.monotonic() - start < 10
     assert ("/abort_request", {"rid": "r1"}) in stand_in.seen
+
+
+def test_a_response_that_waits_for_its_turn_is_not_given_up_while_the_server_works_for_others(
+    stand_in: StandIn, make_request: Request
+) -> None:
+    """Three times `sglang.idle_seconds`; when the server falls silent, it is given up after one of them."""
+    ended = threading.Event()
+    works = {"queued": True}
+
+    def generating(handler: Any, body: dict[str, Any]) -> None:
+        if body["rid"] == "r1":
+            ended.wait(20)
+            if works["queued"]:
+                handler.events(chunk([5], 1, finish=STOP))
+        else:
+            handler.events(*(chunk([5], n) for n in range(1, 16)), chunk([7], 16, finish=STOP), pause=0.1)
+            ended.set() if works["queued"] else None
+
+    stand_in.answers["/generate"] = generating
+
+    async def run() -> list[Any]:
+        progress = Progress()
+        options: dict[str, Any] = {"vocab_size": 83, "context_length": 128, "incremental": True, "idle_seconds": 0.5}
+        ways = [SglangEndpoint(Connection("engine 0", stand_in.url), progress=progress, **options) for _ in range(2)]
+        asked = make_request(max_new_tokens=16)
+        began = time.monotonic()
+        found = await asyncio.gather(
+            ways[0].generate(make_request()), ways[1].generate(replace(asked, request_id="r2")), return_exceptions=True
+        )
+        await asyncio.gather(*(way.close() for way in ways))
+        return [*found, time.monotonic() - began]
+
+    queued, other, _ = asyncio.run(run())
+    assert [part.finish_reason for part in (queued, other)] == ["stop", "stop"]
+    works["queued"] = False
+    ended.clear()
+    queued, other, seconds = asyncio.run(run())
+    ended.set()
+    assert "no new token of request r1" in str(queued)
+    assert other.finish_reason == "stop"
+    assert seconds > 1.5, "it waited as long as the other request brought tokens"
+
+
+def test_a_server_that_compiles_has_longer_until_its_first_token(stand_in: StandIn, make_request: Request) -> None:
+    def compiling(handler: Any, body: dict[str, Any]) -> None:
+        time.sleep(1.5)
+        handler.events(chunk([5], 1, finish=STOP))
+
+    stand_in.answers["/generate"] = compiling
+
+    async def run() -> list[Any]:
+        way = SglangEndpoint(
+            Connection("engine 0", stand_in.url), vocab_size=83, context_length=128, incremental=True,
+            idle_seconds=0.5, first_seconds=30.0,
+        )  # fmt: skip
+        found = [(await asyncio.gather(way.generate(make_request()), return_exceptions=True))[0] for _ in range(2)]
+        await way.close()
+        return found
+
+    first, second = asyncio.run(run())
+    assert first.finish_reason == "stop"
+    assert "no new token of request r1 for 0.5 s" in str(second), "it has compiled, and hangs"
+
+
+def test_an_interruption_of_all_requests_can_spare_those_of_others(stand_in: StandIn, make_request: Request) -> None:
+    released = threading.Event()
+    stand_in.answers["/generate"] = lambda handler, body: released.wait(20)
+
+    async def run(spares_others: bool) -> list[Any]:
+        stand_in.seen.clear()
+        way = SglangEndpoint(
+            Connection("engine 0", stand_in.url), vocab_size=83, context_length=128, incremental=True,
+            spares_others=spares_others,
+        )  # fmt: skip
+        asked = [asyncio.create_task(way.generate(replace(make_request(), request_id=name))) for name in ("a", "b")]
+        while stand_in.paths().count("/generate") < 2:
+            await asyncio.sleep(0.01)
+        await way.abort(None)
+        told = sorted(str(body["rid"]) for path, body in stand_in.seen if path == "/abort_request")
+        everybody = any(body.get("abort_all") for path, body in stand_in.seen if path == "/abort_request")
+        for task in asked:
+            task.cancel()
+        await asyncio.gather(*asked, return_exceptions=True)
+        await way.close()
+        return [told, everybody]
+
+    assert asyncio.run(run(True)) == [["a", "b"], False]
+    assert asyncio.run(run(False)) == [[""], True]
+    released.set()
 
 
 def test_a_server_that_dies_while_it_is_told_to_drop_a_request_is_no_news(

@@ -84,10 +84,11 @@ def run(
     retries: int = 2,
     progress: list[RolloutProgress] | None = None,
     version: int | None = None,
+    is_in_use: Callable[[int], bool] = lambda place: True,
 ) -> list[RolloutGroup]:
     async def generate() -> list[RolloutGroup]:
         pool = EndpointPool(endpoints, in_flight=in_flight, retries=retries)
-        pool.version = version
+        pool.version, pool.is_in_use = version, is_in_use
         sampling = SamplingParams(temperature=1.0, top_p=1.0, max_response_tokens=LIMIT, stop_token_ids=())
         callback = None if progress is None else progress.append
         groups = await pool.generate(
@@ -115,6 +116,29 @@ def test_groups_are_whole_in_order_and_each_on_one_server() -> None:
     places = [{int(r.token_ids[0]) for r in e.seen} for e in endpoints]
     assert sorted(map(len, places)) == [3, 3, 4]
     assert not places[0] & places[1] | places[1] & places[2]
+
+
+def test_a_server_that_is_not_in_use_is_asked_for_nothing() -> None:
+    endpoints = [Fake("a"), Fake("b"), Fake("c")]
+    used = [True, False, True]
+    run(endpoints, 6, is_in_use=used.__getitem__)
+    assert [len(e.seen) for e in endpoints] == [3, 0, 3]
+
+    def losing(request: GenerationRequest) -> GeneratedPart:
+        used[0] = False
+        return fail()(request)
+
+    endpoints = [Fake("a", [losing]), Fake("b"), Fake("c")]
+    run(endpoints, 1, is_in_use=used.__getitem__, failures=1)
+    assert [len(e.seen) for e in endpoints] == [1, 0, 1], "nor when a request moves to another one"
+
+
+def test_with_no_server_in_use_it_is_said_at_once_and_may_pass() -> None:
+    endpoints = [Fake("a"), Fake("b")]
+    with pytest.raises(EndpointError, match="none of the 2 engines gets the weights that are published") as error:
+        run(endpoints, 2, is_in_use=lambda place: False)
+    assert error.value.retry
+    assert [e.seen for e in endpoints] == [[], []]
 
 
 def test_no_server_has_more_than_its_share_in_flight() -> None:

@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+import json
 import socket
+import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import urlopen
 
+import numpy as np
 import pytest
 
 from megatron_klear.config.serving import SglangSettings
+from megatron_klear.conformance.compare import architecture
 from megatron_klear.errors import ConfigError, RolloutError
-from megatron_klear.rollout.sglang import FleetPlace, ServerFleet
+from megatron_klear.model import hf_config
+from megatron_klear.records import Prompt
+from megatron_klear.rollout import SamplingParams
+from megatron_klear.rollout.sglang import Expected, FleetPlace, ServerFleet, SglangEngine
+from megatron_klear.rollout.sglang import fleet as module
+from megatron_klear.weight_sync import EngineGroup
+from tests.rollout.sglang.conftest import StandIn
 
 
 def fake_environment(folder: Path, script: str) -> str:
@@ -41,11 +54,50 @@ def test_a_server_that_is_not_ready_in_time_is_given_up_and_ended(tmp_path: Path
     assert not servers.is_alive(0)
 
 
+def test_a_server_that_is_ended_while_it_starts_says_so(tmp_path: Path) -> None:
+    venv = fake_environment(tmp_path, "exec sleep 600")
+    with fleet(tmp_path, venv=venv) as servers:
+        servers.start(0)
+        with pytest.raises(RolloutError, match="server 0 was ended while it was starting"):
+            servers.wait_ready(0, lambda: servers.stop(0))
+
+
 def test_a_free_port_that_was_taken_meanwhile_is_replaced(tmp_path: Path) -> None:
     venv = fake_environment(tmp_path, "echo '[Errno 98] address already in use'; exit 1")
     with pytest.raises(RolloutError, match="address already in use"):
         fleet(tmp_path, venv=venv).start_all()
     assert (tmp_path / "run" / "logs" / "engine_0.log").read_text().count("--- ") == 3
+
+
+ANSWERING = """exec %s -c '
+import http.server, json, sys
+option = lambda name: sys.argv[sys.argv.index(name) + 1]
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(json.dumps({"data": [{"id": option("--served-model-name")}]}).encode())
+http.server.HTTPServer.allow_reuse_address = False
+http.server.HTTPServer(("127.0.0.1", int(option("--port"))), Handler).serve_forever()
+' "$@"
+"""
+
+
+def test_another_server_on_the_port_is_not_taken_for_ours(
+    tmp_path: Path, stand_in: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The port was free when it was chosen; then a healthy server of others took it, before ours did."""
+    taken, free = urlsplit(stand_in.url).port, module._free_port
+    ports = iter([taken])
+    monkeypatch.setattr(module, "_free_port", lambda host: next(ports, None) or free(host))
+    stand_in.answers["/v1/models"] = {"data": [{"id": "klear-of-another-run", "max_model_len": 512}]}
+    with fleet(tmp_path, venv=fake_environment(tmp_path, ANSWERING % sys.executable), start_seconds=60.0) as servers:
+        [url] = servers.start_all()
+        assert url != stand_in.url
+        assert urlopen(f"{url}/v1/models", timeout=10).read() != b""
+    log = (tmp_path / "run" / "logs" / "engine_0.log").read_text()
+    assert log.count("--- ") == 2
+    assert "Address already in use" in log
 
 
 def test_a_port_in_use_is_named(tmp_path: Path) -> None:
@@ -81,3 +133,33 @@ def test_a_place_among_machines_shows_in_address_log_and_messages(tmp_path: Path
 def test_a_missing_environment_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"sglang.venv: no .*nowhere/bin/python; run tools/setup_sglang.sh"):
         fleet(tmp_path, venv=str(tmp_path / "nowhere")).start_all()
+
+
+def test_a_real_server_answers_at_an_ipv6_address_and_ends_where_its_model_says(
+    tmp_path: Path, sglang_settings: SglangSettings
+) -> None:
+    shape: dict[str, Any] = {"dtype": "float32", "on_cpu": True, "batch_responses": 4, "longest_sequence": 64}
+    config, place = hf_config(architecture(tied=False), dtype="float32"), FleetPlace(address="::1")
+    with ServerFleet(sglang_settings, config, tmp_path / "run", place=place, **shape) as servers:
+        ends = tuple(range(1, 83))  # all tokens but one, so that its weights, which mean nothing, soon draw one
+        model = tmp_path / "run" / "logs" / "engine_model"
+        (model / "generation_config.json").write_text(json.dumps({"eos_token_id": list(ends)}))
+        [url] = servers.start_all()
+        assert url.startswith("http://[::1]:")
+        expected = Expected(vocab_size=83, longest_sequence=64, yarn=None, stop_ids=(0,))
+        with pytest.raises(ConfigError, match=r"it ends responses at \[1, 2, .*ours end at \[0\] only"):
+            SglangEngine([url], sglang_settings, expected, in_flight=4)
+        expected = replace(expected, stop_ids=(0, *ends))
+        engine = SglangEngine([url], sglang_settings, expected, in_flight=4)
+        try:
+            prompt = Prompt(prompt_id="p", domain="math", token_ids=np.arange(5), reference="")
+            sampling = SamplingParams(temperature=1.0, top_p=1.0, max_response_tokens=40, stop_token_ids=(0,))
+            group = EngineGroup([e.caller for e in engine.engines], 60.0)
+            group.call("/update_weight_version", {"new_version": "0", "abort_all_requests": False})
+            engine.use_version(0)
+            [drawn] = engine.generate([prompt], num_responses=2, sampling=sampling, seed=1)
+            # Not asked for, and done all the same: such ends must be known (`Expected.stop_ids`).
+            assert [rollout.finish_reason for rollout in drawn.rollouts] == ["stop", "stop"]
+            assert any(int(rollout.response_ids[-1]) in ends for rollout in drawn.rollouts)
+        finally:
+            engine.close()

@@ -12,15 +12,18 @@ import pytest
 import torch
 
 from megatron_klear.config.serving import SglangSettings
+from megatron_klear.config.yarn import Yarn
 from megatron_klear.conformance.compare import architecture
 from megatron_klear.conformance.matrix import SLACK
 from megatron_klear.conformance.reference import reference_model
+from megatron_klear.errors import ConfigError
 from megatron_klear.records import Prompt, RolloutGroup
 from megatron_klear.rollout import ProgressCallback, RolloutProgress, SamplingParams
 from megatron_klear.rollout.cached import CachedSampler
 from megatron_klear.rollout.endpoint import GenerationRequest
 from megatron_klear.rollout.response_cache import ResponseCache
 from megatron_klear.rollout.sglang import Expected, SglangEngine
+from megatron_klear.rollout.sglang.answers import AnswerReader
 from megatron_klear.weight_sync import EngineGroup, TensorTransport
 from megatron_klear.weight_sync.buckets import bucketed, converted
 
@@ -49,6 +52,16 @@ def engines(sglang_urls: dict[str, str]) -> Iterator[dict[str, SglangEngine]]:
     yield made
     for engine in made.values():
         engine.close()
+
+
+def test_a_real_server_tells_enough_of_its_rotary_embedding(sglang_urls: dict[str, str]) -> None:
+    def connect(yarn: Yarn | None) -> None:
+        expected = Expected(vocab_size=VOCAB, longest_sequence=96, yarn=yarn)
+        SglangEngine([sglang_urls["float32"]], SglangSettings(), expected, in_flight=1).close()
+
+    connect(None)
+    with pytest.raises(ConfigError, match=r"computes with no YaRN, ours YaRN of factor 2 from 64 positions"):
+        connect(Yarn(factor=2.0, original_positions=64))
 
 
 def prompts() -> list[Prompt]:
@@ -108,6 +121,41 @@ def test_a_given_sequence_is_scored(engines: dict[str, SglangEngine]) -> None:
     np.testing.assert_allclose(scored[1:], exact, atol=1e-4)
 
 
+def test_responses_of_a_group_share_what_was_computed_of_their_prompt(
+    engines: dict[str, SglangEngine], sglang_urls: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All but the first find every token in the server's cache but the last, whose logits are needed."""
+    cached: list[int] = []
+    add = AnswerReader.add
+
+    def noted(reader: AnswerReader, chunk: Any) -> None:
+        add(reader, chunk)
+        if chunk["meta_info"]["finish_reason"] is not None:
+            cached.append(chunk["meta_info"]["cached_tokens"])
+
+    monkeypatch.setattr(AnswerReader, "add", noted)
+    rng = np.random.default_rng(1234)
+    group = [Prompt(prompt_id="g", domain="math", token_ids=rng.integers(0, VOCAB, 48), reference="")]
+    sampling = SamplingParams(temperature=1.0, top_p=1.0, max_response_tokens=8, stop_token_ids=())
+    # One at a time: two that come in the same moment are computed together, each by itself.
+    expected = Expected(vocab_size=VOCAB, longest_sequence=96)
+    engine = SglangEngine([sglang_urls["float32"]], SglangSettings(stream_interval=4), expected, in_flight=1)
+    try:
+        engine.use_version(SEED)
+        engine.generate(group, num_responses=4, sampling=sampling, seed=1)
+        assert cached[0] < 8, "a few tokens may be another prompt's, too"
+        assert cached[1:] == [47, 47, 47]
+        # Requests that name another version of the weights share nothing with these.
+        engine.use_version(SEED + 1)
+        request = GenerationRequest(
+            request_id="another version", token_ids=group[0].token_ids, max_new_tokens=8, sampling=sampling, seed=1
+        )
+        engine._loop.run(engine.engines[0].endpoint.generate(request))
+        assert cached[4:] == [0]
+    finally:
+        engine.close()
+
+
 def test_an_aborted_request_returns_its_part(engines: dict[str, SglangEngine]) -> None:
     endpoint = engines["float32"].engines[0].endpoint
     sampling = SamplingParams(temperature=1.0, top_p=1.0, max_response_tokens=85, stop_token_ids=())
@@ -140,12 +188,16 @@ def test_a_context_is_filled_to_its_last_token(engines: dict[str, SglangEngine])
 
 
 def test_responses_of_a_server_are_kept_one_by_one_and_drawn_once(
-    engines: dict[str, SglangEngine], tmp_path: Path
+    engines: dict[str, SglangEngine], sglang_urls: dict[str, str], tmp_path: Path
 ) -> None:
     sampling = SamplingParams(temperature=1.0, top_p=1.0, max_response_tokens=40, stop_token_ids=(7,))
+    # One at a time: a quick machine is done with many at once before it is interrupted.
+    expected = Expected(vocab_size=VOCAB, longest_sequence=96)
+    one_at_a_time = SglangEngine([sglang_urls["float32"]], SglangSettings(stream_interval=4), expected, in_flight=1)
+    one_at_a_time.use_version(SEED)  # which `engines` gave the server
 
     def sample(cache: ResponseCache, on_progress: ProgressCallback | None = None) -> tuple[CachedSampler, list[Any]]:
-        sampler = CachedSampler(engines["float32"], cache, model="m", sampling=sampling, seed=5)
+        sampler = CachedSampler(one_at_a_time, cache, model="m", sampling=sampling, seed=5)
         return sampler, list(sampler.sample(prompts(), num_responses=6, on_progress=on_progress))
 
     def interrupt(progress: RolloutProgress) -> None:
@@ -164,6 +216,7 @@ def test_responses_of_a_server_are_kept_one_by_one_and_drawn_once(
         np.testing.assert_allclose(groups[2].rollouts[4].rollout_logprobs, exact, atol=1e-4)
         sampler, again = sample(cache)
         assert (sampler.found, sampler.drawn) == (24, 0)
+    one_at_a_time.close()
     assert [r.response_ids.tolist() for g in groups for r in g.rollouts] == [
         r.response_ids.tolist() for g in again for r in g.rollouts
     ]

@@ -99,8 +99,10 @@ def test_a_log_is_added_to_and_the_tail_is_of_the_last_start(tmp_path: Path) -> 
 TRAINER = """
 import os, sys, time
 from pathlib import Path
+from megatron_klear.rollout.sglang import process
 from megatron_klear.rollout.sglang.process import ServerProcess
 folder = Path(sys.argv[1])
+process._SUPERVISOR = Path(os.environ.get("SUPERVISOR", process._SUPERVISOR))
 server = ServerProcess([sys.executable, "-c", os.environ["TREE"], str(folder), "stubborn"], os.environ, folder / "log")
 (folder / "supervisor").write_text(str(server.pid))
 if sys.argv[2] == "fork":
@@ -124,6 +126,34 @@ def test_nothing_is_left_when_the_trainer_is_killed(tmp_path: Path, kind: str) -
     until(lambda: all(gone(number) for number in [*numbers, supervisor]))
     for number in set(children) - {supervisor}:
         os.kill(number, signal.SIGKILL)
+
+
+@pytest.mark.parametrize(
+    ("there", "absent", "ended"),
+    [('/ "children"', '/ "absent"', 4), ("/proc", "/nowhere", 1)],
+    ids=["no lists", "none"],
+)
+def test_a_kernel_that_tells_less_of_processes_changes_nothing_for_the_server(
+    tmp_path: Path, there: str, absent: str, ended: int
+) -> None:
+    """Without lists of children (CONFIG_PROC_CHILDREN) everything ends; without /proc the server itself, at least."""
+    text = (ROOT / "megatron_klear" / "rollout" / "sglang" / "supervisor.py").read_text()
+    assert there in text
+    (tmp_path / "supervisor.py").write_text(text.replace(there, absent))
+    trainer = subprocess.Popen(
+        [sys.executable, "-c", TRAINER.format("time.sleep(600)"), str(tmp_path), "plain"],
+        env={**os.environ, "TREE": TREE, "PYTHONPATH": str(ROOT), "SUPERVISOR": str(tmp_path / "supervisor.py")},
+    )
+    numbers = pids(tmp_path)
+    trainer.send_signal(signal.SIGKILL)
+    trainer.wait()
+    supervisor = int((tmp_path / "supervisor").read_text())
+    try:
+        until(lambda: all(gone(number) for number in [*numbers[:ended], supervisor]))
+    finally:
+        for number in [supervisor, *numbers]:
+            if not gone(number):
+                os.kill(number, signal.SIGKILL)
 
 
 @pytest.mark.parametrize("when", ["later", "before"])

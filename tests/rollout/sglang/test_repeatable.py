@@ -114,7 +114,10 @@ class Served:
 @contextmanager
 def serving(venv: str, folder: Path, arch: Architecture, dtype: str, *, on_cpu: bool) -> Iterator[Served]:
     """A deterministic server for as long as the context lasts."""
-    settings = SglangSettings(venv=venv, stream_interval=4, start_seconds=400.0, deterministic=True)
+    settings = SglangSettings(
+        venv=venv, stream_interval=4, start_seconds=400.0, deterministic=True,
+        memory_fraction=None if on_cpu else 0.5,  # without it GPU 0 is the trainer's alone
+    )  # fmt: skip
     with ServerFleet(
         settings, hf_config(arch, dtype=dtype), folder, dtype=dtype, on_cpu=on_cpu, batch_responses=16,
         longest_sequence=LONGEST,

@@ -181,3 +181,19 @@ def test_a_real_server_generates_through_a_real_router(
         assert len(rollout.response_ids) == len(rollout.rollout_logprobs) == 12
         assert (rollout.rollout_logprobs < 0).all()
         assert sum(count for _, count in rollout.policy_versions) == 12
+
+
+def test_an_interruption_behind_a_router_can_spare_the_requests_of_others(two: list[StandIn]) -> None:
+    """Which server has a request is not known, so that every one is told of each of ours, and of nothing else."""
+
+    async def run() -> None:
+        workers = [SglangEndpoint(Connection(s.url, s.url), **OPTIONS) for s in two]
+        endpoint = RoutedEndpoint(Connection("the router", two[0].url), workers, spares_others=True, **OPTIONS)
+        endpoint._in_flight |= {"a", "b"}
+        await endpoint.abort(None)
+        await endpoint.close()
+
+    asyncio.run(run())
+    for stand_in in two:
+        told = [body for path, body in stand_in.seen if path == "/abort_request"]
+        assert sorted(told, key=str) == [{"rid": "a"}, {"rid": "b"}]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import dis
 import gc
 import json
 import marshal
@@ -12,7 +13,7 @@ import threading
 import traceback
 import types
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 RESULT_FD = 3
 """Where a call's result, or compiled code, is written to."""
@@ -28,12 +29,24 @@ def compile_sources(sources: dict[str, str]) -> None:
         code = {name: compile(source, f"<{name}>", "exec", dont_inherit=True) for name, source in sources.items()}
         _write(RESULT_FD, marshal.dumps(code))
 
-    _run_to_the_end(run)
+    run_to_the_end(run)
+
+
+class Loaded(NamedTuple):
+    """Code that has run.
+
+    Attributes:
+        given: names of what ran before the answer.
+        own: names that the answer binds, also to what they were bound to before.
+    """
+
+    given: dict[str, Any]
+    own: dict[str, Any]
 
 
 def run_program(compiled: bytes) -> None:
     """Run the code as a main program, with its input and output at file descriptors 0 and 1."""
-    _run_to_the_end(lambda: _namespace(compiled, "__main__"))
+    run_to_the_end(lambda: _execute(compiled, "__main__", lambda namespace: None))
 
 
 def call_function(compiled: bytes, function: str, arguments: str) -> None:
@@ -41,45 +54,67 @@ def call_function(compiled: bytes, function: str, arguments: str) -> None:
 
     Args:
         compiled: the code.
-        function: its name; also looked for in a class `Solution`.
+        function: its name; looked for in a class `Solution` first, as LiveCodeBench does.
         arguments: JSON of [args, kwargs].
     """
 
     def run() -> None:
-        called = _function(_namespace(compiled, "answer"), function)
+        called = _function(load(compiled), function)
         args, kwargs = json.loads(arguments)
         result = called(*args, **kwargs)
         _write(RESULT_FD, json.dumps(result, default=_plain).encode("ascii"))
 
-    _run_to_the_end(run)
+    run_to_the_end(run)
 
 
-def load(compiled: bytes) -> dict[str, Any]:
-    """The namespace of the code, run as a module."""
-    return _namespace(compiled, "answer")
+def load(compiled: bytes, before_answer: Callable[[dict[str, Any]], object] = lambda namespace: None) -> Loaded:
+    """Run the code, the answer last, as a module.
+
+    Args:
+        before_answer: what to do with the namespace when all but the answer has run.
+    """
+    given: dict[str, Any] = {}
+
+    def remember(namespace: dict[str, Any]) -> None:
+        given.update(namespace)
+        before_answer(namespace)
+
+    answer, namespace = _execute(compiled, "answer", remember)
+    bound = {step.argval for step in dis.get_instructions(answer) if step.opname in ("STORE_NAME", "STORE_GLOBAL")}
+    unknown = object()
+    own = {name: v for name, v in namespace.items() if name in bound or given.get(name, unknown) is not v}
+    return Loaded(given, own)
 
 
-def run_to_the_end(run: Callable[[], object]) -> None:
-    """Run untrusted code as an interpreter would: a traceback for an error, threads joined, output flushed."""
-    _run_to_the_end(run)
-
-
-def _namespace(compiled: bytes, name: str) -> dict[str, Any]:
+def _execute(
+    compiled: bytes, name: str, before_answer: Callable[[dict[str, Any]], object]
+) -> tuple[types.CodeType, dict[str, Any]]:
+    """Run the code in a module of this name; the answer's code, and the namespace that it ran in."""
     gc.enable()
     module = types.ModuleType(name)
     sys.modules[name] = module
-    for code in marshal.loads(compiled).values():  # made by this same interpreter, and run by nobody but this process
+    *first, answer = marshal.loads(compiled).values()  # made by this same interpreter, and run by this process only
+    for code in first:
         exec(code, module.__dict__)
-    return module.__dict__
+    before_answer(module.__dict__)
+    exec(answer, module.__dict__)
+    return answer, module.__dict__
 
 
-def _function(namespace: dict[str, Any], name: str) -> Callable[..., Any]:
-    found = namespace.get(name)
-    if not callable(found) and "Solution" in namespace:
-        found = getattr(namespace["Solution"](), name, None)
-    if not callable(found):
-        raise NameError(f"the answer defines no function {name}")
-    return found  # type: ignore[no-any-return]
+def _function(loaded: Loaded, name: str) -> Callable[..., Any]:
+    """A method of `Solution`, or a function, of the answer; where it has none, one that the preamble defines.
+
+    Not one that the preamble imports: `from math import *` is no answer to a problem that asks for `gcd`.
+    """
+    home = loaded.given["__name__"]
+    defined = {n: v for n, v in loaded.given.items() if getattr(v, "__module__", "") == home}
+    for names in (loaded.own, defined):
+        solution, found = names.get("Solution"), names.get(name)
+        if isinstance(solution, type) and (callable(getattr(solution, name, None)) or not callable(found)):
+            found = getattr(solution(), name, None)
+        if callable(found):
+            return found  # type: ignore[no-any-return]
+    raise NameError(f"the answer defines no function {name}")
 
 
 def _plain(value: Any) -> Any:
@@ -98,7 +133,8 @@ def _write(fd: int, data: bytes) -> None:
         data = data[os.write(fd, data) :]
 
 
-def _run_to_the_end(run: Callable[[], object]) -> None:
+def run_to_the_end(run: Callable[[], object]) -> None:
+    """Run untrusted code as an interpreter would: a traceback for an error, threads joined, output flushed."""
     status = 0
     try:
         run()

@@ -1,8 +1,9 @@
 """Two processes that use each other's objects: only plain data travels, everything else stays where it is.
 
 The tests of an assert problem run in one process and the untrusted answer in another. What a function returns arrives
-as copied plain data or as a `Remote`, a name for an object over there. So an object that claims to be equal to
-everything is equal to nothing here, and ending the process ends the test.
+as copied plain data, as an instance of the preamble's class of that name (shared.py), or as a `Remote`, a name for an
+object over there. So an object that claims to be equal to everything is equal to nothing here, and ending the process
+ends the test.
 """
 
 from __future__ import annotations
@@ -15,11 +16,13 @@ import struct
 import types
 from collections import deque
 from collections.abc import Callable
-from decimal import Decimal
-from fractions import Fraction
 from typing import Any, NamedTuple
 
+from megatron_klear.reward.sandbox.inside import plain
+from megatron_klear.reward.sandbox.inside.shared import MEMBER, OBJECT, RECORD, SharedClasses
+
 _LENGTH = struct.Struct("<Q")
+_LONGEST_MESSAGE = 256 * 2**20
 _BETWEEN_REMOTES = ("add", "sub", "mul", "truediv", "floordiv", "mod", "matmul", "and_", "or_", "xor")
 _COMPARISONS = ("eq", "ne", "lt", "le", "gt", "ge")
 
@@ -31,16 +34,31 @@ class Message(NamedTuple):
     content: Any
 
 
+class _Sent:
+    """The objects of the preamble's classes that a message names, in the order in which they were met."""
+
+    def __init__(self) -> None:
+        self.keys: list[int] = []
+        self._known: set[int] = set()
+
+    def add(self, key: int) -> int:
+        if key not in self._known:
+            self._known.add(key)
+            self.keys.append(key)
+        return key
+
+
 class Peer:
     """One side of the pair.
 
     Args:
         read_fd, write_fd: pipes from and to the other side.
+        shared: classes that both sides have.
         guarded: the other side may use what it was handed, and nothing that lies behind that.
     """
 
-    def __init__(self, read_fd: int, write_fd: int, *, guarded: bool = False) -> None:
-        self._guarded = guarded
+    def __init__(self, read_fd: int, write_fd: int, shared: SharedClasses, *, guarded: bool = False) -> None:
+        self._shared, self._guarded = shared, guarded
         self._reader, self._write_fd = os.fdopen(read_fd, "rb"), write_fd
         self._kept: list[Any] = []
         self._numbers: dict[int, int] = {}
@@ -54,18 +72,20 @@ class Peer:
             Whatever it raises, as the builtin exception that it derives from.
             EOFError: it has ended.
         """
-        encoded = [self.encode(operand) for operand in operands]
-        self._send("?", [operation, encoded])
+        sent = _Sent()
+        encoded = [self._encode(operand, sent) for operand in operands]
+        self._send("?", [operation, encoded, self._states(sent)])
         while True:
             message = self._receive()
             if message.kind == "=":
-                result, changed = message.content
+                result, changed, objects = message.content
+                self._take(objects)
                 for index, value in changed:
                     _replace(operands[index], self.decode(value))
                 return self.decode(result)
             if message.kind == "!":
                 raise self._error(*message.content)
-            self._serve(message.content)
+            self._serve(*message.content)
 
     def serve(self) -> None:
         """Do what the other side asks for until it ends."""
@@ -74,71 +94,133 @@ class Peer:
                 message = self._receive()
             except EOFError:
                 return
-            self._serve(message.content)
+            self._serve(*message.content)
 
-    def encode(self, value: Any) -> Any:
-        """JSON of plain data, or of the number of an object that is kept here."""
-        if value is None or type(value) in (bool, int, float, str):
-            return value
-        if isinstance(value, Remote):
-            return ["there", value._number]
-        if isinstance(value, (bytes, bytearray)):
-            return [type(value).__name__, value.decode("latin-1")]
-        if isinstance(value, (bool, int, float, str)):  # subclasses become plain
-            return next(kind(value) for kind in (bool, int, float, str) if isinstance(value, kind))
-        if isinstance(value, dict):
-            return ["dict", [[self.encode(k), self.encode(v)] for k, v in value.items()]]
-        for kind in (list, tuple, set, frozenset, deque):
-            if isinstance(value, kind):
-                return [kind.__name__, [self.encode(item) for item in value]]
-        if type(value) in (complex, Decimal, Fraction):
-            return [type(value).__name__, str(value)]
-        if isinstance(value, type) and issubclass(value, BaseException):
-            return ["exception", _ancestry(value)]
-        if type(value) is range:
-            return ["range", [value.start, value.stop, value.step]]
-        return ["here", self._keep(value)]
-
-    def decode(self, data: Any) -> Any:
-        """The value that `encode` of the other side described."""
-        if not isinstance(data, list):
-            return data
-        kind, content = data
-        if kind == "here":
-            return self._remotes.setdefault(content, Remote(self, content))
-        if kind == "there":
-            return self._kept[content]
-        if kind == "exception":
-            return self._mirror(content)
-        if kind == "dict":
-            return {self.decode(key): self.decode(value) for key, value in content}
-        if kind in ("bytes", "bytearray"):
-            return content.encode("latin-1") if kind == "bytes" else bytearray(content, "latin-1")
-        if kind in ("complex", "Decimal", "Fraction"):
-            return {"complex": complex, "Decimal": Decimal, "Fraction": Fraction}[kind](content)
-        if kind == "range":
-            return range(*content)
-        items = (self.decode(item) for item in content)
-        return {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset, "deque": deque}[kind](items)
-
-    def _keep(self, value: Any) -> int:
+    def keep(self, value: Any) -> int:
+        """The number by which the other side may ask for an object of this one."""
         if id(value) not in self._numbers:
             self._numbers[id(value)] = len(self._kept)
             self._kept.append(value)
         return self._numbers[id(value)]
 
-    def _serve(self, content: Any) -> None:
-        operation, encoded = content
+    def decode(self, data: Any) -> Any:
+        """The value that the other side described."""
+        if not isinstance(data, list):
+            return data
+        kind, content = data
+        if kind == "here":
+            return self._remotes.setdefault(content, Remote(self, content))
+        if kind == "heir":
+            number, names = content
+            return self._remotes.setdefault(number, _heir(self._shared.descendant(names))(self, number))
+        if kind == "there":
+            return self._kept[content]
+        if kind == "exception":
+            return self._mirror(content)
+        if kind == "class":
+            return self._shared.named(content)
+        if kind == OBJECT:
+            return self._shared.held(content)
+        if kind == RECORD:
+            return tuple.__new__(self._shared.named(content[0]), map(self.decode, content[1]))
+        if kind == MEMBER:
+            return self._shared.member(*content)
+        if kind == "dict":
+            return {self.decode(key): self.decode(value) for key, value in content}
+        if kind in ("bytes", "bytearray"):
+            return content.encode("latin-1") if kind == "bytes" else bytearray(content, "latin-1")
+        if plain.is_text(kind):
+            return plain.from_text(kind, content)
+        if kind == "range":
+            return range(*content)
+        items = (self.decode(item) for item in content)
+        return {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset, "deque": deque}[kind](items)
+
+    def judged(self, owner: Remote, name: str, arguments: tuple[Any, ...]) -> Callable[..., Any] | None:
+        """What a method of an answer's object is to be called by, where it is handed one of the tests' own.
+
+        A method of the preamble's class that compares two of its instances is the problem's, not the answer's. None
+        where it is no such method.
+
+        Raises:
+            TypeError: it is one, and the object is no instance of the class.
+        """
+        found = self._shared.judge(name, arguments)
+        if found is None:
+            return None
+        kind, method = found
+        if not isinstance(owner, kind):
+            raise TypeError(f"{name} is of the class {kind.__name__}, and the answer's object is no instance of it")
+        return method.__get__(owner, kind)  # type: ignore[no-any-return]
+
+    def _encode(self, value: Any, sent: _Sent) -> Any:
+        """JSON of plain data, of a shared class's object by its key, or of one that is kept here by its number."""
+        if value is None or type(value) in (bool, int, float, str):
+            return value
+        if isinstance(value, Remote):
+            return ["there", value._number]
+        name, form = self._shared.name(type(value)), self._shared.form(type(value))
+        if form == OBJECT:
+            return [OBJECT, sent.add(self._shared.key(value))]
+        if form == RECORD:
+            return [RECORD, [name, [self._encode(item, sent) for item in value]]]
+        if form == MEMBER:
+            return [MEMBER, [name, value.name if value.name in type(value).__members__ else value.value]]
+        if isinstance(value, (bytes, bytearray)):
+            return [type(value).__name__, value.decode("latin-1")]
+        if isinstance(value, (bool, int, float, str)):  # subclasses become plain
+            return next(kind(value) for kind in (bool, int, float, str) if isinstance(value, kind))
+        if isinstance(value, dict):
+            return ["dict", [[self._encode(k, sent), self._encode(v, sent)] for k, v in value.items()]]
+        for kind in (list, tuple, set, frozenset, deque):
+            if isinstance(value, kind):
+                return [kind.__name__, [self._encode(item, sent) for item in value]]
+        text = plain.to_text(value)
+        if text is not None:
+            return list(text)
+        if isinstance(value, type) and self._shared.name(value):
+            return ["class", self._shared.name(value)]
+        if isinstance(value, type) and issubclass(value, BaseException):
+            return ["exception", _ancestry(value)]
+        if type(value) is range:
+            return ["range", [value.start, value.stop, value.step]]
+        ancestors = self._shared.ancestors(type(value))
+        return ["heir", [self.keep(value), ancestors]] if ancestors else ["here", self.keep(value)]
+
+    def _states(self, sent: _Sent) -> list[Any]:
+        """Key, class and attributes of the objects that a message names, and of all that these lead to."""
+        states: list[Any] = []
+        for key in sent.keys:  # grows meanwhile
+            value = self._shared.held(key)
+            state = [[name, self._encode(content, sent)] for name, content in self._shared.state(value).items()]
+            states.append([key, self._shared.name(type(value)), state])
+        return states
+
+    def _take(self, objects: list[Any]) -> None:
+        """Have the objects that a message describes, each with its attributes."""
+        for key, name, _ in objects:
+            self._shared.receive(key, name)
+        for key, _, state in objects:
+            self._shared.fill(key, {name: self.decode(content) for name, content in state})
+
+    def _serve(self, operation: str, encoded: list[Any], objects: list[Any]) -> None:
         try:
+            self._take(objects)
             operands = [self.decode(operand) for operand in encoded]
             if self._guarded:
                 _refuse_reach(operation, operands, encoded)
-            result = self.encode(_OPERATIONS[operation](*operands))
+            result = _OPERATIONS[operation](*operands)
+            sent = _Sent()
+            answer = self._encode(result, sent)
             # Arguments that the call changed in place, so that the caller's own change, too.
-            again = [self.encode(operand) for operand in operands] if operation == "call" else encoded
+            again = [self._encode(operand, sent) for operand in operands] if operation == "call" else encoded
             pairs = enumerate(zip(again, encoded, strict=True))
             changed = [[i, new] for i, (new, old) in pairs if new != old and i > 0]
-            self._send("=", [result, changed])
+            for key, _, _ in objects:
+                sent.add(key)
+            known = {key: [key, name, state] for key, name, state in objects}
+            states = [state for state in self._states(sent) if known.get(state[0]) != state]
+            self._send("=", [answer, changed, states])
         except BrokenPipeError:
             raise
         except BaseException as error:
@@ -155,22 +237,27 @@ class Peer:
         if len(head) < _LENGTH.size:
             raise EOFError("the process of the answer has ended")
         (size,) = _LENGTH.unpack(head)
+        if size > _LONGEST_MESSAGE:  # the answer can write into its end of the pipe, too
+            raise EOFError(f"the process of the answer announced {size} bytes")
         return Message(*json.loads(self._reader.read(size)))
 
     def _error(self, ancestry: list[str], text: str) -> BaseException:
         kind = self._mirror(ancestry)
         try:
             return kind(text)
-        except Exception:  # a builtin that wants more arguments, such as UnicodeDecodeError
-            return RuntimeError(f"{ancestry[0]}: {text}")
+        except Exception:  # it wants more arguments
+            if self._shared.name(kind):
+                return kind.__new__(kind, text)
+            return RuntimeError(f"{ancestry[0]}: {text}")  # a builtin, such as UnicodeDecodeError
 
     def _mirror(self, ancestry: list[str]) -> type[BaseException]:
-        """The exception class of this name here: a builtin, or one made for it that derives from the same builtin."""
+        """The exception class of this name here: the preamble's, a builtin, or one made for it that derives from it."""
         name = ancestry[0]
         if name not in self._mirrors:
-            known = (getattr(builtins, base, None) for base in ancestry)
+            known = (self._shared.exception(base) or getattr(builtins, base, None) for base in ancestry)
             base = next((k for k in known if isinstance(k, type) and issubclass(k, BaseException)), Exception)
-            self._mirrors[name] = base if base.__name__ == name else type(name, (base,), {})
+            same = base.__name__ == name or base is self._shared.exception(name)
+            self._mirrors[name] = base if same else type(name, (base,), {})
         return self._mirrors[name]
 
 
@@ -184,14 +271,21 @@ class Remote:
     def __init__(self, peer: Peer, number: int) -> None:
         object.__setattr__(self, "_peer", peer)
         object.__setattr__(self, "_number", number)
+        object.__setattr__(self, "_got_from", None)
 
     def __getattr__(self, name: str) -> Any:
-        return self._peer.request("get", self, name)
+        found = self._peer.request("get", self, name)
+        if isinstance(found, Remote):
+            object.__setattr__(found, "_got_from", (self, name))
+        return found
 
     def __setattr__(self, name: str, value: Any) -> None:
         self._peer.request("set", self, name, value)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        judge = self._got_from and self._peer.judged(*self._got_from, (*args, *kwargs.values()))
+        if judge:
+            return judge(*args, **kwargs)
         return self._peer.request("call", self, *args, kwargs)
 
     def __getitem__(self, key: Any) -> Any:
@@ -227,6 +321,11 @@ class Remote:
 
     def __instancecheck__(self, instance: Any) -> bool:
         return isinstance(instance, Remote) and bool(self._peer.request("isinstance", instance, self))
+
+
+def _heir(kind: type) -> type[Remote]:
+    """A class for names of objects whose class over there derives from the preamble's: instances of that here, too."""
+    return type("Heir", (Remote,), {"__class__": property(lambda self: kind)})
 
 
 def _between(name: str) -> Callable[[Remote, Any], Any]:

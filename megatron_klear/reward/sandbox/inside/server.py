@@ -11,6 +11,7 @@ import importlib
 import os
 import signal
 import struct
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 from megatron_klear.reward.sandbox.inside import checks, kernel, programs
@@ -84,7 +85,8 @@ def _session(channel_fd: int, settings: dict[str, Any]) -> None:
                 output_fd=programs.RESULT_FD,
             )
         else:
-            ended = _run_checks(box, compiled, channel_fd)
+            body = (lambda: checks.serve_answer(compiled, test["owed"], test["stubs"])) if test["answered"] else None
+            ended = _run_checks(box, body, channel_fd)
         _reply(channel_fd, ended)
 
 
@@ -116,8 +118,10 @@ def _run(box: Box, body: Any, *, output_fd: int, stdin: str | None = None, room:
     return ended
 
 
-def _run_checks(box: Box, compiled: bytes, channel_fd: int) -> Ended:
+def _run_checks(box: Box, answer: Callable[[], None] | None, channel_fd: int) -> Ended:
     """The answer in one process, the test in another, a pipe each way; the test's process gives the verdict.
+
+    Without an answer, the test's process is alone and tells its own faults.
 
     That process reads the test from the channel by itself: what this one has seen, its children can find in memory.
     """
@@ -126,8 +130,10 @@ def _run_checks(box: Box, compiled: bytes, channel_fd: int) -> Ended:
     to_tests, from_answer = os.pipe()
     verdict, give_verdict = os.pipe()
     errors, give_errors = os.pipe()
-    box.start(lambda: checks.serve_answer(compiled), [None, None, None, to_answer, from_answer])
-    tests = box.start(checks.check_answer, [None, None, give_errors, to_tests, from_tests, give_verdict, channel_fd])
+    if answer is not None:
+        box.start(answer, [None, None, None, to_answer, from_answer])
+    body = checks.try_without_answer if answer is None else checks.check_answer
+    tests = box.start(body, [None, None, give_errors, to_tests, from_tests, give_verdict, channel_fd])
     for fd in (to_answer, from_tests, to_tests, from_answer, give_verdict, give_errors):
         os.close(fd)
     ended = box.watch(tests, verdict, errors, box.settings["output_bytes"])

@@ -1,0 +1,63 @@
+"""When a server last brought a token, for whomever: it tells a request that waits for its turn from one that hangs."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+
+_MOST = 10
+"""So many times as long a request may wait for its turn; one that a server has forgotten is found out, too."""
+
+
+class Progress:
+    """Of one server, over all requests at it, from whatever thread they are sent."""
+
+    def __init__(self) -> None:
+        self._last = -math.inf
+
+    @asynccontextmanager
+    async def limit(self, idle_seconds: float, first_seconds: float = 0.0) -> AsyncIterator[Callable[[], None]]:
+        """Give a request up that brings no token for so long.
+
+        It may be waiting for its turn behind long responses: before its first token, or later, when the server's
+        cache was full and it had to make room. So it is given up only when the server brings no token for others
+        either, or after ten times as long.
+
+        Args:
+            idle_seconds: longest time without a token.
+            first_seconds: longest time until the server's first of all; it may be compiling.
+
+        Yields:
+            what is to be called when the request has brought tokens.
+
+        Raises:
+            TimeoutError: on the way out.
+        """
+        own = time.monotonic()
+
+        def brought() -> None:
+            nonlocal own
+            own = self._last = time.monotonic()
+
+        loop = asyncio.get_running_loop()
+        async with asyncio.timeout(None) as limit:
+            handle: asyncio.TimerHandle
+
+            def look() -> None:
+                nonlocal handle
+                of_others = min(self._last, own + (_MOST - 1) * idle_seconds)
+                seconds = max(idle_seconds, first_seconds) if self._last == -math.inf else idle_seconds
+                left = max(own, of_others) + seconds - time.monotonic()
+                if left > 0:
+                    handle = loop.call_later(left, look)
+                else:
+                    limit.reschedule(loop.time())
+
+            handle = loop.call_later(idle_seconds, look)
+            try:
+                yield brought
+            finally:
+                handle.cancel()
