@@ -33,16 +33,23 @@ class FirstRank:
         context: the layout.
         silence_seconds: how long the first rank may give no sign of life before the others fail.
         beat: called on every rank while it works or waits, several times a second.
+        is_asked_to_stop: whether this rank is; the first one learns of it in `is_stop_asked_for`.
     """
 
     _instances = itertools.count()
 
     def __init__(
-        self, context: ParallelContext, *, silence_seconds: float, beat: Callable[[], None] = lambda: None
+        self,
+        context: ParallelContext,
+        *,
+        silence_seconds: float,
+        beat: Callable[[], None] = lambda: None,
+        is_asked_to_stop: Callable[[], bool] = lambda: False,
     ) -> None:
         self._rank, self._size = context.world.rank, context.world.size
         self._silence_seconds = silence_seconds
-        self._beat = beat
+        self._beat, self._is_asked_to_stop = beat, is_asked_to_stop
+        self._is_stop_told = False
         self._name = f"klear/first_rank/{next(self._instances)}"  # ranks make theirs in the same order
         self._calls = 0
         self._noted = 0.0
@@ -78,6 +85,11 @@ class FirstRank:
         if self._size > 1 and self._rank == 0 and now - self._noted > _ALIVE_SECONDS:
             self._noted = now
             _store().set(f"{self._name}/alive", str(now))
+            self._is_stop_told = self._is_stop_told or _store().check([f"{self._name}/stop"])
+
+    def is_stop_asked_for(self) -> bool:
+        """On the first rank, in an action that calls `alive`: whether any rank is asked to stop."""
+        return self._is_stop_told or self._is_asked_to_stop()
 
     def _tell(self, key: str, outcome: dict[str, object]) -> None:
         if self._size > 1:
@@ -104,6 +116,9 @@ class FirstRank:
         heard, pause = time.monotonic(), _POLL_SECONDS[0]
         while not store.check([key]):
             self._beat()
+            if self._is_asked_to_stop() and not self._is_stop_told:
+                self._is_stop_told = True
+                store.set(f"{self._name}/stop", "1")
             now = store.get(alive_key) if store.check([alive_key]) else b""
             if now != sign:
                 sign, heard = now, time.monotonic()

@@ -67,6 +67,7 @@ class Evaluation:
             return
         if session.step == 0 or agree("read the figures that were logged", self._logged, session.context) is None:
             self._evaluate(session.step)
+            session.stop_if_asked()
 
     def when_due(self, step: int) -> None:
         """Evaluate every `evaluation.every_steps` steps; the last step is left to `at_end`, where that evaluates."""
@@ -91,6 +92,7 @@ class Evaluation:
         if figures is None:
             accuracy = self._evaluate(self.session.step)
             if accuracy is None:
+                self.session.stop_if_asked(before="the last evaluation")
                 return
             mean = accuracy.mean if accuracy.count else None
             figures = {"accuracy": mean, "stderr": accuracy.stderr, "count": accuracy.count}
@@ -132,6 +134,9 @@ class Evaluation:
             accuracy = engine.evaluate(self.heldout.prompts, self.session.settings.evaluation, step=step)
             if not self._is_generating:  # training is next; where an engine generates, that comes first
                 engine.hand_to_trainer()
+        if accuracy is None:  # the run is asked to stop: its next life evaluates (`at_start`, `at_end`)
+            self._last_step = None
+            return None
         values = {
             names.ACCURACY_HELDOUT: accuracy.mean,
             names.ACCURACY_HELDOUT_COUNT: accuracy.count,

@@ -131,7 +131,9 @@ class Rollouts:
             max_response_tokens=rollout.max_response_tokens,
             stop_token_ids=self.stop_token_ids,
         )
-        return self._generate(prompts, sampling, rollout.responses_per_prompt, seed=_seed(self.session, step, 0))
+        made = self._generate(prompts, sampling, rollout.responses_per_prompt, seed=_seed(self.session, step, 0))
+        assert made is not None
+        return made
 
     def score(self, prompts: Sequence[Prompt], mine: Sequence[RolloutGroup]) -> list[ScoredGroup]:
         """Grade what `generate` gave; all groups in the order of `prompts`, with their advantages (Eq. 4)."""
@@ -157,8 +159,11 @@ class Rollouts:
         world = self.session.context.world
         return self.score(prompts, groups[world.rank :: world.size])
 
-    def evaluate(self, prompts: Sequence[Prompt], settings: EvaluationSettings, *, step: int) -> Accuracy:
-        """Accuracy on held-out problems, avg@n (greedy when the temperature is 0)."""
+    def evaluate(self, prompts: Sequence[Prompt], settings: EvaluationSettings, *, step: int) -> Accuracy | None:
+        """Accuracy on held-out problems, avg@n (greedy when the temperature is 0).
+
+        None where servers answer and the run is asked to stop meanwhile: the next life evaluates.
+        """
         prompts = prompts[: settings.prompts]
         sampling = SamplingParams(
             temperature=settings.temperature,
@@ -167,7 +172,11 @@ class Rollouts:
             stop_token_ids=self.stop_token_ids,
         )
         with self._positions_of_evaluation():
-            mine = self._generate(prompts, sampling, settings.samples_per_prompt, seed=_seed(self.session, step, 1))
+            mine = self._generate(
+                prompts, sampling, settings.samples_per_prompt, seed=_seed(self.session, step, 1), gives_way=True
+            )
+        if mine is None:
+            return None
         groups = self.score(prompts, mine)
         per_problem = np.array([g.is_correct[g.graded].mean() for g in groups if g.graded.any()])
         count = int(sum(g.graded.sum() for g in groups))
@@ -193,8 +202,15 @@ class Rollouts:
         return example_rows(self.session, groups, step)
 
     def _generate(
-        self, prompts: Sequence[Prompt], sampling: SamplingParams, num_responses: int, *, seed: int
-    ) -> list[RolloutGroup]:
+        self,
+        prompts: Sequence[Prompt],
+        sampling: SamplingParams,
+        num_responses: int,
+        *,
+        seed: int,
+        gives_way: bool = False,
+    ) -> list[RolloutGroup] | None:
+        """Responses; None where they give way to a request to stop, which only those of servers do."""
         world = self.session.context.world
         # Servers take all prompts at once and balance them; an engine inside this process takes this rank's share.
         served = isinstance(self.engine, ServedEngine)
@@ -208,9 +224,9 @@ class Rollouts:
                 done = progress.finished_responses
                 self._all_ranks.alive()
 
-            return self.engine.generate(
-                mine, num_responses=num_responses, sampling=sampling, seed=seed, on_progress=show
-            )
+            engine = self.engine
+            draw = engine.generate_unless_stopped if gives_way and isinstance(engine, ServedEngine) else engine.generate
+            return draw(mine, num_responses=num_responses, sampling=sampling, seed=seed, on_progress=show)
 
     def grade(self, groups: Sequence[RolloutGroup]) -> list[tuple[Grade, ...]]:
         """Grades of each group's responses."""

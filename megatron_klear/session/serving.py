@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict
+from functools import partial
 from typing import Any, Literal, TypeVar, cast
 from urllib.parse import urlsplit
 
@@ -70,7 +71,7 @@ _Result = TypeVar("_Result")
 
 
 class _AskedToStop(Exception):
-    """Servers that are still starting are waited for no longer."""
+    """Servers that are still starting, or an evaluation's responses, are waited for no longer."""
 
 
 class ServedEngine:
@@ -95,6 +96,7 @@ class ServedEngine:
             session.context,
             silence_seconds=settings.parallel.timeout_seconds,
             beat=session.heartbeat.renew,
+            is_asked_to_stop=lambda: session.stop.received,
         )
         self._engine: SglangEngine | None = None
         self._resources = ExitStack()
@@ -240,19 +242,32 @@ class ServedEngine:
         Raises:
             RolloutError: on every rank; see `SglangEngine.generate`.
         """
+        draw = partial(
+            self._drawn, prompts, num_responses=num_responses, sampling=sampling, seed=seed, on_progress=on_progress
+        )
+        return self.for_all("generate", lambda: draw(waiting=self._first_rank.alive))
 
-        def generate() -> list[RolloutGroup]:
-            assert self._engine is not None
-            return self._engine.generate(
-                prompts,
-                num_responses=num_responses,
-                sampling=sampling,
-                seed=seed,
-                on_progress=on_progress,
-                waiting=self._first_rank.alive,
-            )
+    def generate_unless_stopped(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        num_responses: int,
+        sampling: SamplingParams,
+        seed: int,
+        on_progress: ProgressCallback | None = None,
+    ) -> list[RolloutGroup] | None:
+        """As `generate`, but None on every rank, soon, where any of them is asked to stop meanwhile."""
+        draw = partial(
+            self._drawn, prompts, num_responses=num_responses, sampling=sampling, seed=seed, on_progress=on_progress
+        )
 
-        return self.for_all("generate", lambda: self._tried(generate))
+        def generate() -> list[RolloutGroup] | None:
+            try:
+                return draw(waiting=self._alive_unless_asked_to_stop)
+            except _AskedToStop:
+                return None
+
+        return self.for_all("generate", generate)
 
     def for_all(self, what: str, action: Callable[[], _Result]) -> _Result:
         """Do `action` on the first rank, while the others wait outside of any collective; every rank gets its result.
@@ -340,7 +355,7 @@ class ServedEngine:
 
     def _alive_unless_asked_to_stop(self) -> None:
         self._first_rank.alive()
-        if self.session.stop.received:
+        if self._first_rank.is_stop_asked_for():
             raise _AskedToStop
 
     def _layout_of(self, engine: ConnectedEngine) -> EngineLayout:
@@ -369,25 +384,26 @@ class ServedEngine:
             ),
         )
 
-    def _tried(self, generate: Callable[[], _Result]) -> _Result:
-        """Generate, and again when servers were lost meanwhile and the manager has brought one back."""
+    def _drawn(self, prompts: Sequence[Prompt], *, waiting: Callable[[], None], **how: Any) -> list[RolloutGroup]:
+        """On the first rank: responses; again when servers were lost meanwhile and the manager has brought one back."""
+        assert self._engine is not None
         for left in reversed(range(_ATTEMPTS)):
             try:
-                return generate()
+                return self._engine.generate(prompts, waiting=waiting, **how)
             except EndpointError as error:
                 if self._restarts is None or not self._is_managed or not error.retry or left == 0:
                     raise
                 log.warning("%s; asking again when a server answers", error)
-                self._wait_for_server(error)
+                self._wait_for_server(error, waiting)
         raise AssertionError("the last attempt returns or raises")
 
-    def _wait_for_server(self, error: EndpointError) -> None:
+    def _wait_for_server(self, error: EndpointError, waiting: Callable[[], None]) -> None:
         assert self._engine is not None
         deadline = time.monotonic() + self.session.settings.scheduling.start_seconds
         while not self._engine.answering(self.policy_version):
             if time.monotonic() > deadline:
                 raise error
-            self._first_rank.alive()
+            waiting()
             time.sleep(_WAKE_SECONDS)
 
     def _bring_up(self, engine: ConnectedEngine, waiting: Callable[[], None]) -> None:

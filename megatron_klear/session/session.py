@@ -265,15 +265,18 @@ class Session:
         if stopping and step < self.total_steps:
             raise Preempted(f"stopped after step {step} of {self.total_steps}; start again on {self.root} to resume")
 
-    def stop_if_asked(self) -> None:
+    def stop_if_asked(self, before: str | None = None) -> None:
         """Stop in a step that only waits so far; the checkpoint is that of the step before.
+
+        Args:
+            before: what comes next; by default the next step.
 
         Raises:
             Preempted: after saving, when any rank was asked to stop.
         """
         if self.is_asked_to_stop():
             self.save()
-            raise Preempted(f"stopped before step {self.step + 1}; start again on {self.root} to resume")
+            raise Preempted(f"stopped before {before or f'step {self.step + 1}'}; start again on {self.root} to resume")
 
     @contextlib.contextmanager
     def set_aside_phases(self) -> Iterator[None]:

@@ -24,13 +24,18 @@ def rank_main(case: str, rank: int, port: int, results: Any) -> None:
     dist.init_process_group("gloo", store=store, rank=rank, world_size=SIZE)
     context: Any = SimpleNamespace(world=SimpleNamespace(rank=rank, size=SIZE))
     beats: list[float] = []
-    first = FirstRank(context, silence_seconds=1.5, beat=lambda: beats.append(time.monotonic()))
+    first = FirstRank(
+        context,
+        silence_seconds=1.5,
+        beat=lambda: beats.append(time.monotonic()),
+        is_asked_to_stop=lambda: case == "stop" and rank == 2,
+    )
     try:
         outcome: Any = getattr(Cases, case)(first)
     except Exception as error:
         outcome = (type(error).__name__, str(error))
     results.put((rank, outcome, len(beats)))
-    if case in ("result", "slow"):
+    if case in ("result", "slow", "stop"):
         dist.barrier()
 
 
@@ -51,6 +56,17 @@ class Cases:
             return "done"
 
         return first.run("work", work)
+
+    @staticmethod
+    def stop(first: FirstRank) -> Any:
+        def work() -> bool:
+            end = time.monotonic() + 20.0
+            while time.monotonic() < end and not first.is_stop_asked_for():
+                first.alive()
+                time.sleep(0.1)
+            return first.is_stop_asked_for()
+
+        return [first.run("work", work), first.run("work", work)]
 
     @staticmethod
     def silent(first: FirstRank) -> Any:
@@ -111,6 +127,11 @@ def test_others_wait_as_long_as_the_first_rank_is_alive_and_beat_meanwhile() -> 
     found = run("slow")
     assert {outcome for outcome, _ in found.values()} == {"done"}
     assert all(beats >= 5 for _, beats in found.values())
+
+
+def test_the_first_rank_learns_that_another_is_asked_to_stop() -> None:
+    for outcome, _ in run("stop").values():
+        assert outcome == [True, True]
 
 
 def test_a_silent_first_rank_is_named() -> None:

@@ -29,17 +29,21 @@ class Engines:
 
     def __init__(self):
         self.evaluated, self.handed, self.count = [], [], 4
+        self.is_stopped = False
         self.engine = SimpleNamespace(policy_version=-1)
 
     def publish(self, version):
         self.engine.policy_version = version
 
     def evaluate(self, prompts, settings, *, step):
+        if self.is_stopped:
+            return None
         self.evaluated.append(step)
         return Accuracy(mean=0.25 if self.count else math.nan, stderr=0.0, count=self.count, groups=())
 
     def hand_to_trainer(self):
-        self.handed.append(len(self.evaluated))
+        if not self.is_stopped:
+            self.handed.append(len(self.evaluated))
 
     def examples(self, groups, step):
         return []
@@ -55,7 +59,7 @@ def engines(monkeypatch):
     return found
 
 
-def session_of(root, context, settings: EvaluationSettings, *, step: int, was_done: bool = False):
+def session_of(root, context, settings: EvaluationSettings, *, step: int, was_done: bool = False, stopped_before=None):
     return SimpleNamespace(
         entry="sft",
         step=step,
@@ -69,6 +73,7 @@ def session_of(root, context, settings: EvaluationSettings, *, step: int, was_do
         metrics=MetricsWriter(root, tensorboard=False, resume_step=step or None),
         progress=SimpleNamespace(update=lambda _: None, note=lambda _: None),
         keep_examples=lambda *_: None,
+        stop_if_asked=lambda before=None: stopped_before.append(before) if stopped_before is not None else None,
     )
 
 
@@ -168,3 +173,28 @@ def test_no_graded_answer_is_no_accuracy(evaluated, tmp_path):
     assert evaluated(4, was_done=False, count=0) == 1
     assert math.isnan(rows(tmp_path)[0][1])
     assert told(tmp_path)["accuracy"] is None
+
+
+def test_an_evaluation_that_gives_way_to_a_stop_is_neither_logged_nor_held_for_made(tmp_path, context, engines):
+    """As `Rollouts.evaluate` gives None; what a life left out the next one makes."""
+    stops = []
+    every = EvaluationSettings(every_steps=2)
+    session = session_of(tmp_path, context, every, step=2, stopped_before=stops)
+    session.total_steps = 4
+    first = evaluation.Evaluation(session, SimpleNamespace(prompts=()))
+    engines.is_stopped = True
+    first.when_due(2)  # the step is finished after this, and with it the life
+    assert stops == []
+    session.step = 4
+    first.at_end()
+    assert stops == ["the last evaluation"]
+    session.metrics.close()
+    assert rows(tmp_path) == []
+    assert not (tmp_path / "result.json").exists()
+
+    engines.is_stopped = False
+    for step in (2, 4):
+        session = session_of(tmp_path, context, every, step=step)
+        evaluation.Evaluation(session, SimpleNamespace(prompts=())).at_start()
+        session.metrics.close()
+    assert [step for step, _ in rows(tmp_path)] == engines.evaluated == [2, 4]
