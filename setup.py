@@ -103,6 +103,8 @@ setup(
         "httpx2",
         "psutil",
         "rich",
+        # K-Center greedy selection of curation: its farthest point sampling.
+        "skmatter",
         "tensorboard",
     ],
     extras_require={

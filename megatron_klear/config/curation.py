@@ -148,7 +148,7 @@ class SelectionSettings:
     """The .npy file (float, one line per id of the file of the same name with .ids), or the encoder's directory."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where distances and the encoder are computed."""
+    """Where the encoder is computed; distances are on the CPU."""
 
     batch_prompts: Prompts = 64
     """Prompts that the encoder takes at a time."""

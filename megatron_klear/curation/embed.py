@@ -117,8 +117,8 @@ def make_embedder(settings: SelectionSettings, device: str) -> Embedder:
     return EncoderEmbeddings(settings, device)
 
 
-def unit_vector(vector: Vectors | str, width: int | None) -> Vectors | str:
-    """The vector at length 1, or why it cannot be used.
+def unit_vector(vector: Vectors | str, width: int | None) -> NDArray[np.float64] | str:
+    """The vector at length 1, float64 [D], or why it cannot be used.
 
     Args:
         vector: float32 [D], or what is already wrong.
@@ -128,7 +128,10 @@ def unit_vector(vector: Vectors | str, width: int | None) -> Vectors | str:
         return vector
     if width is not None and len(vector) != width:
         return f"its embedding has {len(vector)} numbers, those before have {width}"
-    length = float(np.linalg.norm(vector.astype(np.float64)))
+    if len(vector) < 2:
+        return "its embedding has fewer than two numbers"
+    exact = vector.astype(np.float64)
+    length = float(np.linalg.norm(exact))
     if not 0.0 < length < float("inf"):
         return "its embedding has no direction (all zeros, or not finite)"
-    return np.asarray(vector / length, np.float32)
+    return np.asarray(exact / length)

@@ -25,8 +25,8 @@ _MIX = 0x9E3779B9
 class SelectStage(Stage):
     """Keeps the prompts that K-Center greedy selection chooses, domain by domain.
 
-    All embeddings of a domain are looked at for each choice: they lie in a file that is mapped into memory, or on
-    the GPU, 4 bytes times N times D. The other stages' bound on memory does not hold here.
+    All embeddings of a domain are looked at for each choice: they lie in a file that is mapped into memory, 8 bytes
+    times N times D, and are squared all at once at the start. The other stages' bound on memory does not hold here.
 
     Args:
         settings: of the run.
@@ -104,26 +104,22 @@ class SelectStage(Stage):
         for domain, budget in budgets.items():
             if budget is None:
                 continue
-            vectors = directory / f".vectors-{domain}.f32"
+            vectors = directory / f".vectors-{domain}.f64"
             try:
                 ids, width = _write_vectors(embedder, inputs, domain, vectors, unusable)
-                chosen[domain], radius[domain] = self._chosen_of(ids, width, vectors, budget, device, advance)
+                chosen[domain], radius[domain] = self._chosen_of(ids, width, vectors, budget, advance)
             finally:
                 vectors.unlink(missing_ok=True)
         return {"chosen": chosen, "radius": radius, "unusable": unusable}
 
     def _chosen_of(
-        self, ids: Sequence[str], width: int, vectors: Path, budget: int, device: str, advance: Advance
+        self, ids: Sequence[str], width: int, vectors: Path, budget: int, advance: Advance
     ) -> tuple[list[str], list[float]]:
         if budget >= len(ids):
             return list(ids), []
-        import torch
-
         from megatron_klear.curation.k_center import k_center_greedy
 
-        mapped = np.memmap(vectors, np.float32, "r+", shape=(len(ids), width))
-        points = torch.from_numpy(mapped)
-        points = points if device == "cpu" else points.to(device)
+        points = np.memmap(vectors, np.float64, "r", shape=(len(ids), width))
         first = int(np.random.SeedSequence([self._seed, _MIX]).generate_state(1, np.uint64)[0] % len(ids))
         picked, radii = k_center_greedy(points, budget, first=first, advance=advance)
         # The curve of the radius is for a picture: a hundred points of it will do.

@@ -22,7 +22,7 @@ def farthest_first(points: np.ndarray[Any, Any], k: int, first: int) -> tuple[li
     """Gonzalez by definition: all distances to all chosen points, every time."""
     chosen, radii = [first], []
     while True:
-        to_chosen = np.array([[np.linalg.norm(p - points[c]) for c in chosen] for p in points]).min(axis=1)
+        to_chosen = np.linalg.norm(points[:, None] - points[chosen], axis=2).min(axis=1)
         radii.append(float(to_chosen.max()))
         if len(chosen) == k:
             return chosen, radii
@@ -38,10 +38,24 @@ def unit(points: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
 def test_k_center_is_farthest_first(seed: int) -> None:
     points = unit(np.random.default_rng(seed).normal(size=(60, 5)))
     expected, radii = farthest_first(points, 20, first=7)
-    found, radius = k_center_greedy(torch.from_numpy(points.astype(np.float32)), 20, first=7)
+    told: list[int] = []
+    found, radius = k_center_greedy(points, 20, first=7, advance=told.append)
     assert found.tolist() == expected
-    # The squared distance is off by a few float32 roundings of 2; its root magnifies that at small radii.
-    np.testing.assert_allclose(radius**2, np.square(radii), atol=8 * np.finfo(np.float32).eps)
+    assert sum(told) == 20
+    # The squared distance is off by a few roundings of 2; its root magnifies that at small radii.
+    np.testing.assert_allclose(radius**2, np.square(radii), atol=8 * np.finfo(np.float64).eps)
+
+
+@pytest.mark.parametrize("k", [1, 2, 99, 100, 101, 250, 300])
+def test_any_number_of_choices_is_the_start_of_more(k: int) -> None:
+    """Choices are made in parts, of which the last may be shorter, to tell of progress in between."""
+    points = unit(np.random.default_rng(1).normal(size=(300, 3)))
+    told: list[int] = []
+    found, radius = k_center_greedy(points, k, first=5, advance=told.append)
+    expected, radii = farthest_first(points, k, first=5)
+    assert found.tolist() == expected
+    assert sum(told) == k
+    np.testing.assert_allclose(radius**2, np.square(radii), atol=8 * np.finfo(np.float64).eps)
 
 
 @pytest.mark.parametrize("seed", range(12))
@@ -51,36 +65,40 @@ def test_every_choice_is_a_farthest_point_also_among_copies_and_ties(seed: int) 
     width = int(rng.choice([2, 5, 64, 384]))
     base = unit(rng.normal(size=(int(rng.integers(20, 120)), width)))
     axes = np.concatenate([np.eye(width), -np.eye(width)])[:30]  # whose distances are exactly equal
-    some = np.concatenate([base, axes]).astype(np.float32)
+    some = np.concatenate([base, axes])
     copies = some[rng.integers(0, len(some), size=len(some))]
     points = np.concatenate([some, copies])[rng.permutation(2 * len(some))]
-    found, radius = k_center_greedy(torch.from_numpy(points), len(points), first=3)
+    found, radius = k_center_greedy(points, len(points), first=3)
     assert sorted(found.tolist()) == list(range(len(points)))
-    exact = points.astype(np.float64)
+    # A product of unit vectors is off by at most about sqrt(D) roundings of 1, and is doubled; so are two norms.
+    rounding = 8 * float(np.finfo(np.float64).eps) * np.sqrt(width)
     nearest = np.full(len(points), np.inf)
-    eps = float(np.finfo(np.float32).eps)
     for place, index in enumerate(found):
         if place:
-            # A product of unit vectors is off by at most about sqrt(D) roundings of 1, and is doubled; what is below
-            # 1e-3 is a sum of squares of differences that are exact but for a rounding each.
-            farthest = nearest.max()
-            assert nearest[index] >= farthest - (4 * eps * np.sqrt(width) if farthest > 1e-3 else 8 * eps * farthest)
-        nearest = np.minimum(nearest, np.square(exact - exact[index]).sum(axis=1))
-        np.testing.assert_allclose(
-            float(radius[place]) ** 2, nearest.max(), atol=4 * eps * np.sqrt(width), rtol=8 * eps
-        )
+            assert nearest[index] >= nearest.max() - rounding
+        nearest = np.minimum(nearest, np.square(points - points[index]).sum(axis=1))
+        np.testing.assert_allclose(float(radius[place]) ** 2, nearest.max(), atol=rounding)
     distinct = len({point.tobytes() for point in points})
     assert len({points[i].tobytes() for i in found[:distinct]}) == distinct  # copies come last
-    assert (radius[distinct - 1 :] == 0).all()
+    assert (radius[distinct - 1 :] ** 2 <= rounding).all()
     assert radius[distinct - 2] > 0
 
 
 def test_equal_points_are_never_chosen_twice() -> None:
-    points = torch.tensor([[1.0, 0.0]] * 4 + [[0.0, 1.0]] * 3)
+    points = np.array([[1.0, 0.0]] * 4 + [[0.0, 1.0]] * 3)
     found, radius = k_center_greedy(points, 7, first=2)
     assert sorted(found.tolist()) == list(range(7))
     assert found[:2].tolist() == [2, 4]
     assert radius[1:].tolist() == [0.0] * 6
+
+
+def test_points_that_differ_little_are_told_apart() -> None:
+    """Of three points 1e-6 around the first, the farthest is next: a float32 product would find them all equal."""
+    angles = np.array([0.0, 1e-6, -3e-6, 2e-6, 1.0])
+    points = np.stack([np.cos(angles), np.sin(angles)], axis=1)
+    found, radius = k_center_greedy(points, 3, first=0)
+    assert found.tolist() == [0, 4, 2]
+    np.testing.assert_allclose(radius[1:], [3e-6, 2e-6], rtol=1e-3)  # 2^-52 against their squares
 
 
 def clustered(count: int) -> list[dict[str, Any]]:
