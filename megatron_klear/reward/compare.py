@@ -15,6 +15,7 @@ from typing import Any
 from megatron_klear.reward import conditions, remarks, shape
 from megatron_klear.reward.answers import Question, last_box
 from megatron_klear.reward.in_words import judge_congruence, judge_text, with_digits
+from megatron_klear.reward.latex import without_long_spaces
 from megatron_klear.reward.letters import tell_apart, with_imaginary_unit
 from megatron_klear.reward.mathematics import Mathematics
 from megatron_klear.reward.rules import Verdict
@@ -70,7 +71,9 @@ class MathVerify:
         reference, problem = last_box(question.reference)
         if problem:
             return Verdict("ungraded", f"the reference cannot be read: {problem}")
-        reference = question.reference if reference is None else reference
+        reference = without_long_spaces(question.reference if reference is None else reference)
+        if question.answer is not None:
+            question = question._replace(answer=without_long_spaces(question.answer))
         question, reference = with_digits(question, reference)
         decided = judge_text(question, reference) or judge_congruence(question, reference)
         if decided:

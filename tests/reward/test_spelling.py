@@ -10,6 +10,7 @@ import pytest
 from megatron_klear.reward import remarks, shape
 from megatron_klear.reward.answers import Question
 from megatron_klear.reward.compare import MathVerify
+from megatron_klear.reward.latex import without_long_spaces
 from megatron_klear.reward.letters import tell_apart
 from megatron_klear.reward.numerals import write_out_numerals
 from megatron_klear.reward.spelling import normalize_expression
@@ -133,12 +134,15 @@ def test_an_acre_is_43560_square_feet() -> None:
         "1:",
         "~",
         r"\ ",
+        r"\ ~",
+        r"\, \;",
+        r"\\\\ ",
         r"30^\circ ",
         "A , ",
     ],
 )
 def test_the_longest_answers_are_rewritten_at_once(unit: str) -> None:
-    text = (unit * 4096)[:4096]
+    text = without_long_spaces((unit * 4096)[:4096])  # as the grader begins with it
     start = time.process_time()
     rewritten = normalize_expression(text)
     tell_apart(rewritten, text)
@@ -151,6 +155,21 @@ def test_the_longest_answers_are_rewritten_at_once(unit: str) -> None:
     same_choices(text, "A, B")
     word_list(text)
     assert time.process_time() - start < 2.0
+
+
+@pytest.mark.parametrize("space", [" ", r"\ ", "~", r"\,", r"\; ", "\n", r"\ ~", ""])
+@pytest.mark.parametrize(("value", "other"), [("5", "6"), (r"\frac{1}{2}", r"\frac{1}{3}"), ("(1, 2)", "(2, 1)")])
+def test_long_spaces_say_nothing(space: str, value: str, other: str) -> None:
+    grader = MathVerify()
+    spaced = space * 50 + value + space * 50
+    assert grader.judge(Question(spaced, value)).outcome == "correct"
+    assert grader.judge(Question(value, spaced)).outcome == "correct"
+    assert grader.judge(Question(spaced, other)).outcome == "wrong"
+
+
+def test_rows_of_a_matrix_keep_their_spaces() -> None:
+    text = r"\\ 1 \\  2 \ 3 \\\ 4 \\ "
+    assert without_long_spaces(text) == text
 
 
 def test_an_answer_on_which_the_library_fails_does_not_escape_its_grade(
