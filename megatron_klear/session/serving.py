@@ -32,6 +32,7 @@ from megatron_klear.rollout.sglang import (
     SglangEngine,
     wait_until_answering,
 )
+from megatron_klear.session.closing import told_at_once
 from megatron_klear.session.engine_memory import EngineMemory
 from megatron_klear.session.fleets import MachineFleets, require_reachable
 from megatron_klear.session.handover import Handover
@@ -112,7 +113,7 @@ class ServedEngine:
         transport: Transport | None = None
         colocated = settings.sglang.placement == "colocated"
         self._handover = Handover(session, self._first_rank) if colocated else None
-        with session.phase("start engines"), ExitStack() as on_failure:
+        with session.phase("start engines"), ExitStack() as on_failure, told_at_once():
             on_failure.callback(self._resources.close)
             if self._handover is not None:
                 self._handover.make_room()

@@ -1,4 +1,4 @@
-"""A server that ends between its start and the first question about its model: the run names it and shows its log."""
+"""Servers that are there and cannot be used: one ends when it is asked about its model, one is of another version."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from tests.e2e.served_runs import CONFIG, servers_of
 
@@ -27,6 +29,47 @@ class Page(http.server.BaseHTTPRequestHandler):
 
 http.server.HTTPServer((option("--host"), int(option("--port"))), Page).serve_forever()
 """
+
+
+OLD = """#!{python}
+import http.server, json, os, shutil, signal, sys
+
+option = lambda name: sys.argv[sys.argv.index(name) + 1]
+
+
+def ended(*_):
+    shutil.copy(os.environ["KLEAR_STATUS_FILE"], os.environ["KLEAR_STATUS_FILE"] + ".seen")
+    os._exit(0)
+
+
+class Page(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+        name = option("--served-model-name")
+        self.wfile.write(json.dumps({{"data": [{{"id": name}}], "version": "0.4.0"}}).encode())
+
+
+signal.signal(signal.SIGTERM, ended)
+http.server.HTTPServer((option("--host"), int(option("--port"))), Page).serve_forever()
+"""
+
+
+def test_a_start_that_fails_is_told_before_its_servers_are_closed(
+    start: Callable[..., Any], rl_overrides: Callable[[str], list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Closing may take longer than whoever started the run leaves it: a job would be begun again for nothing."""
+    monkeypatch.setenv("KLEAR_STATUS_FILE", str(tmp_path / "status"))
+    python = tmp_path / "venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(OLD.format(python=sys.executable))
+    python.chmod(0o755)
+    launch = start(
+        "train_rl", CONFIG, [*rl_overrides("old"), "rollout.engine=sglang", f"sglang.venv={tmp_path / 'venv'}"]
+    )
+    assert launch.wait() == [2, 2], launch.output()
+    assert "0.4.0" in launch.output()
+    assert (tmp_path / "status.seen").read_text() == (tmp_path / "status").read_text() == "2\n"
 
 
 def test_a_server_that_ends_when_it_was_ready_is_no_mistake_of_the_settings(
