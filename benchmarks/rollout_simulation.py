@@ -11,7 +11,8 @@ as many responses as the engines have slots.
 - one_step_off: the next step is generated while one is trained; a publish waits for it.
 - async: engines are refilled at once; a publish interrupts responses, which go on under the new weights.
 
-A fourth run has 100 slots on each engine, filled: 100,000 requests in flight.
+A fourth run has 100 slots on each engine, filled: 100,000 requests in flight. Its memory is noted after every step: it
+is that of what is in flight and not trained, however much was trained before.
 
 Overhead is the processor time of the whole process, engines included, per request: an upper bound on that of manager
 and ledger. The ledger syncs to the disk; a commit is taken to last 20 simulated ms, in which others gather. Idle is
@@ -34,6 +35,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
+import psutil
 
 from megatron_klear.config import SchedulingSettings
 from megatron_klear.records import Grade, Prompt, RolloutGroup
@@ -74,6 +76,7 @@ class Result:
     cpu_ms_per_request: float
     ledger_cpu_seconds: float
     peak_mib: float
+    resident_mib: tuple[float, ...]
     start_mib: float
     ledger_mib: float
     trained_not_once: int
@@ -121,8 +124,12 @@ def prompts(first: int, count: int) -> list[tuple[int, Prompt]]:
 
 async def train(
     mode: str, ledger: Ledger, engines: list[SimulatedEngine], slots: int, groups: int, steps: int, meter: Meter
-) -> tuple[Scheduler, list[float], list[float], int]:
-    """A trainer that takes its time; returns shares of busy slots and of busy engines, and most requests in flight."""
+) -> tuple[Scheduler, list[float], list[float], int, list[float]]:
+    """A trainer that takes its time.
+
+    Returns:
+        shares of busy slots and of busy engines, most requests in flight, and MiB of memory after every step.
+    """
     params = SamplingParams(temperature=1.0, top_p=1.0, max_response_tokens=BUDGET, stop_token_ids=(7,))
     scheduler = Scheduler(
         engines,
@@ -138,6 +145,7 @@ async def train(
     )  # fmt: skip
     busy_slots: list[float] = []
     busy_engines: list[float] = []
+    resident: list[float] = []
     most = 0
 
     async def sample() -> None:
@@ -170,11 +178,12 @@ async def train(
         await asyncio.sleep(PUBLISH_SECONDS)
         for engine in engines:
             engine.version = step
+        resident.append(psutil.Process().memory_info().rss / 2**20)
         if step < steps:
             await scheduler.resume(step)
     sampler.cancel()
     await scheduler.close()
-    return scheduler, busy_slots, busy_engines, most
+    return scheduler, busy_slots, busy_engines, most, resident
 
 
 def peak_mib() -> float:
@@ -194,7 +203,7 @@ def measure(mode: str, num_engines: int, slots: int, steps: int) -> Result:
             for i in range(num_engines)
         ]  # fmt: skip
         began = time.process_time()
-        scheduler, busy_slots, busy_engines, most = run_simulated(
+        scheduler, busy_slots, busy_engines, most, resident = run_simulated(
             train(mode, ledger, engines, slots, groups, steps, meter)
         )
         cpu = time.process_time() - began
@@ -220,6 +229,7 @@ def measure(mode: str, num_engines: int, slots: int, steps: int) -> Result:
         cpu_ms_per_request=1000 * cpu / counts["requests"],
         ledger_cpu_seconds=meter.seconds,
         peak_mib=peak_mib(),
+        resident_mib=tuple(round(x, 1) for x in resident),
         start_mib=start,
         ledger_mib=size,
         trained_not_once=wrong,
@@ -270,6 +280,7 @@ def main() -> None:
     parser.add_argument("--slots", type=int, default=12, help="requests in flight on one engine")
     parser.add_argument("--full-slots", type=int, default=100, help="the same in the fourth run")
     parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--full-steps", type=int, default=6, help="the same in the fourth run")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/rollout_simulation"))
     parser.add_argument("--mode", choices=MODES, help="one placement only, its result printed as JSON")
     options = parser.parse_args()
@@ -277,7 +288,9 @@ def main() -> None:
         print(json.dumps(asdict(measure(options.mode, options.engines, options.slots, options.steps))))
         return
     results = []
-    runs = [(mode, options.slots, options.steps) for mode in MODES] + [("async", options.full_slots, 2)]
+    runs = [(mode, options.slots, options.steps) for mode in MODES] + [
+        ("async", options.full_slots, options.full_steps)
+    ]
     for mode, slots, steps in runs:  # each in a process of its own: peak memory never goes down
         command = [sys.executable, __file__, "--mode", mode, "--engines", str(options.engines), "--slots",
                    str(slots), "--steps", str(steps)]  # fmt: skip
@@ -288,8 +301,9 @@ def main() -> None:
         print(
             f"{mode:13} {result.requests:,} requests, at most {result.most_in_flight:,} in flight; "
             f"{result.cpu_ms_per_request:.3f} ms of CPU per request ({ledger_share:.0%} in the ledger); "
-            f"peak {result.peak_mib:.0f} MiB; slots idle {result.slots_idle:.0%}, engines idle "
-            f"{result.engines_idle:.0%}; {result.steps} steps in {result.simulated_seconds:.0f} simulated s",
+            f"peak {result.peak_mib:.0f} MiB, after each step "
+            f"{', '.join(f'{mib:.0f}' for mib in result.resident_mib)}; slots idle {result.slots_idle:.0%}, "
+            f"engines idle {result.engines_idle:.0%}; {result.steps} steps in {result.simulated_seconds:.0f} simulated s",
             flush=True,
         )
     report = {
