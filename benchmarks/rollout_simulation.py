@@ -303,7 +303,8 @@ def main() -> None:
             f"{result.cpu_ms_per_request:.3f} ms of CPU per request ({ledger_share:.0%} in the ledger); "
             f"peak {result.peak_mib:.0f} MiB, after each step "
             f"{', '.join(f'{mib:.0f}' for mib in result.resident_mib)}; slots idle {result.slots_idle:.0%}, "
-            f"engines idle {result.engines_idle:.0%}; {result.steps} steps in {result.simulated_seconds:.0f} simulated s",
+            f"engines idle {result.engines_idle:.0%}; {result.steps} steps in {result.simulated_seconds:.0f} "
+            "simulated s",
             flush=True,
         )
     report = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
 import subprocess
 from pathlib import Path
 
@@ -78,6 +79,45 @@ def test_a_warning_while_the_trainer_is_being_started_reaches_it(tmp_path):
         ["bash", "-c", RACE, "race", str(tmp_path)], cwd=ROOT, env=OUTSIDE, capture_output=True, text=True, timeout=50
     )
     assert done.stdout.splitlines()[-1] == "75", done.stdout + done.stderr
+
+
+def engines(tmp_path: Path, port: int, *command: str) -> subprocess.CompletedProcess[str]:
+    """Two engines on two ports; nothing sleeps."""
+    sleep = tmp_path / "sleep"
+    sleep.write_text("#!/bin/sh\n")
+    sleep.chmod(0o755)
+    return subprocess.run(
+        ["bash", str(ROOT / "tools" / "slurm_engines.sh"), "2", "1", str(port), *command],
+        env={**OUTSIDE, "PATH": f"{tmp_path}:{OUTSIDE['PATH']}", "KLEAR_ENGINE_RESTARTS": "0"},
+        capture_output=True, text=True, timeout=50,
+    )  # fmt: skip
+
+
+def test_engines_whose_port_others_keep_end_before_any_is_started(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as others:
+        port = others.getsockname()[1] - 1  # the second engine's
+        done = engines(tmp_path, port, "/bin/echo", "started")
+    assert done.returncode == 2
+    assert done.stdout == (
+        f"KLEAR_ENGINE_PORT on this node: port {port + 1} is in use, by another job or an engine that was left behind; "
+        "choose another\n"
+    )
+
+
+def test_an_engine_that_is_not_installed_is_named(tmp_path):
+    done = engines(tmp_path, 40000, str(tmp_path / "venv" / "bin" / "python"))
+    assert done.returncode == 2
+    assert done.stdout.startswith(f"KLEAR_SGLANG_VENV on this node: there is no {tmp_path}/venv/bin/python (tools/")
+
+
+def test_engines_that_give_up_end_the_step(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    done = engines(tmp_path, port, "/bin/false")
+    assert done.returncode == 1
+    assert sorted(done.stdout.splitlines()) == [
+        f"engine of port {port + i} on this node ended with status 1; 0 restarts left" for i in range(2)
+    ]
 
 
 @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
