@@ -1,9 +1,9 @@
 """How a publish brings weights to engines, and what bytes it moves: by the transport that a run would choose.
 
-The choice is that of `session/serving.py`: `weight_sync.transport`, and for `auto` whether all servers are on the first
-rank's machine. A broadcast sends the model once, whatever the number of engines; through the host's memory it is copied
-out once and into each engine; an engine on the trainer's own GPUs copies its share inside of them. What the trainer's
-ranks send one another to put whole tensors together is not counted, nor is the time of checksums.
+The choice is that of `session/transports.py`: `weight_sync.transport`, and for `auto` whether all servers are on the
+first rank's machine. A broadcast sends the model once, whatever the number of engines; through the host's memory it is
+copied out once and into each engine; an engine on the trainer's own GPUs copies its share inside of them. What the
+trainer's ranks send one another to put whole tensors together is not counted, nor is the time of checksums.
 """
 
 from __future__ import annotations

@@ -3,76 +3,51 @@
 from __future__ import annotations
 
 import logging
-import socket
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack, nullcontext
-from dataclasses import asdict
 from functools import partial
 from typing import Any, Literal, TypeVar, cast
-from urllib.parse import urlsplit
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-from megatron_klear.config.yarn import Yarn
-from megatron_klear.errors import ConfigError, WeightSyncError
-from megatron_klear.model import hf_config
+from megatron_klear.errors import WeightSyncError
 from megatron_klear.parallel import FirstRank, Machines
 from megatron_klear.records import FloatArray, IntArray, Prompt, RolloutGroup, TrainSequence
 from megatron_klear.rollout import ProgressCallback, SamplingParams
 from megatron_klear.rollout.endpoint import Endpoint, EndpointError
 from megatron_klear.rollout.manager import Restart
-from megatron_klear.rollout.sglang import (
-    ConnectedEngine,
-    Expected,
-    FleetPlace,
-    ServerFleet,
-    SglangEngine,
-    wait_until_answering,
-)
+from megatron_klear.rollout.sglang import ConnectedEngine
 from megatron_klear.session.closing import told_at_once
 from megatron_klear.session.engine_memory import EngineMemory
-from megatron_klear.session.fleets import MachineFleets, require_reachable
 from megatron_klear.session.handover import Handover
 from megatron_klear.session.others import ServersOfOthers
 from megatron_klear.session.probe import Probe
 from megatron_klear.session.restarting import EngineRestarts
+from megatron_klear.session.server_start import AskedToStop, ServerStart, longest_sequence
 from megatron_klear.session.session import Session
 from megatron_klear.session.sharing import choose_sharing
+from megatron_klear.session.transports import choose_transport
 from megatron_klear.weight_sync import (
-    DiskTransport,
-    DistributedTransport,
     EngineCaller,
     EngineGroup,
-    EngineLayout,
-    KeepingTransport,
     Publisher,
     PublishReport,
-    SharedTransport,
-    TensorTransport,
     Transport,
     WeightFiles,
     common_layout,
-    lack_of_shared_memory,
     restore,
 )
 
 log = logging.getLogger(__name__)
 
-_SAMPLE_TEXTS = ("The quick brown fox, 12345.", "x^2 + y^2 = z^2\n", "<think>\n\u00fcber\u00a0\u65e5\u672c</think>")
 _PROBE_TOKENS = 64
 _ATTEMPTS = 4
 """How often an evaluation is begun when its servers are lost."""
 _WAKE_SECONDS = 0.5
-_END_SECONDS = 10.0
-"""How long a server of ours that gives no answer may take until its process has ended."""
 _Result = TypeVar("_Result")
-
-
-class _AskedToStop(Exception):
-    """Servers that are still starting, or an evaluation's responses, are waited for no longer."""
 
 
 class ServedEngine:
@@ -99,12 +74,9 @@ class ServedEngine:
             beat=session.heartbeat.renew,
             is_asked_to_stop=lambda: session.stop.received,
         )
-        self._engine: SglangEngine | None = None
+        self._start = ServerStart(session, machines, self._first_rank)
         self._resources = ExitStack()
-        self._fleets: MachineFleets | None = None
-        if not settings.sglang.urls:
-            self._fleets = MachineFleets(machines, lambda: self._fleet(machines))
-            self._resources.callback(self._fleets.close)
+        self._resources.callback(self._start.close)
         self._group: EngineGroup | None = None
         self._files: WeightFiles | None = None
         self._restarts: EngineRestarts | None = None
@@ -117,20 +89,24 @@ class ServedEngine:
             on_failure.callback(self._resources.close)
             if self._handover is not None:
                 self._handover.make_room()
-            found = self._first_rank.run("start SGLang's servers", self._start)
-            if found is None:
-                session.stop_if_asked()
-            assert found is not None
-            layout = EngineLayout(**found)
+            layout = self._start.start()
             on_failure.pop_all()
         self._layout = layout
+        self._engine, self._fleets = self._start.engine, self._start.fleets
         self._sharing = choose_sharing(session, machines, layout) if colocated else None
         memory: EngineMemory | None = None
         if self._engine is not None:
             absent = self._engine.absent
             callers = [engine.caller for index, engine in enumerate(self._engine.engines) if index not in absent]
             group = EngineGroup(callers, settings.weight_sync.timeout_seconds, waiting=self._first_rank.alive)
-            transport = self._transport(group, layout)
+            transport, self._files = choose_transport(
+                session,
+                group,
+                layout,
+                are_ours=self._fleets is not None,
+                sharing=self._sharing,
+                ranks_of=self._ranks_of,
+            )
             self._group = group
             if settings.sglang.router_url is None:
                 self._engine.is_in_use = lambda caller: caller in group.callers
@@ -264,8 +240,8 @@ class ServedEngine:
 
         def generate() -> list[RolloutGroup] | None:
             try:
-                return draw(waiting=self._alive_unless_asked_to_stop)
-            except _AskedToStop:
+                return draw(waiting=self._start.alive_unless_asked_to_stop)
+            except AskedToStop:
                 return None
 
         return self.for_all("generate", generate)
@@ -298,93 +274,6 @@ class ServedEngine:
         self._publisher.close()
         self._resources.close()
 
-    def _start(self) -> dict[str, Any] | None:
-        """On the first rank: start or find the servers; returns how they hold weights, None if asked to stop before."""
-        try:
-            return self._started()
-        except _AskedToStop:
-            return None
-
-    def _started(self) -> dict[str, Any]:
-        settings, arch = self.session.settings, self.session.arch
-        longest = self._longest_sequence()
-        with ExitStack() as on_failure:
-            urls: Sequence[str] = settings.sglang.urls
-            if self._fleets is not None:
-                require_reachable(settings.sglang.host, self._machines.host_names)
-                urls = self._fleets.start_all(self._alive_unless_asked_to_stop, self._least())
-            else:
-                wait_until_answering(urls, settings.sglang.connect_seconds, self._alive_unless_asked_to_stop)
-            encode = self.session.chat.hf
-            samples = [(text, encode(text, add_special_tokens=False)["input_ids"]) for text in _SAMPLE_TEXTS]
-            expected = Expected(
-                vocab_size=arch.vocab_size,
-                longest_sequence=longest,
-                deterministic=settings.sglang.deterministic,
-                tokenizer_samples=samples,
-                yarn=self._yarn(),
-                stop_ids=self.session.chat.stop_ids,
-                setting="sglang.urls" if self._fleets is None else "sglang.*",
-            )
-            try:
-                engine = SglangEngine(
-                    urls, settings.sglang, expected, in_flight=settings.rollout.batch_responses,
-                    spares_others=settings.weight_sync.pause_mode != "abort", least=self._least(),
-                )  # fmt: skip
-            except ConfigError:
-                if self._fleets is not None:  # a server that has ended is no mistake of the settings
-                    self._fleets.require_running(_END_SECONDS, self._first_rank.alive)
-                raise
-            on_failure.callback(engine.close)
-            for index, problem in engine.absent.items():
-                started = "" if self._fleets is None else self._fleets.failed.get(index, "")
-                log.warning("the run begins without engine %d: %s", index, started or problem.problems[0])
-            layouts = [self._layout_of(e) for e in engine.engines]
-            layout = common_layout(layouts, [e.endpoint.name for e in engine.engines])
-            self._engine = engine
-            self._resources.push(on_failure.pop_all())
-        log.info("SGLang %s: %s", engine.engines[0].facts.version, ", ".join(urls))
-        return asdict(layout)
-
-    def _least(self) -> int | None:
-        """How few servers the run begins with, where the rollout manager can have the others brought back; or None."""
-        settings = self.session.settings
-        generates_beside = self.session.entry == "rl" and not settings.scheduling.rollout_only
-        restores = settings.weight_sync.keep_on_disk and settings.sglang.router_url is None
-        may_lack = generates_beside and restores and settings.sglang.placement != "colocated"
-        return settings.scheduling.min_engines if may_lack else None
-
-    def _alive_unless_asked_to_stop(self) -> None:
-        self._first_rank.alive()
-        if self._first_rank.is_stop_asked_for():
-            raise _AskedToStop
-
-    def _layout_of(self, engine: ConnectedEngine) -> EngineLayout:
-        facts = engine.facts
-        return EngineLayout(
-            tp=facts.tp,
-            device="cuda" if facts.device == "cuda" else "cpu",
-            dtype=self.session.settings.model.dtype if facts.dtype == "auto" else facts.dtype,
-            quantized=facts.quantization is not None,
-        )
-
-    def _fleet(self, machines: Machines) -> ServerFleet:
-        settings = self.session.settings
-        return ServerFleet(
-            settings.sglang,
-            self._hf_config(self._dtype()),
-            self.session.root,
-            dtype=settings.model.dtype,
-            on_cpu=self.session.context.device.type == "cpu",
-            batch_responses=settings.rollout.batch_responses,
-            longest_sequence=self._longest_sequence(),
-            place=FleetPlace(
-                first_number=machines.number * settings.sglang.servers,
-                address=machines.address if machines.count > 1 else "127.0.0.1",
-                companions=machines.pids,
-            ),
-        )
-
     def _drawn(self, prompts: Sequence[Prompt], *, waiting: Callable[[], None], **how: Any) -> list[RolloutGroup]:
         """On the first rank: responses; again when servers were lost meanwhile and the manager has brought one back."""
         assert self._engine is not None
@@ -412,7 +301,7 @@ class ServedEngine:
         published, version = None if self._files is None else self._files.newest, self.policy_version
         if published is None:
             raise WeightSyncError(f"{engine.endpoint.name}: there are no weights for it before the first publish")
-        common_layout([self._layout, self._layout_of(engine)], ["the engines at the start", engine.endpoint.name])
+        common_layout([self._layout, self._start.layout_of(engine)], ["the engines at the start", engine.endpoint.name])
         settings, expected = self.session.settings.weight_sync, self._publisher.expected
         group = EngineGroup([engine.caller], settings.timeout_seconds, waiting=waiting)
         sent_to_tp = None if self._fleets is not None else self._layout.tp
@@ -424,53 +313,6 @@ class ServedEngine:
 
         engine.endpoint.use_version(version)
         restore(group, published, version=version, expected=expected, prove=prove, sent_to_tp=sent_to_tp)
-
-    def _dtype(self) -> str:
-        chosen = self.session.settings.sglang.dtype
-        return self.session.settings.model.dtype if chosen == "auto" else chosen
-
-    def _longest_sequence(self) -> int:
-        settings = self.session.settings
-        evaluated = settings.evaluation.max_response_tokens or settings.rollout.max_response_tokens
-        trained = settings.rollout.max_response_tokens if self.session.entry == "rl" else 0
-        return settings.data.max_prompt_tokens + max(evaluated if settings.data.heldout else 0, trained)
-
-    def _hf_config(self, dtype: str) -> dict[str, Any]:
-        return hf_config(self.session.arch, dtype=dtype, yarn=self._yarn())
-
-    def _yarn(self) -> Yarn | None:
-        """Servers have one rotary embedding: after SFT that of evaluation, in RL the trainer's (see config/yarn.py)."""
-        yarn, arch = self.session.settings.yarn, self.session.arch
-        return yarn.in_training(arch) if self.session.entry == "rl" else yarn.scaling(arch)
-
-    def _transport(self, engines: EngineGroup, layout: EngineLayout) -> Transport:
-        settings = self.session.settings
-        kind = settings.weight_sync.transport
-        near = all(_is_this_machine(caller.url) for caller in engines.callers)
-        if kind == "auto":
-            kind = "tensor" if near or settings.sglang.placement == "colocated" else "distributed"
-        keeps = settings.weight_sync.keep_on_disk and settings.sglang.router_url is None
-        files = WeightFiles(
-            self.session.root / "weights", self._hf_config(layout.dtype), keep=2 if kind == "disk" else 1
-        )
-        if keeps:
-            self._files = files
-        if kind == "disk":
-            return DiskTransport(engines, files)
-        made: Transport
-        if self._sharing is not None:
-            made = SharedTransport(engines, self._sharing, self._ranks_of)
-        elif kind == "distributed":
-            made = DistributedTransport(
-                engines, tp=layout.tp, device=torch.device(layout.device), keep_group=self._fleets is not None
-            )
-        else:
-            bucket_bytes = settings.weight_sync.bucket_bytes
-            lack = lack_of_shared_memory(self.session.arch, dtype=layout.dtype, bucket_bytes=bucket_bytes)
-            if near and lack:
-                log.info("weights go to the engines in requests, which is slow: %s (weight_sync.bucket_bytes)", lack)
-            made = TensorTransport(engines, tp=layout.tp, by_value=not near or bool(lack))
-        return KeepingTransport(made, files) if keeps else made
 
     def _ranks_of(self, caller: EngineCaller) -> range:
         """The trainer's ranks on the GPUs of an engine, on its machine."""
@@ -493,7 +335,7 @@ class ServedEngine:
 
     def _check_logprobs(self) -> None:
         """Compare the engines' log-probabilities of a probe sequence with the trainer's (a collective)."""
-        length = min(_PROBE_TOKENS, self._longest_sequence())
+        length = min(_PROBE_TOKENS, longest_sequence(self.session))
         rng = np.random.default_rng(self.session.settings.run.seed)
         tokens = rng.integers(0, self.session.arch.vocab_size, length)
         ours = self.session.trainer.token_logprobs([_to_score(tokens)], temperature=1.0)[0]
@@ -520,8 +362,3 @@ def _to_score(tokens: IntArray) -> TrainSequence:
         old_logprobs=zeros,
         rollout_logprobs=zeros,
     )
-
-
-def _is_this_machine(url: str) -> bool:
-    host = urlsplit(url).hostname or ""
-    return host in ("localhost", "127.0.0.1", "::1", socket.gethostname())

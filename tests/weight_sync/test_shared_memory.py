@@ -16,7 +16,8 @@ import pytest
 
 from megatron_klear.config.architecture import PRESETS, Architecture
 from megatron_klear.config.serving import SglangSettings, WeightSyncSettings
-from megatron_klear.session.serving import ServedEngine
+from megatron_klear.session import transports
+from megatron_klear.session.transports import choose_transport
 from megatron_klear.weight_sync import EngineGroup, EngineLayout, TensorTransport, shared_memory
 
 ROOT = Path(__file__).parents[2]
@@ -50,12 +51,12 @@ def test_a_run_sends_requests_where_shared_memory_does_not_hold_its_largest_tens
         weight_sync=WeightSyncSettings(transport="tensor", bucket_bytes=256 * MIB, keep_on_disk=False),
         sglang=SglangSettings(),
     )
-    engine = ServedEngine.__new__(ServedEngine)
-    engine.session = SimpleNamespace(settings=settings, arch=QWEN, root=tmp_path, entry="rl")  # type: ignore[assignment]
-    engine._sharing, engine._fleets = None, None
-    monkeypatch.setattr(engine, "_hf_config", lambda dtype: {})
-    caller: Any = SimpleNamespace(url="http://127.0.0.1:30000")
-    made = engine._transport(EngineGroup([caller], 1.0), EngineLayout(tp=1, device="cuda", dtype="bfloat16"))
+    session: Any = SimpleNamespace(settings=settings, arch=QWEN, root=tmp_path, entry="rl")
+    monkeypatch.setattr(transports, "served_config", lambda session, dtype: {})
+    group = EngineGroup([SimpleNamespace(url="http://127.0.0.1:30000")], 1.0)  # type: ignore[list-item]
+    layout = EngineLayout(tp=1, device="cuda", dtype="bfloat16")
+    made, files = choose_transport(session, group, layout, are_ours=True)
+    assert files is None
     assert isinstance(made, TensorTransport)
     assert made._by_value == by_value
 
