@@ -15,8 +15,10 @@ A fourth run has 100 slots on each engine, filled: 100,000 requests in flight. I
 is that of what is in flight and not trained, however much was trained before.
 
 Overhead is the processor time of the whole process, engines included, per request: an upper bound on that of manager
-and ledger. The ledger syncs to the disk; a commit is taken to last 20 simulated ms, in which others gather. Idle is
-one minus the share of slots in use, over the time from the first request to the end of training.
+and ledger; requests of HTTP clients are not made. The ledger syncs to the disk; a commit is taken to last 20 simulated
+ms, in which others gather. Idle is one minus the share of slots in use (of engines with any in use), over the time from
+the first request to the end of training. Simulated time stands still while the processor works: `cpu_per_second` says
+how much of one core a second of such a run takes, and above 1 that one core could not keep up with it.
 """
 
 from __future__ import annotations
@@ -74,6 +76,7 @@ class Result:
     engines_idle: float
     cpu_seconds: float
     cpu_ms_per_request: float
+    cpu_per_second: float
     ledger_cpu_seconds: float
     peak_mib: float
     resident_mib: tuple[float, ...]
@@ -227,6 +230,7 @@ def measure(mode: str, num_engines: int, slots: int, steps: int) -> Result:
         engines_idle=1 - float(np.mean(busy_engines)),
         cpu_seconds=cpu,
         cpu_ms_per_request=1000 * cpu / counts["requests"],
+        cpu_per_second=cpu / (len(busy_slots) * SAMPLE_SECONDS),
         ledger_cpu_seconds=meter.seconds,
         peak_mib=peak_mib(),
         resident_mib=tuple(round(x, 1) for x in resident),
@@ -255,8 +259,9 @@ def draw(results: Sequence[Result], file: Path) -> None:
         axis.fill_between(seconds, 100 * np.array(result.busy), color="#2a6fb0", linewidth=0, step="post")
         axis.axvline(result.simulated_seconds, color="#444444", linewidth=1)
         axis.set_title(
-            f"{titles[result.mode]}: {100 * result.slots_idle:.0f} % idle, {result.steps} steps in "
-            f"{result.simulated_seconds:.0f} s", loc="left", fontsize=10,
+            f"{titles[result.mode]}: engines idle {100 * result.engines_idle:.0f} %, their slots "
+            f"{100 * result.slots_idle:.0f} %; {result.steps} steps in {result.simulated_seconds:.0f} s",
+            loc="left", fontsize=10,
         )  # fmt: skip
         axis.set_ylim(0, 105)
         axis.set_ylabel("slots busy, %")
@@ -300,7 +305,8 @@ def main() -> None:
         ledger_share = result.ledger_cpu_seconds / result.cpu_seconds
         print(
             f"{mode:13} {result.requests:,} requests, at most {result.most_in_flight:,} in flight; "
-            f"{result.cpu_ms_per_request:.3f} ms of CPU per request ({ledger_share:.0%} in the ledger); "
+            f"{result.cpu_ms_per_request:.3f} ms of CPU per request ({ledger_share:.0%} in the ledger), "
+            f"{result.cpu_per_second:.2f} s of it per simulated second; "
             f"peak {result.peak_mib:.0f} MiB, after each step "
             f"{', '.join(f'{mib:.0f}' for mib in result.resident_mib)}; slots idle {result.slots_idle:.0%}, "
             f"engines idle {result.engines_idle:.0%}; {result.steps} steps in {result.simulated_seconds:.0f} "
