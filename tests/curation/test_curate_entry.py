@@ -1,10 +1,9 @@
-"""The command line of curation: help, all problems at once, exit statuses, and the engines of its workers."""
+"""The command line of curation: help, all problems at once, exit statuses."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -115,29 +114,3 @@ def test_a_run_from_the_command_line(write_config: WriteConfig, tmp_path: Path, 
     last = capsys.readouterr().out.splitlines()[-1]
     assert last == f"curation: rows=2 files=1 report={tmp_path / 'run' / 'audit.html'}"
     assert curate.run([str(config), "input.max_reject_share=0"]) == 2
-
-
-@pytest.mark.skipif(find_spec("ray") is not None, reason="ray is installed")
-def test_ray_is_asked_for_by_name_where_it_is_missing(write_config: WriteConfig, capsys: Captured) -> None:
-    config = write_config([row(1)], stages=("dedup",), run={"engine": "ray"})
-    assert curate.run([str(config)]) == 2
-    assert "install the extra ray, or set run.engine=local" in capsys.readouterr().err
-
-
-@pytest.mark.skipif(find_spec("ray") is None, reason="needs the extra ray (pip install -e .[ray])")
-def test_two_workers_of_ray_make_what_one_process_makes(write_config: WriteConfig, tmp_path: Path) -> None:
-    import ray
-
-    rows = [row(i, f"prompt {i % 40}", source="ab"[i % 2]) for i in range(60)]
-    config = write_config(rows, stages=("dedup", "sources"), sources={"math_ranking": ["a"]}, run={"rows_per_file": 6})
-    result = tmp_path / "run" / "result"
-    made = []
-    for engine in ("local", "ray"):
-        assert curate.run([str(config), f"run.engine={engine}", "run.workers=2", f"run.dir={tmp_path / 'run'}"]) == 0
-        made.append([file.read_bytes() for file in sorted(result.iterdir())])
-        import shutil
-
-        shutil.rmtree(tmp_path / "run")
-    ray.shutdown()
-    assert made[0] == made[1]
-    assert len(made[0]) > 5
