@@ -127,6 +127,9 @@ def test_32768_tokens_in_tp2_cp2_equals_one_process(start, champ, tmp_path):
     single, sharded = tmp_path / "single", tmp_path / "sharded"
     first = start("train_sft", CONFIG, overrides(champ, single, 32768), ranks=1)
     assert first.wait() == [0], first.output()
+    told = [line.partition("source ")[2] for line in first.output().splitlines() if "source " in line]
+    assert told[0].startswith("long: 3"), "tokens by source, the largest first"
+    assert len(told) > 1
     second = start("train_sft", CONFIG, [*overrides(champ, sharded, 32768), *TP2_CP2], ranks=4)
     assert second.wait() == [0] * 4, second.output()
     require_equal(single, sharded)
