@@ -22,6 +22,7 @@ SHELL ["/bin/bash", "-o", "pipefail", "-c"]
 ARG MAX_JOBS=8
 # As in constraints.txt; the test command compares them.
 ARG TORCH_VERSION=2.13.0
+# This version of Transformer Engine and this one of torch have not been built together yet.
 ARG TRANSFORMER_ENGINE_VERSION=2.14.1
 ARG FLASH_ATTN_VERSION=2.8.3
 ARG DALI_VERSION=2.4.0

@@ -40,6 +40,10 @@ from megatron_klear.packing import (
 BUDGET = 32768
 AIM_SLOTS, AIM_SPREAD, AIM_SECONDS, AIM_BYTES = 0.98, 0.03, 60.0, 2e9
 SHARE = attention_share(PRESETS["qwen3-8b"])
+EPOCH_CASES = ((128, (8, 16, 32)), (64, (8, 16)))
+"""Bins of a step, and data-parallel ranks that its bins are dealt to."""
+STEP_CASES = ((128, 1, 1), (128, 8, 1), (128, 8, 2), (128, 16, 1), (128, 32, 1), (512, 8, 1), (2048, 32, 1))
+"""Sequences of a step that is packed by itself, data and context parallel size."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,7 +144,8 @@ def main() -> int:
     reset_peaks()
     resident = read_memory().host_used_bytes
     before, cpu_before = time.perf_counter(), time.process_time()
-    planned = plan(lengths, 128, options.seed)
+    (bins_per_step, ranks), *others = EPOCH_CASES
+    planned = plan(lengths, bins_per_step, options.seed)
     seconds, cpu_seconds = time.perf_counter() - before, time.process_time() - cpu_before
     peak = host_peak_bytes()
     num_bins = len(planned.starts) - 1
@@ -150,13 +155,14 @@ def main() -> int:
         f": {num_bins} bins, {used:.2%} of slots used,\nplanned in {seconds:.1f} s ({cpu_seconds:.1f} s of one core), "
         f"peak of the process {peak / 1e6:.0f} MB, of which planning took {(peak - resident) / 1e6:.0f} MB\n"
     )
-    rows = spreads(lengths, planned, (8, 16, 32)) + spreads(lengths, plan(lengths, 64, options.seed), (8, 16))
+    rows = spreads(lengths, planned, ranks)
+    for bins, dp_sizes in others:
+        rows += spreads(lengths, plan(lengths, bins, options.seed), dp_sizes)
     print("whole epoch packed (sft.batch_bins)\n bins/step   dp   spread mean    worst   sequences/step")
     for row in rows:
         deviation = f"{row.sequences_per_step:.0f} +- {row.sequences_deviation:.1%}"
         print(f"{row.bins_per_step:>10}{row.dp:>5}{row.mean:>14.2%}{row.worst:>9.2%}{deviation:>17}")
-    cases = [(128, 1, 1), (128, 8, 1), (128, 8, 2), (128, 16, 1), (128, 32, 1), (512, 8, 1), (2048, 32, 1)]
-    steps = [by_step(lengths, count, dp, cp, 20 if count > 1000 else 50) for count, dp, cp in cases]
+    steps = [by_step(lengths, count, dp, cp, 20 if count > 1000 else 50) for count, dp, cp in STEP_CASES]
     print("\nsteps packed by themselves\n sequences   dp   cp   slots used   spread   ms/plan")
     for one in steps:
         layout = f"{one.sequences:>10}{one.dp:>5}{one.cp:>5}"

@@ -18,6 +18,7 @@ from megatron_klear.config.fields import SECTION, Heads, Layers, Positive, Unit,
 from megatron_klear.config.yarn import Yarn, yarn_of_hf_config
 from megatron_klear.errors import ConfigError
 
+RecomputePolicy = Literal["none", "selective", "full"]
 PresetName = Literal["qwen3-0.6b", "qwen3-1.7b", "qwen3-4b", "qwen3-8b", "qwen3-tiny", "qwen3-tiny-tied"]
 
 
@@ -81,7 +82,7 @@ class ModelSettings:
     layer_spec: Literal["auto", "te", "local"] = "auto"
     """Megatron layer specification; auto is Transformer Engine where it is installed and a GPU is used."""
 
-    recompute: Literal["none", "selective", "full"] = "none"
+    recompute: RecomputePolicy = "none"
     """Activations to compute again in the backward pass: none, those of attention, or those of whole layers."""
 
 

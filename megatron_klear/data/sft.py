@@ -13,6 +13,8 @@ from megatron_klear.errors import DataError
 from megatron_klear.packing import OversizePolicy, fitting_sequences, require_some
 from megatron_klear.records import IntArray
 
+_SHOWN_SOURCES = 5
+
 
 class SftData:
     """Usable conversations of an index in its order; row numbers count these. It can be sent to another process.
@@ -88,6 +90,20 @@ class SftData:
         if self.index.rejected:
             texts.append(f"{self.index.rejected} rows rejected, see {self.index.rejects_file}")
         return ", ".join(texts)
+
+    def sources_described(self) -> list[str]:
+        """A line for each of the sources with most tokens, and one for all others."""
+        found = self.index.by_source(self.numbers)
+        total = int(self.lengths.sum())
+        shown = found if len(found) <= _SHOWN_SOURCES + 1 else found[:_SHOWN_SOURCES]
+        lines = [
+            f"source {name or '(none)'}: {tokens} tokens ({tokens / total:.1%}), {count} conversations"
+            for name, tokens, count in shown
+        ]
+        if rest := found[len(shown) :]:
+            tokens, count = sum(row[1] for row in rest), sum(row[2] for row in rest)
+            lines.append(f"{len(rest)} other sources: {tokens} tokens ({tokens / total:.1%}), {count} conversations")
+        return lines
 
     def dropped_rows(self) -> Iterator[dict[str, object]]:
         """File, line, id and reason of each conversation that was left out for its length."""

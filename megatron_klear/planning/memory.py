@@ -209,6 +209,32 @@ def is_colocated(settings: Settings) -> bool:
     return settings.rollout.engine == "sglang" and settings.sglang.placement == "colocated"
 
 
+def kept_activations(
+    settings: Settings, kind: LayerKind, *, stage: int, microbatches: int, recompute: str | None = None
+) -> float:
+    """Bytes of activations that a rank of a stage keeps for the backward passes of all its microbatches in flight.
+
+    Args:
+        settings: settings that fit together.
+        kind: which layers the model is built of.
+        stage: pipeline stage, from 0.
+        microbatches: of one optimizer update.
+        recompute: a policy other than that of the settings.
+    """
+    recompute, parallel = recompute or settings.model.recompute, settings.parallel
+    w, recipe = widths(settings), settings.fp8.recipe
+    layers = {name: layer_bytes(w, kind, name) for name in {"none", recipe}}
+    per_microbatch = sum(layers[recipe if in_fp8 else "none"].kept(recompute) for in_fp8 in fp8_layers(settings, stage))
+    per_microbatch += index_bytes(w, kind, recompute, first_stage=stage == 0)
+    per_microbatch += head_bytes(w, kind) if stage == parallel.pp - 1 else 0.0
+    return in_flight(settings, stage, microbatches) * per_microbatch
+
+
+def in_flight(settings: Settings, stage: int, microbatches: int) -> int:
+    """Microbatches of which a stage keeps activations at the same time."""
+    return min(microbatches, settings.parallel.pp - stage)
+
+
 def stage_memory(
     settings: Settings, kind: LayerKind, *, stage: int, dp: int, microbatches: int, entry: str, device: Device
 ) -> StageMemory:
@@ -228,17 +254,12 @@ def stage_memory(
     recipe, transposes = settings.fp8.recipe, device.fp8_transposes
     kinds = [recipe if in_fp8 else "none" for in_fp8 in fp8_layers(settings, stage)]
     layers = {name: layer_bytes(w, kind, name) for name in set(kinds)}
-    first, last = stage == 0, stage == parallel.pp - 1
-    in_flight = min(microbatches, parallel.pp - stage)
-    per_microbatch = sum(layers[name].kept(recompute) for name in kinds)
-    per_microbatch += index_bytes(w, kind, recompute, first_stage=first)
-    per_microbatch += head_bytes(w, kind) if last else 0.0
-    activations = in_flight * per_microbatch
+    activations = kept_activations(settings, kind, stage=stage, microbatches=microbatches)
     workspace = max(
         backward_workspace(w, name, transposes=transposes) + (layer.kept("none") if recompute == "full" else 0.0)
         for name, layer in layers.items()
     )
-    chunk = head_chunk_bytes(settings, w, kind) if last else 0.0
+    chunk = head_chunk_bytes(settings, w, kind) if stage == parallel.pp - 1 else 0.0
     served = entry == "rl" and settings.needs_engine(entry) and settings.rollout.engine == "sglang"
     publish = 2.0 * settings.weight_sync.bucket_bytes if served else 0.0
     passing = activations + max(workspace, chunk)
@@ -253,7 +274,7 @@ def stage_memory(
         state=state,
         fp8_copies=copies,
         activations=activations,
-        in_flight=in_flight,
+        in_flight=in_flight(settings, stage, microbatches),
         workspace=workspace,
         head_chunk=chunk,
         publish=publish,

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, get_args
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from megatron_klear.config.architecture import RecomputePolicy
 from megatron_klear.planning.estimate import Plan, assumptions_in_words
-from megatron_klear.planning.memory import StageMemory
+from megatron_klear.planning.memory import StageMemory, kept_activations
 from megatron_klear.planning.search import Candidate
 
 _GB = 1e9
@@ -27,6 +28,7 @@ def print_plan(console: Console, plan: Plan) -> None:
         f"{', distributed optimizer' if p.distributed_optimizer else ''}; recompute {m.recompute}; {m.dtype}",
     )
     console.print(memory_table(plan))
+    _say(console, _policies_in_words(plan))
     limit = plan.device.memory_bytes
     if limit is not None:
         verdict = "fits" if plan.fits else "DOES NOT FIT"
@@ -58,6 +60,26 @@ def print_plan(console: Console, plan: Plan) -> None:
     )
     for line in assumptions_in_words(plan):
         _say(console, f"  assumed: {line}")
+
+
+def activations_by_policy(plan: Plan) -> dict[str, float]:
+    """Bytes of activations that the fullest stage of this layout would keep under each recompute policy."""
+    return {
+        policy: max(
+            kept_activations(
+                plan.settings, plan.kind, stage=stage.stage, microbatches=plan.microbatches, recompute=policy
+            )
+            for stage in plan.stages
+        )
+        for policy in get_args(RecomputePolicy)
+    }
+
+
+def _policies_in_words(plan: Plan) -> str:
+    kept = activations_by_policy(plan)
+    divisor, unit = _unit(*kept.values())
+    told = ", ".join(f"{policy} {value / divisor:,.2f}" for policy, value in kept.items())
+    return f"activations by recompute policy (model.recompute), {unit} on the stage that keeps most: {told}"
 
 
 def _cache_in_words(plan: Plan, tokens: int) -> str:
@@ -177,6 +199,7 @@ def plan_as_json(plan: Plan) -> dict[str, Any]:
         "peak_bytes": plan.peak,
         "host_at_save_of_a_node": plan.host_at_save_of_a_node,
         "stages": [_stage_as_json(stage) for stage in plan.stages],
+        "activations_by_recompute": activations_by_policy(plan),
         "traffic_bytes": dataclasses.asdict(plan.traffic),
         "publish": None if plan.publishing is None else dataclasses.asdict(plan.publishing),
         "step": {

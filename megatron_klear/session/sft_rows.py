@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from typing import Self
 
 import torch.distributed as dist
@@ -22,6 +23,8 @@ from megatron_klear.observe.replace import replace_file
 from megatron_klear.packing import sequence_multiple
 from megatron_klear.session.launch import Preempted, StopRequest
 from megatron_klear.session.session import Session
+
+log = logging.getLogger(__name__)
 
 DROPPED_FILE = "dropped.jsonl"
 
@@ -62,6 +65,12 @@ def open_sft_data(settings: Settings, stop: StopRequest) -> SftData:
         max_positions=settings.yarn.training_positions(settings.architecture),
         max_reject_share=data.max_reject_share,
     )
+
+
+def tell_sources(data: SftData) -> None:
+    """Log where the tokens are from, a few lines."""
+    for line in data.sources_described():
+        log.info("%s", line)
 
 
 class SequenceLog:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import multiprocessing
 import os
@@ -22,7 +23,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron_klear.data import SftIndex, describe_source, load_chat_tokenizer, prepare_index
 from megatron_klear.data.__main__ import main
 from megatron_klear.data.chat import ChatTokenizer
-from megatron_klear.data.index import tokenize
+from megatron_klear.data.index import build, merge, tokenize
 from megatron_klear.data.index.parts import Part, plan_parts, read_part
 from megatron_klear.errors import DataError
 
@@ -114,6 +115,16 @@ def test_every_line_is_in_exactly_one_part_wherever_files_are_cut(tmp_path: Path
         for part_bytes in range(1, path.stat().st_size + 2):
             parts = plan_parts([str(path)], part_bytes)
             assert [value for part in parts for value in read_part(part, str(path))] == wanted
+
+
+@pytest.mark.parametrize("end", [b"", b"\n", b'\n{"n": 2}', b'\n{"n": 2}\n'])
+def test_a_line_may_be_as_long_as_is_said_wherever_it_stands(tmp_path: Path, end: bytes) -> None:
+    path, limit = tmp_path / "x.jsonl", 40
+    for length in (limit - 1, limit, limit + 1, 2 * limit, 2 * limit + 1):
+        path.write_bytes(b'{"n": 1}'.ljust(length) + end)
+        first, *others = read_part(Part(file=0, start=0, end=path.stat().st_size, input_bytes=1), str(path), limit)
+        assert first == ({"n": 1} if length <= limit else "is longer than 40 bytes"), length
+        assert others == ([{"n": 2}] if b"2" in end else []), length
 
 
 def test_unusable_rows_are_listed_with_file_line_and_reason_and_the_others_kept(
@@ -305,6 +316,60 @@ def test_two_that_ask_at_once_make_it_once(
     first.join()
     assert beside_the_other == [False], "it waited for the other, and took over when that died"
     assert len(SftIndex(source.directory)) == 10
+
+
+def without_locks(*_: object) -> None:
+    raise OSError(errno.ENOLCK, "No locks available")
+
+
+def test_without_locks_it_warns_and_leaves_alone_what_another_maker_has_begun(
+    write_jsonl: Writer, make_index: Maker, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Two makers, one inside the other: the second begins and ends while the first merges."""
+    path = write_jsonl(*(row(n) for n in range(10)))
+    merging: list[Path] = []
+    original = merge._write
+
+    def write(fresh: Path, *arguments: Any) -> Any:
+        done = original(fresh, *arguments)
+        merging.append(fresh)
+        if len(merging) == 1:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(merge.socket, "gethostname", lambda: "another")
+                make_index(path)
+            assert (fresh / "conversations.bin").is_file(), "the second has not removed what the first had written"
+        return done
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(build.fcntl, "flock", without_locks)
+        patch.setattr(merge, "_write", write)
+        index = make_index(path)
+    first, second = merging
+    assert first.parent == second.parent
+    assert first != second
+    assert len(index) == 10
+    assert not list(index.directory.glob("merged*"))
+    told = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert len(told) == 2
+    assert all(text.startswith(f"{index.directory}: no lock can be had there (No locks available)") for text in told)
+    whole = make_index(path, index_dir=tmp_path / "whole")
+    names = contents(whole).keys()
+    assert {name: (index.directory / name).read_bytes() for name in names} == contents(whole)
+
+
+def test_what_a_killed_merge_left_is_removed_by_who_holds_the_lock(
+    thinking_tokenizer: Path, write_jsonl: Writer, make_index: Maker, tmp_path: Path
+) -> None:
+    path = write_jsonl(*(row(n) for n in range(10)))
+    source = describe_source(
+        [str(path)], str(thinking_tokenizer), "<think>", "</think>", index_dir=str(tmp_path / "index")
+    )
+    for name in ("merged", "merged.node7.123"):
+        (source.directory / name).mkdir(parents=True)
+        (source.directory / name / "rows.parquet").write_bytes(b"half")
+    index = make_index(path)
+    assert len(index) == 10
+    assert not list(source.directory.glob("merged*"))
 
 
 def test_a_disk_that_is_full_is_told_with_the_setting(

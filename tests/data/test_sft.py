@@ -39,6 +39,29 @@ def test_rows_count_the_usable_conversations_only(write_jsonl: Writer, make_inde
     assert "1 dropped for their length" in data.described()
 
 
+def test_sources_are_told_by_tokens_the_largest_first(write_jsonl: Writer, make_index: Maker) -> None:
+    names = ["web", "", *(f"s{n}" for n in range(5)), "web", "web", "book", "book"]
+    rows = [row(f"{n}", answer="x" * (40 - 3 * n), source=name) for n, name in enumerate(names)]
+    index = make_index(write_jsonl(*rows, row("long", answer="x" * 500, source="web")))
+    data = SftData(index, token_budget=300, oversize="drop")
+    tokens = {name: sum(int(data.lengths[n]) for n, one in enumerate(names) if one == name) for name in names}
+    found = index.by_source(data.numbers)
+    assert {name: (count, kept) for name, count, kept in found} == {n: (tokens[n], names.count(n)) for n in names}
+    assert [count for _, count, _ in found] == sorted(tokens.values(), reverse=True)
+    total = int(data.lengths.sum())
+    lines = data.sources_described()
+    assert lines[0] == f"source web: {tokens['web']} tokens ({tokens['web'] / total:.1%}), 3 conversations"
+    assert lines[2] == f"source (none): {tokens['']} tokens ({tokens[''] / total:.1%}), 1 conversations"
+    rest = sum(count for _, count, _ in found[5:])
+    assert lines[5:] == [f"3 other sources: {rest} tokens ({rest / total:.1%}), 3 conversations"]
+
+
+def test_few_sources_are_all_named(write_jsonl: Writer, make_index: Maker) -> None:
+    data = SftData(make_index(write_jsonl(*(row(f"{n}", source=f"s{n}") for n in range(6)))), token_budget=300)
+    lines = data.sources_described()
+    assert sorted(line.partition(":")[0] for line in lines) == [f"source s{n}" for n in range(6)]
+
+
 def test_long_conversations_are_refused_by_name(write_jsonl: Writer, make_index: Maker) -> None:
     path = write_jsonl(row("short"), row("long", answer="<think>\n" + "x" * 500 + "\n</think>\n\n2"))
     index = make_index(path)

@@ -27,16 +27,17 @@ BUDGETS = {
         "sft.batch_bins=8",
         "sft.epochs=2",
     ],
-    32768: ["packing.token_budget=32768", "sft.batch_bins=1", "sft.epochs=1"],
+    # One layer: what attention of 32K costs on a CPU is most of the test's time.
+    32768: ["packing.token_budget=32768", "sft.batch_bins=1", "sft.epochs=1", "model.num_layers=1"],
 }
 
 
 @pytest.fixture(scope="module")
 def champ(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Conversations of 22 problems, and one of 9,000 tokens."""
+    """Conversations of 22 problems, and one of 32,000 tokens."""
     out = tmp_path_factory.mktemp("champ")
     command = [sys.executable, "examples/champ_data.py", "--out", str(out), "--problems", "22"]
-    subprocess.run([*command, "--long-rows", "1", "--long-tokens", "9000"], cwd=ROOT, check=True, capture_output=True)
+    subprocess.run([*command, "--long-rows", "1", "--long-tokens", "32500"], cwd=ROOT, check=True, capture_output=True)
     return out
 
 
@@ -67,9 +68,13 @@ def trained_ids(run: Path) -> list[tuple[str, str]]:
     return [(epoch, name) for line in lines for epoch, ids in line["ids"].items() for name in ids]
 
 
-def require_each_once_per_epoch(run: Path, champ: Path, epochs: int) -> None:
+def opened_index(champ: Path) -> SftIndex:
     (directory,) = (champ / "sft" / "klear_index").iterdir()
-    index = SftIndex(directory)
+    return SftIndex(directory)
+
+
+def require_each_once_per_epoch(run: Path, champ: Path, epochs: int) -> None:
+    index = opened_index(champ)
     budget = 1024 if epochs == 2 else 32768
     every = {index.row_id(n) for n in range(len(index)) if -(-index.lengths[n] // 32) * 32 <= budget}
     assert len(every) > 60
@@ -106,7 +111,8 @@ def test_1024_tokens_killed_in_tp2_cp2_and_resumed_in_dp2_equals_one_process(sta
     launch.signal(signal.SIGKILL)
     launch.wait()
     assert len(metrics(killed)) < len(metrics(whole))
-    resumed = start("train_sft", CONFIG, overrides(champ, killed, 1024), ranks=2)
+    dali = ["data.loader=dali", "data.loader_processes=1"]  # which reads the same bytes
+    resumed = start("train_sft", CONFIG, [*overrides(champ, killed, 1024), *dali], ranks=2)
     assert resumed.wait() == [0, 0], resumed.output()
     require_equal(whole, killed)
     assert metrics(whole)[-1]["loss/total"] < metrics(whole)[0]["loss/total"] - 0.2
@@ -117,12 +123,17 @@ def test_1024_tokens_killed_in_tp2_cp2_and_resumed_in_dp2_equals_one_process(sta
 
 
 def test_32768_tokens_in_tp2_cp2_equals_one_process(start, champ, tmp_path):
+    """One bin is nearly all one sequence, so that positions and the zig-zag of 32K go through the entry."""
     single, sharded = tmp_path / "single", tmp_path / "sharded"
     first = start("train_sft", CONFIG, overrides(champ, single, 32768), ranks=1)
     assert first.wait() == [0], first.output()
+    told = [line.partition("source ")[2] for line in first.output().splitlines() if "source " in line]
+    assert told[0].startswith("long: 3"), "tokens by source, the largest first"
+    assert len(told) > 1
     second = start("train_sft", CONFIG, [*overrides(champ, sharded, 32768), *TP2_CP2], ranks=4)
     assert second.wait() == [0] * 4, second.output()
     require_equal(single, sharded)
     for run in (single, sharded):
         require_each_once_per_epoch(run, champ, epochs=1)
+    assert opened_index(champ).lengths.max() > 30_000
     assert metrics(single)[0]["packing/slots_used"] > 0.98

@@ -37,6 +37,21 @@ def test_a_plan_shows_memory_traffic_time_and_what_they_rest_on(run: Run) -> Non
         assert words in out, words
 
 
+@pytest.mark.parametrize("more", [(), ("parallel.pp=2", "parallel.cp=2", "fp8.recipe=tensorwise")])
+def test_activations_are_told_for_every_recompute_policy(run: Run, more: tuple[str, ...]) -> None:
+    kept = {}
+    for policy in ("none", "selective", "full"):
+        _, out, _ = run(*GOOD, *more, f"model.recompute={policy}", "--json")
+        plan = json.loads(out)["plan"]
+        kept[policy] = max(stage["activations"] for stage in plan["stages"])
+        told = plan["activations_by_recompute"]
+    assert told == kept
+    assert min(kept["none"], kept["selective"]) > kept["full"] > 0
+    _, out, _ = run(*GOOD, *more)
+    figures = ", ".join(f"{policy} {value / 1e9:,.2f}" for policy, value in kept.items())
+    assert f"activations by recompute policy (model.recompute), GB on the stage that keeps most: {figures}\n" in out
+
+
 def test_every_reason_is_told_at_once_by_its_setting(run: Run) -> None:
     status, out, err = run(
         "parallel.tp=3", "parallel.pp=5", "parallel.overlap_param_gather=true", "packing.token_budget=32767",

@@ -103,9 +103,9 @@ def test_a_variant_that_needs_more_memory_takes_fewer_layers_and_says_so(capsys:
     (line,) = [line for line in lines if line.startswith("tensorwise ") and "50" in line]
     assert line.split() == ["tensorwise", "3", "50", "2.000", "500", "900", "75.0%", "60.0%", "1.00", "0.00%"]
     assert [line for line in lines if line.startswith("aim")] == [
-        "aim, bf16 at 50% of the data sheet: reached",
-        "aim, FP8 at 700 model TFLOP/s: reached",
-        "aim, FP8 losses within 1% of bf16 over 50 updates: reached",
+        "aim, bf16 at 50% of the data sheet (bf16, 5 layers; bf16, 3 layers): reached",
+        "aim, FP8 at 700 model TFLOP/s (tensorwise, 3 layers; blockwise, 3 layers): reached",
+        "aim, FP8 losses within 1% of bf16 over 50 updates (tensorwise, 3 layers; blockwise, 3 layers): reached",
     ]
     # Every attempt is on disk before the next begins.
     assert [sum(len(row["attempts"]) + bool(row["seconds"]) for row in rows) for rows in saved][:6] == [
@@ -202,9 +202,69 @@ def test_a_variant_that_is_killed_keeps_its_updates_and_does_not_pass_for_compar
     assert len(rows[1]["seconds"]) == 4
     assert rows[1]["cut_short"] == "killed"
     assert rows[1]["loss"]["updates"] == 7
-    assert rows[1]["loss"]["follows_bf16"] is False
-    train_8b.rate(rows, {"measured_tflops": 1.0, "datasheet_bf16_tflops": None}, 1)
-    assert list(train_8b.aims(rows).values()) == [None, True, False]
+    assert rows[1]["loss"]["follows_bf16"] is None
+    train_8b.rate(rows, {"measured_tflops": 1.0, "datasheet_bf16_tflops": 2000.0}, 1)
+    assert list(train_8b.aims(rows).items()) == [
+        ("bf16 at 50% of the data sheet (bf16, 6 layers)", True),
+        ("FP8 at 700 model TFLOP/s (not told by tensorwise, 6 layers)", None),
+        ("FP8 losses within 1% of bf16 over 50 updates (not told by tensorwise, 6 layers)", None),
+    ]
+
+
+def measured_row(
+    variant: str = "delayed", *, updates: int = 50, follows: bool | None = True, tflops: float = 800.0
+) -> Any:
+    row = {"variant": variant, "layers": 6, "seconds": [2.0] * updates, "model_tflops": tflops, "mfu_datasheet": 0.6}
+    return {**row, "loss": {"follows_bf16": follows}}
+
+
+NOT_COMPARED = measured_row("blockwise") | {"loss": {"problem": "bf16 has no losses at 6 layers"}}
+NOT_RUN = {"variant": "tensorwise", "layers": 6, "seconds": [], "problem": "RuntimeError: a kernel failed"}
+
+
+@pytest.mark.parametrize(
+    ("rows", "aim"),
+    [
+        ([measured_row()], True),
+        ([measured_row(follows=False)], False),
+        ([measured_row(), NOT_COMPARED], None),
+        ([measured_row(), NOT_RUN], None),
+        ([measured_row(follows=False), NOT_COMPARED, NOT_RUN], False),
+        ([NOT_COMPARED], None),
+        ([measured_row(), measured_row("blockwise", follows=None)], None),
+        ([measured_row("bf16")], None),
+    ],
+)
+def test_losses_that_were_not_compared_are_neither_missed_nor_passed_over(rows: list[Any], aim: bool | None) -> None:
+    (name,) = [name for name in train_8b.aims(rows) if "losses" in name]
+    assert train_8b.aims(rows)[name] is aim
+    for row in rows:
+        if row in (NOT_COMPARED, NOT_RUN):
+            assert f"not told by {row['variant']}, 6 layers" in name
+        elif row["variant"] != "bf16":
+            assert f"{row['variant']}, 6 layers" in name
+
+
+@pytest.mark.parametrize(
+    ("rows", "aim"),
+    [
+        ([measured_row()], True),
+        ([measured_row(updates=2)], None),
+        ([measured_row(tflops=600.0)], False),
+        ([measured_row(tflops=600.0), measured_row("blockwise", updates=2)], None),
+        ([measured_row(tflops=600.0), NOT_RUN], None),
+        ([measured_row(), measured_row("blockwise", updates=2), NOT_RUN], True),
+    ],
+)
+def test_a_rate_of_a_few_updates_tells_nothing(rows: list[Any], aim: bool | None) -> None:
+    (name,) = [name for name in train_8b.aims(rows) if "TFLOP/s" in name]
+    assert train_8b.aims(rows)[name] is aim
+
+
+@pytest.mark.parametrize(("updates", "aim"), [(2, None), (49, None), (50, True)])
+def test_so_it_is_with_bf16(updates: int, aim: bool | None) -> None:
+    (name,) = [name for name in train_8b.aims([measured_row("bf16", updates=updates)]) if name.startswith("bf16")]
+    assert train_8b.aims([measured_row("bf16", updates=updates)])[name] is aim
 
 
 @pytest.mark.parametrize(("drift", "follows"), [(0.0099, True), (-0.0099, True), (0.0101, False), (math.nan, False)])

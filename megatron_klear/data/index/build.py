@@ -45,7 +45,8 @@ def prepare_index(
 ) -> None:
     """Tokenize the rows of `source`, unless its index is there already.
 
-    Of several processes that ask for the same index one makes it, and the others wait for it.
+    Of several processes that ask for the same index one makes it, and the others wait for it. On a file system without
+    locks several may make it, which is warned of: the index of the first that ends is whole, and stays so.
 
     Args:
         source: the input and where its index belongs.
@@ -62,14 +63,17 @@ def prepare_index(
         return
     try:
         source.directory.mkdir(parents=True, exist_ok=True)
-        with _locked(source.directory / ".lock", alive):
+        with _locked(source.directory / ".lock", alive) as is_alone:
             if not manifest.is_file():
                 parts = _planned(source, part_bytes)
                 if not parts:
                     raise DataError(f"data.sft: no rows at all in {', '.join(source.files)}")
                 jobs = [PartJob(number=i, part=p, source=source, line_bytes=line_bytes) for i, p in enumerate(parts)]
-                merge_parts(jobs, _do_all(jobs, processes or _worthwhile_processes(parts), alive), alive)
+                counts = _do_all(jobs, processes or _worthwhile_processes(parts), alive)
+                merge_parts(jobs, counts, alive, is_alone=is_alone)
     except OSError as error:
+        if manifest.is_file():  # another maker was first, and has removed the parts
+            return
         raise DataError(
             f"data.index_dir: the tokens of data.sft cannot be written to {source.directory}: "
             f"{error.strerror or error}. Make room, or set data.index_dir; what is finished is kept."
@@ -82,10 +86,10 @@ def prepare_index(
 
 
 @contextmanager
-def _locked(file: Path, alive: Callable[[], None]) -> Iterator[None]:
-    """Hold a lock that ends with this process; on a file system that knows no locks, nothing is held."""
+def _locked(file: Path, alive: Callable[[], None]) -> Iterator[bool]:
+    """Hold a lock that ends with this process; yields False where the file system has none, which is warned of."""
     with file.open("a") as stream:
-        told = False
+        told, held = False, True
         while True:
             try:
                 fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -96,9 +100,14 @@ def _locked(file: Path, alive: Callable[[], None]) -> Iterator[None]:
                 told = True
                 alive()
                 time.sleep(_POLL_SECONDS)
-            except OSError:
+            except OSError as error:
+                held = False
+                log.warning(
+                    "%s: no lock can be had there (%s), so that other runs may make the same index at the same time",
+                    file.parent, error.strerror or error,
+                )  # fmt: skip
                 break
-        yield
+        yield held
 
 
 def _planned(source: IndexSource, part_bytes: int) -> list[Part]:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+import socket
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,9 @@ from megatron_klear.data.index.files import digest_of, index_prefix
 from megatron_klear.data.index.tokenize import PartCounts, PartJob
 
 
-def merge_parts(jobs: Sequence[PartJob], counts: Sequence[PartCounts], alive: Callable[[], None]) -> None:
+def merge_parts(
+    jobs: Sequence[PartJob], counts: Sequence[PartCounts], alive: Callable[[], None], *, is_alone: bool = True
+) -> None:
     """Write the index from its parts, index.json last, and remove the parts.
 
     Of rows with the same id the first is kept; the others become rejects.
@@ -26,14 +29,28 @@ def merge_parts(jobs: Sequence[PartJob], counts: Sequence[PartCounts], alive: Ca
     Args:
         jobs, counts: all parts of one source in order, and what each holds.
         alive: called now and then.
+        is_alone: whether nobody else can be making the same index.
 
     Raises:
         OSError: the index cannot be written.
     """
     source = jobs[0].source
-    fresh = source.directory / "merged"
-    shutil.rmtree(fresh, ignore_errors=True)  # of a merge that was killed
+    # The maker's own, by machine too: file systems without locks are such as machines share.
+    fresh = source.directory / f"merged.{socket.gethostname()}.{os.getpid()}"
+    for leftover in source.directory.glob("merged*"):  # of merges that were killed
+        if is_alone or leftover == fresh:
+            shutil.rmtree(leftover, ignore_errors=True)
     fresh.mkdir()
+    try:
+        _merge_into(fresh, jobs, counts, alive)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+    shutil.rmtree(source.directory / files.PARTS, ignore_errors=True)
+
+
+def _merge_into(fresh: Path, jobs: Sequence[PartJob], counts: Sequence[PartCounts], alive: Callable[[], None]) -> None:
+    """Write every file to `fresh`, then move them to their places."""
+    source = jobs[0].source
     tables = [_table(job) for job in jobs]
     first_place = _first_places(tables)
     offsets = _line_offsets(jobs, counts)
@@ -51,8 +68,6 @@ def merge_parts(jobs: Sequence[PartJob], counts: Sequence[PartCounts], alive: Ca
     (fresh / files.MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
     _sync(fresh / files.MANIFEST)
     os.replace(fresh / files.MANIFEST, source.directory / files.MANIFEST)
-    fresh.rmdir()
-    shutil.rmtree(source.directory / files.PARTS, ignore_errors=True)
 
 
 def _table(job: PartJob) -> Any:

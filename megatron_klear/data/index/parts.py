@@ -78,7 +78,7 @@ def read_part(
     Args:
         part: which stretch.
         name: the file.
-        line_bytes: longest line of JSON to read.
+        line_bytes: longest line of JSON to read, its end not counted.
         columns: columns of Parquet to read, where they are there.
 
     Raises:
@@ -95,10 +95,10 @@ def _json_lines(part: Part, name: str, line_bytes: int) -> Iterator[JsonObject |
                 pass  # the line that began in the part before
         while stream.tell() < part.end:
             is_first = stream.tell() == 0
-            raw = stream.readline(line_bytes)
+            raw = stream.readline(line_bytes + 1)
             if not raw:
                 return  # the file has become shorter
-            if len(raw) < line_bytes or raw.endswith(b"\n"):
+            if len(raw) <= line_bytes or raw.endswith(b"\n"):
                 yield parse_line(raw, is_first=is_first)
                 continue
             while (rest := stream.readline(line_bytes)) and not rest.endswith(b"\n"):

@@ -117,6 +117,16 @@ class SftIndex:
         """Where the row says it comes from."""
         return str(self._manifest["sources"][int(self._sources[row])])
 
+    def by_source(self, rows: IntArray) -> list[tuple[str, int, int]]:
+        """(source, tokens, conversations) of these rows, the source with most tokens first."""
+        names = self._manifest["sources"]
+        numbers = self._sources[rows]
+        # Weights are summed as float64, exact below 2**53 tokens.
+        tokens = np.bincount(numbers, weights=self.lengths[rows], minlength=len(names)).astype(np.int64)
+        counts = np.bincount(numbers, minlength=len(names))
+        order = np.argsort(-tokens, kind="stable")
+        return [(str(names[i]), int(tokens[i]), int(counts[i])) for i in order.tolist() if counts[i]]
+
     def where(self, row: int) -> str:
         """File and line of a row."""
         file = self._manifest["files"][self._column("file")[row].as_py()]
