@@ -142,7 +142,7 @@ class SglangEndpoint:
             answer = await self.connection.post("/generate", body, timeout_seconds=timeout_seconds)
             entries = answer["meta_info"]["input_token_logprobs"]
             logprobs = np.array([0.0, *(float(entry[0]) for entry in entries[1:])], dtype=np.float32)
-        except (Refused, KeyError, TypeError, ValueError, IndexError) as error:
+        except (Refused, KeyError, TypeError, ValueError, IndexError, OverflowError) as error:
             raise EndpointError(f"{self.name}: no logprobs of a given sequence: {error}", retry=False) from error
         if len(logprobs) != len(token_ids):
             raise EndpointError(

@@ -14,6 +14,7 @@ from megatron_klear.errors import RolloutError
 from megatron_klear.records import Rollout
 from megatron_klear.rollout.endpoint import EndpointError
 from megatron_klear.rollout.ledger import LedgerReader
+from megatron_klear.rollout.sglang.answers import AnswerReader
 
 STEPS = 6
 
@@ -187,6 +188,23 @@ def test_nonsense_is_never_trained_on(make_world, undisturbed, kind):
     counts = world.scheduler.dispatcher.counts
     assert counts["failed requests"] > 0
     assert counts["malformed answers"] == (0 if kind == "not an answer" else counts["failed requests"])
+
+
+def test_an_answer_that_its_reader_refuses_is_malformed_and_asked_for_elsewhere(make_world, undisturbed):
+    """SGLang's reader sees NaN first, and the manager counts it as what it finds itself."""
+
+    def begin(world):
+        async def nonsense(request, on_tokens=None):
+            meta = {"completion_tokens": 1, "output_token_logprobs": [[float("nan"), 5, None]], "finish_reason": None}
+            AnswerReader("engine 2", vocab_size=1000, incremental=True).add({"output_ids": [5], "meta_info": meta})
+
+        world.engines[2].generate = nonsense
+
+    world = make_world(engines=3, before_step=once(2, begin)).run(STEPS)
+    trained_once(world)
+    assert world.trace == undisturbed
+    counts = world.scheduler.dispatcher.counts
+    assert counts["malformed answers"] == counts["failed requests"] > 0
 
 
 def test_requests_that_fail_together_are_one_failure_of_the_engine(make_world, undisturbed):
