@@ -37,8 +37,8 @@ class EngineCare:
 
     Dead: a request fails and the health check after it, too; or two checks in a row, when it is idle. Hung: busy and
     without a new token for `scheduling.stall_seconds`; an engine that has not answered since its start may be compiling
-    and gets `scheduling.start_seconds`. Slow: `scheduling.slow_factor` times slower per request than the median; it
-    keeps one request, by which it can show that it is quick again.
+    and gets `scheduling.start_seconds`. Slow: `scheduling.slow_factor` times slower per request than the median of
+    the others; it keeps one request, by which it can show that it is quick again.
 
     Args:
         pool: the engines.
@@ -251,19 +251,18 @@ class EngineCare:
             brought, engine.measured_tokens = engine.tokens - engine.measured_tokens, engine.tokens
             busy = engine.status == "serving" and engine.has_answered and engine.outstanding > 0
             engine.measured_rate = brought / seconds / engine.outstanding if busy else None
-        rates = [engine.measured_rate for engine in self._pool if engine.measured_rate is not None]
-        usual = median(rates) if len(rates) > 1 else 0.0
-        if usual == 0.0:
-            return
+        rates = {engine.number: engine.measured_rate for engine in self._pool if engine.measured_rate is not None}
         for engine in self._pool:
             rate = engine.measured_rate
-            if rate is None:
+            others = [theirs for number, theirs in rates.items() if number != engine.number]
+            usual = median(others) if others else 0.0
+            if rate is None or usual == 0.0:
                 continue
             if rate * self._settings.slow_factor < usual:
                 engine.slow_windows += 1
                 if engine.slow_windows >= _SLOW_WINDOWS and not engine.is_slow:
                     engine.is_slow = True
-                    engine.last_error = f"{usual / max(rate, 1e-9):.0f} times slower than the median engine"
+                    engine.last_error = f"{usual / max(rate, 1e-9):.0f} times slower than the median of the others"
                     requests: list[Request] = list(engine.requests.values())
                     for request in requests[1:]:
                         self._move(request, hung=False)

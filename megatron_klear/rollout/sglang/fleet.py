@@ -156,12 +156,13 @@ class ServerFleet:
         """
         found: list[tuple[str, str]] = []
         try:
+            deadline = time.monotonic() + self._settings.start_seconds  # one for all: they start at the same time
             for index in range(self._settings.servers):
                 self.start(index)
             for index in range(self._settings.servers):
                 problem = ""
                 try:
-                    self.wait_ready(index, waiting)
+                    self.wait_ready(index, waiting, deadline=deadline)
                 except StartFailed as failure:
                     problem = str(failure)
                     self.stop(index)
@@ -191,13 +192,21 @@ class ServerFleet:
         """The end of the server's log."""
         return self._processes[index].log_tail()
 
-    def wait_ready(self, index: int, waiting: Callable[[], None] | None = None) -> None:
+    def wait_ready(
+        self, index: int, waiting: Callable[[], None] | None = None, *, deadline: float | None = None
+    ) -> None:
         """Wait until a started server answers; one whose free port was taken meanwhile is given another.
+
+        Args:
+            index: of the server.
+            waiting: called while waiting, several times a second.
+            deadline: by time.monotonic; None is `sglang.start_seconds` from now.
 
         Raises:
             StartFailed: it ended, or is not ready after `sglang.start_seconds`; carries the end of its log.
         """
-        deadline = time.monotonic() + self._settings.start_seconds
+        if deadline is None:
+            deadline = time.monotonic() + self._settings.start_seconds
         attempts = 1
         with httpx2.Client(trust_env=False, timeout=5.0) as client:
             while not (is_ready(client, self.url(index)) and self._is_ours(client, index)):

@@ -143,6 +143,31 @@ def test_a_slow_engine_hands_its_responses_over_and_is_used_again_when_quick(mak
     assert dispatcher.pool.engines[0].is_slow or dispatcher.care.lost == 1
 
 
+@pytest.mark.parametrize(("times", "is_slow"), [(6.5, True), (3.5, False)])
+def test_one_of_two_engines_is_slow_from_slow_factor_on(make_world, times, is_slow):
+    """With itself in the median it would have to be nine times slower than the other, and not five."""
+
+    def slow(world):
+        later(1.0, world.engines[0].change_speed, 0.05 * times)
+
+    found = []
+
+    def before(step, world):
+        if step == 1:
+            slow(world)
+            for seconds in range(10, 400, 5):
+                later(seconds, lambda: found.append(world.scheduler.dispatcher.pool.engines[0].is_slow))
+
+    settings = {"mode": "async", "max_staleness": 2, "order": "completion", "stall_seconds": 20.0, "slow_factor": 5.0}
+    world = make_world(engines=2, before_step=before, per_step=16, slots=8, **settings).run(4, num_prompts=100)
+    assert len(found) >= 8
+    assert any(found) == is_slow
+    counts = world.scheduler.dispatcher.counts
+    assert (counts["moved requests"] > 0) == is_slow
+    if is_slow:
+        assert "times slower than the median of the others" in world.scheduler.dispatcher.pool.engines[0].last_error
+
+
 def test_moved_responses_are_drawn_anew_where_order_is_fixed(make_world, undisturbed):
     """With the tokens of the slow engine kept, the result would depend on when it was found to be slow."""
 
