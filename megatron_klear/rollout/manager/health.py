@@ -188,7 +188,9 @@ class EngineCare:
                     return
                 engine.last_error = f"came back with weights of version {found} where {self.version} is in use"
             except Exception as error:  # starting an engine is other people's code; it failed, whatever it raised
-                engine.last_error = f"restart {engine.restarts} failed: {_text(error)}"
+                late = f"not ready after {self._settings.start_seconds:.0f} s (scheduling.start_seconds)"
+                is_late = isinstance(error, TimeoutError) and limit.is_exceeded
+                engine.last_error = f"restart {engine.restarts} failed: {late if is_late else _text(error)}"
             engine.status = "down"
             await asyncio.sleep(min(2.0**engine.restarts, self._settings.stall_seconds))
             if limit.is_of_others:

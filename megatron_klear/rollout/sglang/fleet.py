@@ -273,7 +273,7 @@ class ServerFleet:
         try:
             answer = client.get(f"{self.url(index)}/v1/models")
             return bool(answer.json()["data"][0]["id"] == self._names[index])
-        except (httpx2.TransportError, ValueError, KeyError, IndexError, TypeError):
+        except (httpx2.HTTPError, ValueError, KeyError, IndexError, TypeError):
             return False
 
     def _ended(self, index: int, status: int, when: str) -> StartFailed:
@@ -323,7 +323,7 @@ def is_ready(client: httpx2.Client, url: str) -> bool:
     """Whether the server has loaded its model: it answers HTTP only then."""
     try:
         return client.get(f"{url.rstrip('/')}/model_info").status_code == 200
-    except httpx2.TransportError:
+    except httpx2.HTTPError:
         return False
 
 

@@ -401,7 +401,8 @@ def test_an_engine_that_starts_too_slowly_in_its_turn_is_given_up_and_not_after_
     world = make_world(
         engines=1, restart=restart, before_step=once(2, lambda w: later(1.0, w.engines[0].die)), start_seconds=60.0
     )
-    with pytest.raises(RolloutError, match=r"engine 0: given up, restart 3 failed: no answer in time"):
+    text = r"engine 0: given up, restart 3 failed: not ready after 60 s \(scheduling\.start_seconds\)"
+    with pytest.raises(RolloutError, match=text):
         world.run(STEPS)
     assert [end - begin for begin, end in zip(began, ended, strict=True)] == pytest.approx([60.0] * 3)
 
