@@ -7,8 +7,10 @@ holds torch tensors (it is what the model eats).
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -191,3 +193,29 @@ class ParallelContext:
     dp: ParallelAxis
     dp_cp: ParallelAxis
     device: torch.device
+
+
+class EncodedJson(Mapping[str, Any]):
+    """A JSON object that is large and goes to many: it is its bytes, which all of them are sent.
+
+    Reading an entry decodes all of it, every time.
+
+    Args:
+        data: the object in UTF-8.
+    """
+
+    def __init__(self, data: bytes) -> None:
+        self.data = data
+
+    def __getitem__(self, key: str) -> Any:
+        return self._decoded()[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._decoded())
+
+    def __len__(self) -> int:
+        return len(self._decoded())
+
+    def _decoded(self) -> dict[str, Any]:
+        decoded: dict[str, Any] = json.loads(self.data)
+        return decoded

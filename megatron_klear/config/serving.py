@@ -116,7 +116,9 @@ class WeightSyncSettings:
 
     bucket_bytes: Annotated[int, Unit("bytes"), Field(ge=2**10)] = 512 * 2**20
     """Weights are sent in buckets of about this size, a larger tensor in one of its own; two of them are in memory at a
-    time, and with tensor up to three in /dev/shm: where it is too small, bytes go in the requests, which is slow."""
+    time, and with tensor up to three in /dev/shm. Where it is too small, or engines are elsewhere, tensor has the bytes
+    go in requests, which is slow: two of them are under way, each 4/3 of a bucket for each of an engine's ranks, and up
+    to 5/3 of a bucket more is in memory while one is made. They are the same however many engines there are."""
 
     verify: Literal["checksum", "logprobs", "checksum_or_logprobs"] = "checksum"
     """Proof of every publish: each tensor's checksum; the log-probabilities of a probe sequence; or checksums where
@@ -170,7 +172,7 @@ class SchedulingSettings:
     """How long fewer than `scheduling.min_engines` may serve, none of them starting, before the run ends."""
 
     slow_factor: Annotated[float, Field(gt=1)] = 5.0
-    """An engine so many times slower per response than the median engine hands its responses to others."""
+    """An engine so many times slower per response than the median of the others hands its responses to others."""
 
     max_failures: Annotated[int, Unit("requests"), Positive] = 8
     """Requests for one response that may fail on engines that are well, before the run ends."""

@@ -62,10 +62,11 @@ class EndpointError(RolloutError):
     Args:
         message: names the engine and what happened.
         retry: whether the same request may be sent to another engine; false where another would fail alike.
+        malformed: an answer came, and cannot be right.
     """
 
-    def __init__(self, message: str, *, retry: bool) -> None:
-        self.retry = retry
+    def __init__(self, message: str, *, retry: bool, malformed: bool = False) -> None:
+        self.retry, self.malformed = retry, malformed
         super().__init__(message)
 
 

@@ -38,7 +38,10 @@ class EngineCaller(Protocol):
     def start(
         self, path: str, body: Mapping[str, Any], *, timeout_seconds: float
     ) -> concurrent.futures.Future[tuple[int, str]]:
-        """Send a POST with a JSON body at once; the future gives status and text, or raises a KlearError."""
+        """Send a POST with a JSON body at once; the future gives status and text, or raises a KlearError.
+
+        A body that is `EncodedJson` is sent as it is, whoever else is sent it.
+        """
         ...
 
 

@@ -110,7 +110,7 @@ def serialized_here(value: dict[str, Any]) -> str:
     Two processes may number the same GPU differently; SGLang looks the UUID up among those that it sees.
     """
     if value["flattened_tensor"].device.type != "cuda":
-        return serialized(value, by_value=False)
+        return serialized(value)
     buffer = io.BytesIO()
     _HandlePickler(buffer).dump(value)
     return base64.b64encode(buffer.getvalue()).decode("ascii")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import errno
 import io
+import json
 import os
 import pickle
 from collections.abc import Iterator, Sequence
@@ -17,6 +18,7 @@ import torch
 import torch.multiprocessing
 
 from megatron_klear.errors import WeightSyncError
+from megatron_klear.records import EncodedJson
 from megatron_klear.weight_sync.buckets import Bucket
 from megatron_klear.weight_sync.engines import EngineGroup
 from megatron_klear.weight_sync.shared_memory import no_room
@@ -51,14 +53,14 @@ class TensorTransport:
         flat = bucket.flat().cpu()
         value = contents(bucket, flat)
         if self._by_value:
-            calls = self._engines.start(UPDATE_PATH, update_body([serialized(value, by_value=True)] * self._tp))
+            calls = self._engines.start(UPDATE_PATH, encoded_body(serialized_by_value(value), self._tp))
         else:
             # A text for each reader: torch counts them, and a file that those before have read is gone for the next.
-            each = [[serialized(value, by_value=False) for _ in range(self._tp)] for _ in self._engines.callers]
+            each = [[serialized(value) for _ in range(self._tp)] for _ in self._engines.callers]
             calls = self._engines.start(UPDATE_PATH, [update_body(texts) for texts in each])
+            # Shared memory lives as long as a tensor of ours: until the bucket after this one has been sent.
+            self._shared = [*self._shared[-1:], flat]
         self._session.follow(calls)
-        # Shared memory lives as long as a tensor of ours: until the bucket after this one has been sent.
-        self._shared = [*self._shared[-1:], flat]
 
     def finish(self) -> None:
         """Wait for the last bucket and close the session."""
@@ -72,6 +74,13 @@ class TensorTransport:
 def update_body(texts: Sequence[str]) -> dict[str, Any]:
     """Request that loads a bucket: one serialised tensor for each of an engine's ranks."""
     return {"serialized_named_tensors": list(texts), "load_format": "flattened_bucket", "flush_cache": False}
+
+
+def encoded_body(text: bytes, tp: int) -> EncodedJson:
+    """As `update_body` with the same text for each rank, encoded once for all engines."""
+    before, after = json.dumps(update_body(["|"])).encode().split(b"|")
+    more = [b'","', text] * (tp - 1)
+    return EncodedJson(b"".join([before, text, *more, after]))  # base64 needs no escapes
 
 
 def contents(bucket: Bucket, flat: torch.Tensor) -> dict[str, Any]:
@@ -94,8 +103,13 @@ def contents(bucket: Bucket, flat: torch.Tensor) -> dict[str, Any]:
     return {"flattened_tensor": flat, "metadata": entries}
 
 
-def serialized(value: dict[str, Any], *, by_value: bool) -> str:
-    """Base64 of a pickle that SGLang accepts: tensors as files of shared memory, or as their bytes.
+def serialized_by_value(value: dict[str, Any]) -> bytes:
+    """Base64 of a pickle that SGLang accepts, with tensors as their bytes."""
+    return base64.b64encode(pickle.dumps(value, protocol=pickle.HIGHEST_PROTOCOL))
+
+
+def serialized(value: dict[str, Any]) -> str:
+    """Base64 of a pickle that SGLang accepts, with tensors as files of shared memory.
 
     Shared memory by descriptor, torch's default, would need a socket between the two processes.
 
@@ -103,16 +117,13 @@ def serialized(value: dict[str, Any], *, by_value: bool) -> str:
         WeightSyncError: shared memory is full.
     """
     buffer = io.BytesIO()
-    if by_value:
-        pickle.Pickler(buffer, protocol=pickle.HIGHEST_PROTOCOL).dump(value)
-    else:
-        with _shared_by_name():
-            try:
-                ForkingPickler(buffer).dump(value)
-            except RuntimeError as error:
-                if os.strerror(errno.ENOSPC) not in str(error):
-                    raise
-                raise WeightSyncError(no_room(value["flattened_tensor"].nbytes, str(error))) from error
+    with _shared_by_name():
+        try:
+            ForkingPickler(buffer).dump(value)
+        except RuntimeError as error:
+            if os.strerror(errno.ENOSPC) not in str(error):
+                raise
+            raise WeightSyncError(no_room(value["flattened_tensor"].nbytes, str(error))) from error
     return base64.b64encode(buffer.getvalue()).decode("ascii")
 
 

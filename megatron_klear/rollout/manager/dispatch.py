@@ -207,8 +207,7 @@ class Dispatcher:
             part, asked, vocab_size=self._sampling.vocab_size, versions=(request.sent_version, newest)
         )
         if problem:
-            self.counts["malformed answers"] += 1
-            raise EndpointError(f"{request.engine.name}: {problem}", retry=True)
+            raise EndpointError(f"{request.engine.name}: {problem}", retry=True, malformed=True)
 
     def _accept(self, request: Request, asked: GenerationRequest, part: GeneratedPart) -> None:
         """Keep an answer: the end of a response, or a part of it to be continued."""
@@ -235,6 +234,7 @@ class Dispatcher:
             return
         response, engine = request.response, request.engine
         self.counts["failed requests"] += 1
+        self.counts["malformed answers"] += error.malformed
         engine.last_error = str(error)
         self._release(request)
         if not error.retry:

@@ -37,8 +37,8 @@ class EngineCare:
 
     Dead: a request fails and the health check after it, too; or two checks in a row, when it is idle. Hung: busy and
     without a new token for `scheduling.stall_seconds`; an engine that has not answered since its start may be compiling
-    and gets `scheduling.start_seconds`. Slow: `scheduling.slow_factor` times slower per request than the median; it
-    keeps one request, by which it can show that it is quick again.
+    and gets `scheduling.start_seconds`. Slow: `scheduling.slow_factor` times slower per request than the median of
+    the others; it keeps one request, by which it can show that it is quick again.
 
     Args:
         pool: the engines.
@@ -188,7 +188,9 @@ class EngineCare:
                     return
                 engine.last_error = f"came back with weights of version {found} where {self.version} is in use"
             except Exception as error:  # starting an engine is other people's code; it failed, whatever it raised
-                engine.last_error = f"restart {engine.restarts} failed: {_text(error)}"
+                late = f"not ready after {self._settings.start_seconds:.0f} s (scheduling.start_seconds)"
+                is_late = isinstance(error, TimeoutError) and limit.is_exceeded
+                engine.last_error = f"restart {engine.restarts} failed: {late if is_late else _text(error)}"
             engine.status = "down"
             await asyncio.sleep(min(2.0**engine.restarts, self._settings.stall_seconds))
             if limit.is_of_others:
@@ -251,19 +253,18 @@ class EngineCare:
             brought, engine.measured_tokens = engine.tokens - engine.measured_tokens, engine.tokens
             busy = engine.status == "serving" and engine.has_answered and engine.outstanding > 0
             engine.measured_rate = brought / seconds / engine.outstanding if busy else None
-        rates = [engine.measured_rate for engine in self._pool if engine.measured_rate is not None]
-        usual = median(rates) if len(rates) > 1 else 0.0
-        if usual == 0.0:
-            return
+        rates = {engine.number: engine.measured_rate for engine in self._pool if engine.measured_rate is not None}
         for engine in self._pool:
             rate = engine.measured_rate
-            if rate is None:
+            others = [theirs for number, theirs in rates.items() if number != engine.number]
+            usual = median(others) if others else 0.0
+            if rate is None or usual == 0.0:
                 continue
             if rate * self._settings.slow_factor < usual:
                 engine.slow_windows += 1
                 if engine.slow_windows >= _SLOW_WINDOWS and not engine.is_slow:
                     engine.is_slow = True
-                    engine.last_error = f"{usual / max(rate, 1e-9):.0f} times slower than the median engine"
+                    engine.last_error = f"{usual / max(rate, 1e-9):.0f} times slower than the median of the others"
                     requests: list[Request] = list(engine.requests.values())
                     for request in requests[1:]:
                         self._move(request, hung=False)

@@ -32,6 +32,11 @@ class StartLimit:
         self._on_absence = on_absence
         self.is_of_others = False
 
+    @property
+    def is_exceeded(self) -> bool:
+        """Whether the start took longer."""
+        return self._timeout.expired()
+
     async def __aenter__(self) -> Self:
         await self._timeout.__aenter__()
         return self

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +12,9 @@ from megatron_klear.rollout.endpoint import EndpointError, GeneratedPart
 
 NO_VERSION = -1
 """Version of weights that no trainer has sent."""
+
+_LEAST_LOGPROB = -float(np.finfo(np.float32).max)
+"""What a response holds of one; a request for the least likely token of all does not come near it."""
 
 _FINISH_REASONS: dict[str, FinishReason] = {"stop": "stop", "length": "length", "abort": "abort"}
 
@@ -52,7 +54,7 @@ class AnswerReader:
             total = int(meta["completion_tokens"])
             pairs = [(int(entry[1]), float(entry[0])) for entry in meta.get("output_token_logprobs") or ()]
             ids = [int(token) for token in chunk["output_ids"]]
-        except (KeyError, TypeError, ValueError, IndexError) as error:
+        except (KeyError, TypeError, ValueError, IndexError, OverflowError) as error:
             raise self._malformed(f"{type(error).__name__}: {error}") from error
         new = total - len(self._tokens)
         if new < 0:
@@ -72,12 +74,11 @@ class AnswerReader:
         for token, logprob in pairs:
             if not 0 <= token < self._vocab_size:
                 raise self._malformed(f"token {token} is outside the vocabulary of {self._vocab_size}")
-            if not math.isfinite(logprob) or logprob > 1e-3:
-                # Another engine has the same weights.
-                raise EndpointError(
-                    f"{self._engine}: gave token {token} the log-probability {logprob}; its weights have diverged, or "
-                    "it reports something else",
-                    retry=False,
+            if not _LEAST_LOGPROB <= logprob <= 1e-3:  # false for NaN, too
+                raise self._malformed(
+                    f"token {token} has the log-probability {logprob}. Where a single engine says so, start that one "
+                    "anew; where all do, the weights have diverged: lower optimizer.lr or optimizer.clip_grad, and "
+                    "begin a run with the weights of an older checkpoint (checkpoint.start_from)"
                 )
             self._tokens.append(token)
             self._logprobs.append(min(logprob, 0.0))
@@ -122,14 +123,14 @@ class AnswerReader:
                 if stop > start:
                     found.append((parse_version(span["version"]), stop - start))
                     end = stop
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise self._malformed(f"weight_versions: {error}") from error
         if end != len(self._tokens):
             raise self._malformed(f"weight_versions cover {end} of {len(self._tokens)} tokens")
         return tuple(found)
 
     def _malformed(self, what: str) -> EndpointError:
-        return EndpointError(f"{self._engine}: malformed answer to /generate: {what}", retry=True)
+        return EndpointError(f"{self._engine}: malformed answer to /generate: {what}", retry=True, malformed=True)
 
 
 def parse_version(text: object) -> int:

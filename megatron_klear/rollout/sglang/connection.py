@@ -8,10 +8,12 @@ from typing import Any
 
 import httpx2
 
+from megatron_klear.records import EncodedJson
 from megatron_klear.rollout.endpoint import EndpointError
 
 _CONNECT_SECONDS = 10.0
 _SHOWN_CHARACTERS = 400
+_PIECE_BYTES = 2**18
 _MAY_PASS = frozenset({408, 425, 429, 500, 502, 503, 504})
 """Statuses that say nothing against the request itself."""
 
@@ -54,18 +56,26 @@ class Connection:
         """
         return await self._exchange("GET", path, None, timeout_seconds)
 
-    async def post(self, path: str, body: Mapping[str, Any], *, timeout_seconds: float) -> Any:
+    async def post(self, path: str, body: Mapping[str, Any], *, timeout_seconds: float, setting: str = "") -> Any:
         """The JSON that a path answers to a JSON body.
+
+        Args:
+            path: of the request.
+            body: one that is `EncodedJson` is sent as it is.
+            timeout_seconds: longest silence of the server.
+            setting: that this limit came from, for messages.
 
         Raises:
             EndpointError: no answer, or none that is JSON.
             Refused: status 4xx.
         """
-        return await self._exchange("POST", path, body, timeout_seconds)
+        return await self._exchange("POST", path, body, timeout_seconds, setting)
 
-    async def post_for_text(self, path: str, body: Mapping[str, Any], *, timeout_seconds: float) -> str:
+    async def post_for_text(
+        self, path: str, body: Mapping[str, Any], *, timeout_seconds: float, setting: str = ""
+    ) -> str:
         """The text that a path answers; raises as `post` does."""
-        return (await self._answer("POST", path, body, timeout_seconds)).text
+        return (await self._answer("POST", path, body, timeout_seconds, setting)).text
 
     async def status(self, path: str, *, timeout_seconds: float) -> int:
         """The HTTP status of a path, whatever it answers.
@@ -95,7 +105,7 @@ class Connection:
                     if data == "[DONE]":
                         return
                     yield self._object(path, data)
-        except httpx2.TransportError as error:
+        except httpx2.HTTPError as error:
             raise self._failed(path, error) from error
         raise EndpointError(f"{self.name}: the answer to {path} stopped before its end", retry=True)
 
@@ -103,30 +113,35 @@ class Connection:
         """Close all connections; a second call does nothing."""
         await self._client.aclose()
 
-    async def _exchange(self, method: str, path: str, body: Mapping[str, Any] | None, timeout_seconds: float) -> Any:
-        response = await self._answer(method, path, body, timeout_seconds)
+    async def _exchange(
+        self, method: str, path: str, body: Mapping[str, Any] | None, timeout_seconds: float, setting: str = ""
+    ) -> Any:
+        response = await self._answer(method, path, body, timeout_seconds, setting)
         try:
             return response.json()
         except ValueError as error:
-            raise EndpointError(
-                f"{self.name}: {path} answered something that is no JSON: {_shown(response.text)}", retry=True
-            ) from error
+            raise self._malformed(f"{path} answered something that is no JSON: {_shown(response.text)}") from error
 
     async def _answer(
-        self, method: str, path: str, body: Mapping[str, Any] | None, timeout_seconds: float
+        self, method: str, path: str, body: Mapping[str, Any] | None, timeout_seconds: float, setting: str = ""
     ) -> httpx2.Response:
-        response = await self._sent(method, path, body, timeout_seconds)
+        response = await self._sent(method, path, body, timeout_seconds, setting)
         self._raise_for(path, response)
         return response
 
     async def _sent(
-        self, method: str, path: str, body: Mapping[str, Any] | None, timeout_seconds: float
+        self, method: str, path: str, body: Mapping[str, Any] | None, timeout_seconds: float, setting: str = ""
     ) -> httpx2.Response:
         timeout = httpx2.Timeout(timeout_seconds, connect=min(_CONNECT_SECONDS, timeout_seconds))
+        content: dict[str, Any] = {"json": body}
+        if isinstance(body, EncodedJson):
+            headers = {"Content-Type": "application/json", "Content-Length": str(len(body.data))}
+            content = {"content": _pieces(body.data), "headers": headers}
         try:
-            return await self._client.request(method, self.url + path, json=body, timeout=timeout)
-        except httpx2.TransportError as error:
-            raise self._failed(path, error) from error
+            return await self._client.request(method, self.url + path, timeout=timeout, **content)
+        except httpx2.HTTPError as error:
+            limit = ", ".join(filter(None, [f"{timeout_seconds:g} s", setting]))
+            raise self._failed(path, error, limit) from error
 
     def _raise_for(self, path: str, response: httpx2.Response) -> None:
         status = response.status_code
@@ -141,18 +156,28 @@ class Connection:
         try:
             value = json.loads(text)
         except ValueError as error:
-            raise EndpointError(
-                f"{self.name}: {path} streamed something that is no JSON: {_shown(text)}", retry=True
-            ) from error
+            raise self._malformed(f"{path} streamed something that is no JSON: {_shown(text)}") from error
         if not isinstance(value, dict):
-            raise EndpointError(f"{self.name}: {path} streamed {_shown(text)}, expected an object", retry=True)
+            raise self._malformed(f"{path} streamed {_shown(text)}, expected an object")
         return value
 
-    def _failed(self, path: str, error: httpx2.TransportError) -> EndpointError:
-        what = "no connection" if isinstance(error, httpx2.ConnectError | httpx2.ConnectTimeout) else "broken off"
+    def _failed(self, path: str, error: httpx2.HTTPError, limit: str = "") -> EndpointError:
         if isinstance(error, httpx2.ReadTimeout | httpx2.WriteTimeout):
-            what = "no answer in time"
-        return EndpointError(f"{self.name}: {path}: {what} ({type(error).__name__}: {error})", retry=True)
+            return EndpointError(f"{self.name}: {path}: no answer in time ({limit})", retry=True)
+        told = f"({type(error).__name__}: {error})"
+        if not isinstance(error, httpx2.TransportError):  # an answer came, in an encoding that it is not in
+            return self._malformed(f"malformed answer to {path} {told}")
+        what = "no connection" if isinstance(error, httpx2.ConnectError | httpx2.ConnectTimeout) else "broken off"
+        return EndpointError(f"{self.name}: {path}: {what} {told}", retry=True)
+
+    def _malformed(self, what: str) -> EndpointError:
+        return EndpointError(f"{self.name}: {what}", retry=True, malformed=True)
+
+
+async def _pieces(data: bytes) -> AsyncIterator[bytes]:
+    """Bytes piece by piece: a socket's buffer may copy what it is given and cannot send at once."""
+    for start in range(0, len(data), _PIECE_BYTES):
+        yield data[start : start + _PIECE_BYTES]
 
 
 def _message(text: str) -> str:

@@ -110,7 +110,11 @@ class SglangEndpoint:
             finished = True
             if refusal.status == 400:
                 what = f"request {request.request_id} of {len(request.token_ids)} tokens"
-                raise RolloutError(f"{self.name} refuses {what}: {refusal.text}") from refusal
+                raise RolloutError(
+                    f"{self.name} refuses {what}: {refusal.text}. Another would refuse it, too: look at what its "
+                    "server allows (sglang.max_total_tokens, sglang.extra_args; its log, in logs of run.dir where the "
+                    "run has started it) and at data.max_prompt_tokens and rollout.max_response_tokens"
+                ) from refusal
             raise EndpointError(f"{self.name}: /generate answered {refusal}; is it SGLang?", retry=True) from refusal
         finally:
             self._in_flight.discard(request.request_id)
@@ -128,6 +132,10 @@ class SglangEndpoint:
     async def score(self, token_ids: IntArray, *, timeout_seconds: float) -> FloatArray:
         """Log-probability of every token of a sequence given those before it, at temperature 1; entry 0 is 0.
 
+        Args:
+            token_ids: int64 [T].
+            timeout_seconds: of the answer (weight_sync.timeout_seconds).
+
         Raises:
             EndpointError: no whole answer.
         """
@@ -139,10 +147,12 @@ class SglangEndpoint:
             "extra_key": self._shared(),
         }
         try:
-            answer = await self.connection.post("/generate", body, timeout_seconds=timeout_seconds)
+            answer = await self.connection.post(
+                "/generate", body, timeout_seconds=timeout_seconds, setting="weight_sync.timeout_seconds"
+            )
             entries = answer["meta_info"]["input_token_logprobs"]
             logprobs = np.array([0.0, *(float(entry[0]) for entry in entries[1:])], dtype=np.float32)
-        except (Refused, KeyError, TypeError, ValueError, IndexError) as error:
+        except (Refused, KeyError, TypeError, ValueError, IndexError, OverflowError) as error:
             raise EndpointError(f"{self.name}: no logprobs of a given sequence: {error}", retry=False) from error
         if len(logprobs) != len(token_ids):
             raise EndpointError(

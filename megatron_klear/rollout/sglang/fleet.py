@@ -156,12 +156,13 @@ class ServerFleet:
         """
         found: list[tuple[str, str]] = []
         try:
+            deadline = time.monotonic() + self._settings.start_seconds  # one for all: they start at the same time
             for index in range(self._settings.servers):
                 self.start(index)
             for index in range(self._settings.servers):
                 problem = ""
                 try:
-                    self.wait_ready(index, waiting)
+                    self.wait_ready(index, waiting, deadline=deadline)
                 except StartFailed as failure:
                     problem = str(failure)
                     self.stop(index)
@@ -191,13 +192,21 @@ class ServerFleet:
         """The end of the server's log."""
         return self._processes[index].log_tail()
 
-    def wait_ready(self, index: int, waiting: Callable[[], None] | None = None) -> None:
+    def wait_ready(
+        self, index: int, waiting: Callable[[], None] | None = None, *, deadline: float | None = None
+    ) -> None:
         """Wait until a started server answers; one whose free port was taken meanwhile is given another.
+
+        Args:
+            index: of the server.
+            waiting: called while waiting, several times a second.
+            deadline: by time.monotonic; None is `sglang.start_seconds` from now.
 
         Raises:
             StartFailed: it ended, or is not ready after `sglang.start_seconds`; carries the end of its log.
         """
-        deadline = time.monotonic() + self._settings.start_seconds
+        if deadline is None:
+            deadline = time.monotonic() + self._settings.start_seconds
         attempts = 1
         with httpx2.Client(trust_env=False, timeout=5.0) as client:
             while not (is_ready(client, self.url(index)) and self._is_ours(client, index)):
@@ -264,7 +273,7 @@ class ServerFleet:
         try:
             answer = client.get(f"{self.url(index)}/v1/models")
             return bool(answer.json()["data"][0]["id"] == self._names[index])
-        except (httpx2.TransportError, ValueError, KeyError, IndexError, TypeError):
+        except (httpx2.HTTPError, ValueError, KeyError, IndexError, TypeError):
             return False
 
     def _ended(self, index: int, status: int, when: str) -> StartFailed:
@@ -314,7 +323,7 @@ def is_ready(client: httpx2.Client, url: str) -> bool:
     """Whether the server has loaded its model: it answers HTTP only then."""
     try:
         return client.get(f"{url.rstrip('/')}/model_info").status_code == 200
-    except httpx2.TransportError:
+    except httpx2.HTTPError:
         return False
 
 

@@ -27,7 +27,7 @@ _Result = TypeVar("_Result")
 
 
 class SglangCaller:
-    """Control requests to one server, for code that is not asynchronous.
+    """Control requests to one server while weights are published, for code that is not asynchronous.
 
     Args:
         loop: runs the requests.
@@ -56,7 +56,10 @@ class SglangCaller:
 
     async def _post(self, path: str, body: Mapping[str, Any], timeout_seconds: float) -> tuple[int, str]:
         try:
-            return 200, await self._connection.post_for_text(path, body, timeout_seconds=timeout_seconds)
+            text = await self._connection.post_for_text(
+                path, body, timeout_seconds=timeout_seconds, setting="weight_sync.timeout_seconds"
+            )
+            return 200, text
         except Refused as refusal:
             return refusal.status, refusal.text
 

@@ -14,6 +14,7 @@ from megatron_klear.errors import RolloutError
 from megatron_klear.records import Rollout
 from megatron_klear.rollout.endpoint import EndpointError
 from megatron_klear.rollout.ledger import LedgerReader
+from megatron_klear.rollout.sglang.answers import AnswerReader
 
 STEPS = 6
 
@@ -142,6 +143,31 @@ def test_a_slow_engine_hands_its_responses_over_and_is_used_again_when_quick(mak
     assert dispatcher.pool.engines[0].is_slow or dispatcher.care.lost == 1
 
 
+@pytest.mark.parametrize(("times", "is_slow"), [(6.5, True), (3.5, False)])
+def test_one_of_two_engines_is_slow_from_slow_factor_on(make_world, times, is_slow):
+    """With itself in the median it would have to be nine times slower than the other, and not five."""
+
+    def slow(world):
+        later(1.0, world.engines[0].change_speed, 0.05 * times)
+
+    found = []
+
+    def before(step, world):
+        if step == 1:
+            slow(world)
+            for seconds in range(10, 400, 5):
+                later(seconds, lambda: found.append(world.scheduler.dispatcher.pool.engines[0].is_slow))
+
+    settings = {"mode": "async", "max_staleness": 2, "order": "completion", "stall_seconds": 20.0, "slow_factor": 5.0}
+    world = make_world(engines=2, before_step=before, per_step=16, slots=8, **settings).run(4, num_prompts=100)
+    assert len(found) >= 8
+    assert any(found) == is_slow
+    counts = world.scheduler.dispatcher.counts
+    assert (counts["moved requests"] > 0) == is_slow
+    if is_slow:
+        assert "times slower than the median of the others" in world.scheduler.dispatcher.pool.engines[0].last_error
+
+
 def test_moved_responses_are_drawn_anew_where_order_is_fixed(make_world, undisturbed):
     """With the tokens of the slow engine kept, the result would depend on when it was found to be slow."""
 
@@ -187,6 +213,23 @@ def test_nonsense_is_never_trained_on(make_world, undisturbed, kind):
     counts = world.scheduler.dispatcher.counts
     assert counts["failed requests"] > 0
     assert counts["malformed answers"] == (0 if kind == "not an answer" else counts["failed requests"])
+
+
+def test_an_answer_that_its_reader_refuses_is_malformed_and_asked_for_elsewhere(make_world, undisturbed):
+    """SGLang's reader sees NaN first, and the manager counts it as what it finds itself."""
+
+    def begin(world):
+        async def nonsense(request, on_tokens=None):
+            meta = {"completion_tokens": 1, "output_token_logprobs": [[float("nan"), 5, None]], "finish_reason": None}
+            AnswerReader("engine 2", vocab_size=1000, incremental=True).add({"output_ids": [5], "meta_info": meta})
+
+        world.engines[2].generate = nonsense
+
+    world = make_world(engines=3, before_step=once(2, begin)).run(STEPS)
+    trained_once(world)
+    assert world.trace == undisturbed
+    counts = world.scheduler.dispatcher.counts
+    assert counts["malformed answers"] == counts["failed requests"] > 0
 
 
 def test_requests_that_fail_together_are_one_failure_of_the_engine(make_world, undisturbed):
@@ -358,7 +401,8 @@ def test_an_engine_that_starts_too_slowly_in_its_turn_is_given_up_and_not_after_
     world = make_world(
         engines=1, restart=restart, before_step=once(2, lambda w: later(1.0, w.engines[0].die)), start_seconds=60.0
     )
-    with pytest.raises(RolloutError, match=r"engine 0: given up, restart 3 failed: no answer in time"):
+    text = r"engine 0: given up, restart 3 failed: not ready after 60 s \(scheduling\.start_seconds\)"
+    with pytest.raises(RolloutError, match=text):
         world.run(STEPS)
     assert [end - begin for begin, end in zip(began, ended, strict=True)] == pytest.approx([60.0] * 3)
 

@@ -15,10 +15,11 @@ import numpy as np
 import pytest
 
 from megatron_klear.errors import RolloutError
+from megatron_klear.records import Prompt
 from megatron_klear.rollout.endpoint import EndpointError, GeneratedPart, GenerationRequest
-from megatron_klear.rollout.sglang import Connection, SglangEndpoint, endpoint
+from megatron_klear.rollout.sglang import Connection, EndpointPool, SglangEndpoint, endpoint, engine
 from megatron_klear.rollout.sglang.progress import Progress
-from tests.rollout.sglang.conftest import StandIn, chunk
+from tests.rollout.sglang.conftest import StandIn, chunk, standing_in
 
 STOP = {"type": "stop", "matched": 7}
 ABORT = {"type": "abort", "message": "Aborted", "status_code": None}
@@ -125,8 +126,32 @@ FAULTS: dict[str, tuple[tuple[Any, ...], dict[str, Any], bool, str]] = {
     "other tokens": ((chunk([5], 1, output_token_logprobs=[[-1, 6, None]]),), {}, True, "not the tokens"),
     "fewer tokens": ((chunk([5, 6], 2), chunk([], 1)), {}, True, "1 tokens after 2"),
     "unknown token": ((chunk([83], 1),), {}, True, "token 83 is outside the vocabulary of 83"),
-    "nan": ((chunk([5], 1, output_token_logprobs=[[float("nan"), 5, None]]),), {}, False, "its weights have diverged"),
-    "a probability above 1": ((chunk([5], 1, output_token_logprobs=[[0.5, 5, None]]),), {}, False, "diverged"),
+    "nan": (
+        (chunk([5], 1, output_token_logprobs=[[float("nan"), 5, None]]),), {}, True,
+        "malformed answer to /generate: token 5 has the log-probability nan",
+    ),
+    "a probability above 1": (
+        (chunk([5], 1, output_token_logprobs=[[0.5, 5, None]]),), {}, True,
+        "malformed answer to /generate: token 5 has the log-probability 0.5. Where a single engine says so, start that "
+        "one anew; where all do, the weights have diverged: lower optimizer.lr",
+    ),
+    "a probability of 0": (
+        (chunk([5], 1, output_token_logprobs=[[float("-inf"), 5, None]]),), {}, True, "the log-probability -inf",
+    ),
+    "no float32": (
+        (chunk([5], 1, output_token_logprobs=[[-1e300, 5, None]]),), {}, True, "the log-probability -1e+300",
+    ),
+    "endless": (
+        (chunk([5], 1, completion_tokens=float("inf")),), {}, True, "malformed answer to /generate: OverflowError",
+    ),
+    "no number": (
+        (chunk([5], 1, output_token_logprobs=[[-(10**400), 5, None]]),), {}, True,
+        "malformed answer to /generate: OverflowError",
+    ),
+    "endless versions": (
+        (chunk([5], 1, finish=STOP, weight_versions=[{"version": "3", "start": 0, "end": float("inf")}]),), {}, True,
+        "malformed answer to /generate: weight_versions: cannot convert float infinity",
+    ),
     "half a response": ((chunk([5], 1),), {"done": False}, True, "broken off"),
     "no end": ((chunk([5], 1),), {}, True, r"half a response (1 tokens, no end)"),
     "unknown end": ((chunk([5], 1, finish={"type": "tired"}),), {}, True, "finish_reason {'type': 'tired'}"),
@@ -155,6 +180,40 @@ def test_a_faulty_answer_is_an_error_that_says_whether_to_retry(
     assert text in str(error.value)
     assert str(error.value).startswith("engine 0: ")
     assert error.value.retry is retry
+    assert error.value.malformed == ("malformed answer" in str(error.value) or fault in ("no JSON", "no object"))
+
+
+@pytest.mark.parametrize("logprob", [float("nan"), 0.5])
+def test_what_cannot_be_a_logprob_is_asked_for_elsewhere_and_not_for_ever(
+    logprob: float, make_request: Request, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One server of two says it; then both do."""
+    monkeypatch.setattr(engine, "_RETRY_PAUSE_SECONDS", 0.0)
+    wrong = chunk([7], 1, finish=STOP, output_token_logprobs=[[logprob, 7, None]])
+
+    async def ask(urls: list[str]) -> tuple[Any, int]:
+        options: dict[str, Any] = {"vocab_size": 83, "context_length": 128, "incremental": True}
+        ways = [SglangEndpoint(Connection(f"engine {i}", url), **options) for i, url in enumerate(urls)]
+        pool = EndpointPool(ways, in_flight=1, retries=3)
+        prompt = Prompt(prompt_id="p", domain="math", token_ids=np.arange(3), reference="")
+        sampling = make_request(stops=(7,)).sampling
+        try:
+            answer = await pool.generate([prompt], num_responses=1, sampling=sampling, seed=1)
+        except EndpointError as error:
+            return error, pool.failures
+        finally:
+            await asyncio.gather(*(way.close() for way in ways))
+        return answer[0].rollouts[0], pool.failures
+
+    with standing_in() as broken, standing_in() as sound:
+        answer_with(broken, wrong)
+        answer_with(sound, chunk([7], 1, finish=STOP))
+        rollout, failures = asyncio.run(ask([broken.url, sound.url]))
+        assert (rollout.response_ids.tolist(), rollout.rollout_logprobs.tolist(), failures) == ([7], [-0.5], 1)
+        answer_with(sound, wrong)
+        error, failures = asyncio.run(ask([broken.url, sound.url]))
+        assert "optimizer.lr" in str(error)
+        assert failures == 4
 
 
 @pytest.mark.parametrize(("status", "retry"), [(503, True), (500, True), (429, True), (404, True)])
@@ -167,8 +226,10 @@ def test_a_status_that_may_pass_is_retried(status: int, retry: bool, stand_in: S
 
 def test_a_refused_request_is_wrong_everywhere(stand_in: StandIn, make_request: Request) -> None:
     stand_in.answers["/generate"] = lambda handler, body: handler.reply(400, {"error": {"message": "too long"}})
-    with pytest.raises(RolloutError, match="refuses request r1 of 3 tokens: too long") as error:
+    with pytest.raises(RolloutError, match=r"refuses request r1 of 3 tokens: too long\. .*look at") as error:
         generate(stand_in.url, make_request())
+    for setting in ("sglang.max_total_tokens", "data.max_prompt_tokens", "rollout.max_response_tokens"):
+        assert setting in str(error.value)
     assert not isinstance(error.value, EndpointError)
 
 
