@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Sets up (once) the trainer's and SGLang's environments, and runs the tests that need a real SGLang server. They take
 # 22 to 27 minutes on two cores. Arguments go to pytest. tests/run.sh runs these tests too where SGLang's environment
-# is there, and skips them, saying so, where it is not.
+# is there, and skips them, saying so, where it is not. `--files` only names them.
 #
 #   KLEAR_SGLANG_VENV=DIR        environment of the tests on a CPU, which is made for a CPU whatever it was made for
 #                                before (default: .venv-sglang, where there is a GPU .venv-sglang-cpu)
@@ -10,6 +10,16 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 root=$PWD
+tests=(
+    tests/rollout/sglang tests/weight_sync tests/e2e/test_sglang.py tests/e2e/test_colocated.py
+    tests/e2e/test_sglang_fixed_order.py tests/e2e/test_sglang_machines.py tests/e2e/test_sglang_others.py
+    tests/e2e/test_sglang_broadcast.py tests/e2e/test_sglang_lost_at_start.py tests/e2e/test_mismatch_causes.py
+    tests/session/test_left_out.py tests/slurm/test_sglang.py
+)
+if [[ ${1:-} == --files ]]; then
+    printf '%s\n' "${tests[@]}"
+    exit 0
+fi
 
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} MKL_NUM_THREADS=${MKL_NUM_THREADS:-1}
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
@@ -27,6 +37,7 @@ fi
 bash tools/setup_env.sh
 KLEAR_SGLANG_DEVICE=cpu bash tools/setup_sglang.sh
 bash tests/slurm/cluster.sh install || echo "tests/slurm will be skipped"
+bash tests/reward/bubblewrap.sh || echo "the tests that need a sandbox will be skipped"
 python=${KLEAR_VENV:-$root/.venv}/bin/python
 status=0
 # A run of their own, with SGLang's own kernels; the servers of all other tests compute on the CPU, GPU or not.
@@ -41,10 +52,7 @@ if $has_gpu; then
     fi
 fi
 # Last, so that its own summary closes the output.
-"$python" -m pytest tests/rollout/sglang tests/weight_sync tests/e2e/test_sglang.py \
-    tests/e2e/test_colocated.py tests/e2e/test_sglang_fixed_order.py tests/e2e/test_sglang_machines.py \
-    tests/e2e/test_sglang_others.py tests/e2e/test_sglang_broadcast.py tests/e2e/test_sglang_lost_at_start.py \
-    tests/e2e/test_mismatch_causes.py tests/session/test_left_out.py tests/slurm/test_sglang.py \
+"$python" -m pytest "${tests[@]}" \
     --durations=15 --durations-min=2 "$@" || status=$?
 if ((status)); then echo "tests/run_sglang.sh: FAILED" >&2; fi
 exit "$status"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -29,6 +30,7 @@ def run(tmp_path: Path) -> Run:
     shutil.copy(ROOT / "tests" / "run_sglang.sh", root / "tests")
     script(root / "tools" / "setup_env.sh", "exit 0")
     script(root / "tests" / "slurm" / "cluster.sh", "exit 0")
+    script(root / "tests" / "reward" / "bubblewrap.sh", "exit 0")
     script(
         root / "tools" / "setup_sglang.sh",
         f'echo "made ${{KLEAR_SGLANG_VENV#{root}/}} $KLEAR_SGLANG_DEVICE" >> {calls}\n'
@@ -100,6 +102,24 @@ def test_a_failure_of_either_run_is_one_of_both_and_keeps_none_back(
     done, calls = run(gpu=True, **changes)
     assert done.returncode == status
     assert calls[-1].startswith("in .venv-sglang-cpu: -m pytest tests/rollout/sglang ")
+
+
+def test_what_has_run_is_not_run_again_by_the_whole_command() -> None:
+    """.ci/run leaves out the files that `--files` names: each is there, and what asks for a server is in one."""
+    done = subprocess.run(
+        ["bash", "tests/run_sglang.sh", "--files"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    named = [ROOT / name for name in done.stdout.split()]
+    assert all(path.exists() for path in named)
+    assert "mapfile -t ran < <(bash tests/run_sglang.sh --files)" in (ROOT / ".ci" / "run").read_text()
+    asking = [
+        path
+        for path in (ROOT / "tests").rglob("test_*.py")
+        if path != Path(__file__) and re.search(r"sglang_(settings|urls)\b", path.read_text())
+    ]
+    assert len(asking) > 10
+    left = [path.name for path in asking if not any(path.is_relative_to(name) for name in named)]
+    assert left == ["test_colocated_gpu.py"], "it is marked gpu, and run apart"
 
 
 def test_every_file_marked_gpu_that_needs_sglang_is_run() -> None:
