@@ -24,7 +24,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import random
 import resource
 import signal
@@ -35,7 +34,6 @@ import sys
 import time
 from collections import Counter
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 
 import psutil
@@ -44,6 +42,7 @@ import yaml
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.origin import origin  # noqa: E402
 from benchmarks.run_comparison import compare, is_equal  # noqa: E402
 from benchmarks.soak_ledger import NOT_ONCE, TIMES, is_whole, walk_of_ledger  # noqa: E402
 
@@ -319,7 +318,6 @@ def report(soak: Soak, minutes: float, seed: int, servers: int, statuses: list[i
         rolled_back = ledger.execute("SELECT COUNT(*) FROM events WHERE event = 'rolled back'").fetchone()[0]
     whole = sorted(per_step) == [(step, PER_STEP) for step in range(1, trainer.step() + 1)]
     return {
-        "machine": {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()},
         "minutes": minutes,
         "seed": seed,
         "servers": servers,
@@ -369,23 +367,6 @@ def left_in_peace(work: Path, overrides: list[str], steps: int) -> Trainer:
     return trainer
 
 
-def origin(venv: Path) -> dict[str, str]:
-    """When and with what the result was made."""
-    asked = "import importlib.metadata as m; print(m.version('sglang'), m.version('torch'))"
-    sglang, torch = subprocess.run(
-        [str(venv / "bin" / "python"), "-c", asked], check=True, capture_output=True, text=True
-    ).stdout.split()
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    return {
-        "date": time.strftime("%Y-%m-%d"),
-        "commit": commit.stdout.strip(),
-        "sglang": sglang,
-        "torch_of_sglang": torch,
-        "torch": version("torch"),
-        "megatron_core": version("megatron-core"),
-    }
-
-
 def main() -> int:
     """Disturb, finish, compare, report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -412,6 +393,7 @@ def main() -> int:
     venv = given.venv.resolve()
     overrides = settings(work, venv, given.servers, fixed_order=given.fixed_order)
     overrides.append(f"weight_sync.transport={given.transport}")
+    told = origin(venv) | {"transport": given.transport}
     soak = Soak(Trainer(work, overrides), random.Random(given.seed))
     trainer = soak.trainer
     try:
@@ -426,7 +408,6 @@ def main() -> int:
     finally:
         trainer.kill([0, 1])
     time.sleep(2.0)
-    told = origin(venv) | {"transport": given.transport}
     told |= report(soak, given.minutes, given.seed, given.servers, statuses)
     same = True
     if given.fixed_order:
