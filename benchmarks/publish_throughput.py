@@ -5,6 +5,8 @@
 Starts one real SGLang server with a Qwen3 of the 8B's widths and fewer layers and words, as memory allows, and
 publishes to it by each transport, in turn, round by round. A publish is timed from pausing the engine to letting it go
 on, checksums included (they are timed by themselves too). The plain copy is the same tensors copied once in memory.
+The default of a run, `tensor` with `weight_sync.keep_on_disk`, writes each set to files, too. Beside the seconds stands
+the most memory that this process, a trainer's first rank, had resident meanwhile (Linux's VmHWM), its weights included.
 Prints a table, and writes it as JSON to benchmarks/results/publish_throughput.json (`--out`).
 """
 
@@ -12,8 +14,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
+import os
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -27,6 +30,7 @@ from megatron_klear.config import Architecture, ParallelSettings
 from megatron_klear.config.serving import SglangSettings
 from megatron_klear.model import hf_config
 from megatron_klear.model.hf_names import tensor_rules
+from megatron_klear.observe.memory import host_peak_bytes, reset_peaks
 from megatron_klear.parallel import FirstRank
 from megatron_klear.records import ParallelContext
 from megatron_klear.rollout.sglang import Expected, ServerFleet, SglangEngine
@@ -36,6 +40,7 @@ from megatron_klear.weight_sync import (
     DistributedTransport,
     EngineGroup,
     EngineLayout,
+    KeepingTransport,
     Publisher,
     SharedTransport,
     TensorTransport,
@@ -44,10 +49,16 @@ from megatron_klear.weight_sync import (
 )
 from megatron_klear.weight_sync.checksums import ExpectedChecksums
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.origin import origin
+
 RESULT = Path(__file__).with_name("results") / "publish_throughput.json"
 LONGEST = 128
 SHARED = "shared (each rank's own)"
 """What a colocated run takes: on a GPU handles of the trainer's memory, on a CPU files of shared memory."""
+KEPT = "tensor, keep_on_disk"
+"""What a run takes whose servers are on the trainer's machine, with the settings' defaults."""
 
 
 def architecture(layers: int, vocab: int) -> Architecture:
@@ -76,7 +87,7 @@ class Publishing:
         engine: connected.
         context: one process's.
         bucket_bytes: size of a bucket.
-        directory: for the disk transport; on a real disk for a real figure.
+        directory: for files of weights; on a real disk for a real figure.
     """
 
     def __init__(
@@ -89,9 +100,13 @@ class Publishing:
         device = torch.device(self.layout.device)
         self.sharing = BucketSharing(context)
         self.transports: dict[str, Transport] = {
-            "disk": DiskTransport(self.group, WeightFiles(directory, hf_config(arch), keep=2)),
+            "disk": DiskTransport(self.group, WeightFiles(directory / "disk", hf_config(arch), keep=2)),
             "distributed": DistributedTransport(self.group, tp=facts.tp, device=device),
             "tensor (shared memory)": TensorTransport(self.group, tp=facts.tp, by_value=False),
+            KEPT: KeepingTransport(
+                TensorTransport(self.group, tp=facts.tp, by_value=False),
+                WeightFiles(directory / "kept", hf_config(arch), keep=1),
+            ),
             "tensor (by value)": TensorTransport(self.group, tp=facts.tp, by_value=True),
             SHARED: SharedTransport(self.group, self.sharing, lambda caller: [0]),
         }
@@ -143,21 +158,29 @@ class Publishing:
         return time.perf_counter() - start
 
 
-def measure(publishing: Publishing, rounds: int) -> dict[str, list[float]]:
-    """Seconds by contestant, one per round; each is run once before, untimed."""
+def measure(publishing: Publishing, rounds: int) -> tuple[dict[str, list[float]], dict[str, int]]:
+    """Seconds by contestant, one per round, and its peak of resident bytes; each is run once before, untimed."""
     contestants = {"plain copy": publishing.copy, "checksums alone": publishing.checksums} | {
         name: (lambda name=name: publishing.publish(name)) for name in publishing.transports
     }
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    peaks = dict.fromkeys(contestants, 0)
     for number in range(rounds + 1):
         for name, run in contestants.items():
-            taken = run()
+            reset_peaks()
+            taken, peak = run(), host_peak_bytes()
             if number:
                 seconds[name].append(taken)
-    return seconds
+                peaks[name] = max(peak, peaks[name])
+    return seconds, peaks
 
 
-def report(publishing: Publishing, seconds: dict[str, list[float]], arguments: argparse.Namespace) -> dict[str, Any]:
+def report(
+    publishing: Publishing,
+    seconds: dict[str, list[float]],
+    peaks: dict[str, int],
+    arguments: argparse.Namespace,
+) -> dict[str, Any]:
     """Print the table and return what is kept."""
     size, copy = publishing.num_bytes, statistics.median(seconds["plain copy"])
     rows = {}
@@ -168,11 +191,12 @@ def report(publishing: Publishing, seconds: dict[str, list[float]], arguments: a
             "seconds": [round(v, 4) for v in values],
             "gigabytes_per_second": round(size / median / 1e9, 4),
             "of_plain_copy": round(copy / median, 4),
+            "peak_resident_bytes": peaks[name],
         }
-        print(f"{name:24s} {median:8.3f} s {size / median / 1e9:8.3f} GB/s {copy / median:8.1%} of a plain copy")
+        rate = f"{median:8.3f} s {size / median / 1e9:8.3f} GB/s {copy / median:8.1%} of a plain copy"
+        print(f"{name:24s} {rate}, at most {peaks[name] / 1e9:.2f} GB resident")
     given = {name: value for name, value in vars(arguments).items() if name != "out"}
-    machine = {"processor": platform.processor() or platform.machine(), "threads": torch.get_num_threads()}
-    return {"bytes": size, "arguments": given, "machine": machine, "torch": torch.__version__, "rows": rows}
+    return {"bytes": size, "arguments": given, "threads": torch.get_num_threads(), "rows": rows}
 
 
 def main() -> None:
@@ -185,6 +209,7 @@ def main() -> None:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--out", type=Path, default=RESULT, help="where the JSON goes")
     arguments = parser.parse_args()
+    told = origin(Path(arguments.venv))
     context = parallel.start(ParallelSettings(), device=arguments.device)
     arch = architecture(arguments.layers, arguments.vocab)
     # A GPU holds both: this process's weights and the server.
@@ -198,11 +223,12 @@ def main() -> None:
             expected = Expected(vocab_size=arch.vocab_size, longest_sequence=LONGEST)
             engine = SglangEngine(fleet.start_all(), settings, expected, in_flight=4)
             publishing = Publishing(arch, engine, context, arguments.bucket_mb * 2**20, Path(folder) / "weights")
-            result = report(publishing, measure(publishing, arguments.rounds), arguments)
+            result = report(publishing, *measure(publishing, arguments.rounds), arguments)
             for transport in publishing.transports.values():
                 transport.close()
             engine.close()
     arguments.out.parent.mkdir(exist_ok=True)
+    result = told | {"load_average_after": [round(load, 2) for load in os.getloadavg()]} | result
     arguments.out.write_text(json.dumps(result, indent=1) + "\n")
     parallel.stop()
 

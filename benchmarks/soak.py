@@ -8,9 +8,11 @@ Two trainer ranks train a tiny model from what the rollout manager draws, with p
 moments decided by the seed: processes of a server are killed with SIGKILL; one or both trainer ranks are; a server is
 stopped (SIGSTOP) for longer than `scheduling.stall_seconds` and goes on (SIGCONT); all packets to and from a server's
 port are dropped for as long (iptables, where there is root to use it), so that its connections time out while it lives;
-or a life of the trainer may not write files beyond a small size (RLIMIT_FSIZE), as on a full disk. A trainer that has
-ended is started again. In the end the run is finished undisturbed, and the ledger is asked how often each prompt was
-trained, and whether all of the walk over the data was, but for what may be in flight.
+or the disk is full for a life of the trainer: `run.dir` is then on a small tmpfs that runs out of space, or, where
+there is no root to mount one, files may not grow beyond a small size (RLIMIT_FSIZE). A trainer that has ended is
+started again. A server counts as killed where the signal met a living process; what became of each stands in the
+result. In the end the run is finished undisturbed, and the ledger is asked how often each prompt was trained, and
+whether all of the walk over the data was, but for what may be in flight.
 
 With --fixed-order the run is synchronous, prompts are trained in the order of the data, and tokens follow from seeds
 (`sglang.deterministic`). A second run of as many steps is then left in peace, and both are compared bit by bit.
@@ -24,8 +26,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import random
+import re
 import resource
 import signal
 import socket
@@ -35,7 +37,6 @@ import sys
 import time
 from collections import Counter
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 
 import psutil
@@ -44,13 +45,18 @@ import yaml
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.origin import origin  # noqa: E402
 from benchmarks.run_comparison import compare, is_equal  # noqa: E402
+from benchmarks.small_disk import nearly_full  # noqa: E402
+from benchmarks.soak_kills import Kills, number_of  # noqa: E402
 from benchmarks.soak_ledger import NOT_ONCE, TIMES, is_whole, walk_of_ledger  # noqa: E402
 
 RESULTS = Path(__file__).with_name("results")
 FAULTS = {
     "server killed": 0.45, "trainer killed": 0.25, "server stopped": 0.1, "network silent": 0.1, "disk full": 0.1,
 }  # fmt: skip
+FULL = ("too large", "disk is full", "disk I/O error", "File too large", "No space left", "cannot grow", "cannot write")
+"""Words by which a trainer tells that it could not write."""
 STALL_SECONDS, STOPPED_SECONDS = 20.0, 35.0
 PER_STEP, EVERY_STEPS, STALENESS = 8, 3, 3
 
@@ -155,6 +161,8 @@ class Soak:
         self.trainer, self.rng = trainer, rng
         self.faults: Counter[str] = Counter()
         self.endings: list[str] = []
+        self.full_disks: list[dict[str, object]] = []
+        self.server_kills = Kills(trainer.output)
         self.restarts = 0
 
     def disturb(self, minutes: float, kills: int) -> None:
@@ -186,26 +194,33 @@ class Soak:
         """Wait for a step more, and some random seconds."""
         before = self.trainer.step()
         while time.monotonic() < end and self.trainer.is_alive() and self.trainer.step() <= before:
+            self.server_kills.look()
             time.sleep(0.2)
         pause = time.monotonic() + self.rng.uniform(0.0, 10.0)
         while time.monotonic() < min(pause, end) and self.trainer.is_alive():
+            self.server_kills.look()
             time.sleep(0.1)
 
     def _start_again(self) -> None:
         """After an end that is not a kill of ours: it is noted, and the run goes on."""
         statuses = self.trainer.wait(90.0)
-        self.end_life()
+        self.end_life("the trainer ended by itself")
         last = [line for line in self.trainer.output().splitlines() if line.strip()][-1:]
         self.endings.append(f"life {self.trainer.lives}: statuses {statuses}, {(last or [''])[0][:300]}")
         print(self.endings[-1], flush=True)
         self.trainer.start(10**6)
 
     def kills(self) -> int:
-        """Times that SIGKILL was sent."""
+        """Times that SIGKILL met a server or was sent to a trainer."""
         return self.faults["server killed"] + self.faults["trainer killed"]
 
-    def end_life(self) -> None:
-        """Count what the life that has ended says of restarts."""
+    def end_life(self, why: str) -> None:
+        """Count what the life that has ended says of restarts.
+
+        Args:
+            why: it has ended.
+        """
+        self.server_kills.end_life(why)
         self.restarts += self.trainer.output().count("is back with the current weights")
 
     def _cause(self, kind: str) -> None:
@@ -221,30 +236,43 @@ class Soak:
                 self.faults[kind] += 1
                 return
             if kind == "server killed":
-                _signal(rng.choice([[server], processes[-1:], processes]), signal.SIGKILL)
+                chosen = rng.choice([[server], processes[-1:], processes])
+                number, life, step = number_of(server), trainer.lives, trainer.step()
+                if not self.server_kills.kill(chosen, server=number, life=life, step=step):
+                    kind = "server had ended before it was killed"
             else:
                 _signal(processes, signal.SIGSTOP)
                 time.sleep(STOPPED_SECONDS)
                 _signal(processes, signal.SIGCONT)
         else:
             trainer.kill(rng.choice([[0], [1], [0, 1]]))
-            self.end_life()
-            limit = None
+            self.end_life("the trainer was killed")
             if kind == "disk full":
-                limit = (trainer.run / "ledger.sqlite").stat().st_size + rng.randrange(100_000, 1_000_000)
-            trainer.start(10**6, file_limit=limit)
-            if limit is not None:
-                statuses = trainer.wait(150.0)
-                self.end_life()
-                reasons = ("too large", "disk is full", "disk I/O error", "File too large", "cannot write")
-                met = [line for line in trainer.output().splitlines() if any(r in line for r in reasons)]
-                kind = kind if met else "disk limit not met"
-                self.endings.append(
-                    f"life {trainer.lives}: statuses {statuses}, {(met or ['no word of it'])[-1][:300]}"
-                )
-                print(self.endings[-1], flush=True)
-                trainer.start(10**6)
+                kind = self._fill_disk(rng.randrange(100_000, 1_000_000))
+            trainer.start(10**6)
         self.faults[kind] += 1
+
+    def _fill_disk(self, spare: int) -> str:
+        """Let the trainer live until so many bytes more have been written; returns what happened."""
+        trainer = self.trainer
+        with nearly_full(trainer.run, spare) as is_full:
+            limit = None if is_full else (trainer.run / "ledger.sqlite").stat().st_size + spare
+            trainer.start(10**6, file_limit=limit)
+            statuses = trainer.wait(150.0)
+            self.end_life("the trainer ended on a full disk")
+            self._wait_for_servers_to_end()
+        how = "ENOSPC: run.dir on a tmpfs" if is_full else "EFBIG: RLIMIT_FSIZE, as no tmpfs could be mounted"
+        met = [line for line in trainer.output().splitlines() if any(reason in line for reason in FULL)]
+        self.endings.append(f"life {trainer.lives}: statuses {statuses}, {(met or ['no word of it'])[-1][:300]}")
+        self.full_disks.append({"life": trainer.lives, "how": how, "spare_bytes": spare, "met": bool(met)})
+        print(self.endings[-1], flush=True)
+        return "disk full" if met else "disk limit not met"
+
+    def _wait_for_servers_to_end(self) -> None:
+        """They write logs into the run's directory, and end with the trainer."""
+        deadline = time.monotonic() + 60.0
+        while self.trainer.servers() and time.monotonic() < deadline:
+            time.sleep(0.5)
 
 
 def _with_children(process: psutil.Process) -> list[psutil.Process]:
@@ -319,7 +347,6 @@ def report(soak: Soak, minutes: float, seed: int, servers: int, statuses: list[i
         rolled_back = ledger.execute("SELECT COUNT(*) FROM events WHERE event = 'rolled back'").fetchone()[0]
     whole = sorted(per_step) == [(step, PER_STEP) for step in range(1, trainer.step() + 1)]
     return {
-        "machine": {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()},
         "minutes": minutes,
         "seed": seed,
         "servers": servers,
@@ -327,6 +354,9 @@ def report(soak: Soak, minutes: float, seed: int, servers: int, statuses: list[i
         "kills": soak.kills(),
         "lives_of_the_trainer": trainer.lives,
         "servers_restarted_in_a_life": soak.restarts,
+        "servers_killed": soak.server_kills.told(),
+        "what_became_of_them": dict(Counter(_kind(kill["outcome"]) for kill in soak.server_kills.told())),
+        "full_disks": soak.full_disks,
         "ended_by_itself": soak.endings,
         "last_exit": statuses,
         "steps": trainer.step(),
@@ -338,6 +368,11 @@ def report(soak: Soak, minutes: float, seed: int, servers: int, statuses: list[i
         "walk": walk(trainer),
         "server_processes_left": len(trainer.servers()),
     }
+
+
+def _kind(outcome: object) -> str:
+    """An outcome without its seconds."""
+    return re.sub(r" \d+ s later,", ",", str(outcome))
 
 
 def walk(trainer: Trainer) -> dict[str, object]:
@@ -369,23 +404,6 @@ def left_in_peace(work: Path, overrides: list[str], steps: int) -> Trainer:
     return trainer
 
 
-def origin(venv: Path) -> dict[str, str]:
-    """When and with what the result was made."""
-    asked = "import importlib.metadata as m; print(m.version('sglang'), m.version('torch'))"
-    sglang, torch = subprocess.run(
-        [str(venv / "bin" / "python"), "-c", asked], check=True, capture_output=True, text=True
-    ).stdout.split()
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    return {
-        "date": time.strftime("%Y-%m-%d"),
-        "commit": commit.stdout.strip(),
-        "sglang": sglang,
-        "torch_of_sglang": torch,
-        "torch": version("torch"),
-        "megatron_core": version("megatron-core"),
-    }
-
-
 def main() -> int:
     """Disturb, finish, compare, report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -412,6 +430,7 @@ def main() -> int:
     venv = given.venv.resolve()
     overrides = settings(work, venv, given.servers, fixed_order=given.fixed_order)
     overrides.append(f"weight_sync.transport={given.transport}")
+    told = origin(venv) | {"transport": given.transport}
     soak = Soak(Trainer(work, overrides), random.Random(given.seed))
     trainer = soak.trainer
     try:
@@ -419,14 +438,13 @@ def main() -> int:
         for rank in trainer.ranks:
             rank.terminate()
         trainer.wait(120.0)
-        soak.end_life()
+        soak.end_life("the trainer was stopped at the end of the disturbance")
         trainer.start(trainer.step() + 3)
         statuses = trainer.wait(600.0)
-        soak.end_life()
+        soak.end_life("the run was complete")
     finally:
         trainer.kill([0, 1])
     time.sleep(2.0)
-    told = origin(venv) | {"transport": given.transport}
     told |= report(soak, given.minutes, given.seed, given.servers, statuses)
     same = True
     if given.fixed_order:
