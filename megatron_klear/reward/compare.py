@@ -96,6 +96,12 @@ class MathVerify:
 
     def _compare(self, reference: str, gold: Any, text: str, *, is_boxed: bool) -> Verdict:
         """Compare an answer with a reference that was read; both as they were written, and as mathematics."""
+        verdict = self._compare_once(reference, gold, text, is_boxed=is_boxed)
+        if verdict.outcome == "wrong" and is_boxed and shape.are_spelled_alike(reference, text):
+            return Verdict("correct", "written as the reference")  # 12 m^2, a formula or an area, and 12m^2
+        return verdict
+
+    def _compare_once(self, reference: str, gold: Any, text: str, *, is_boxed: bool) -> Verdict:
         if not is_boxed:
             answer, problem = self._read(text, is_boxed=False)
             return self._verdict(gold, answer, problem)

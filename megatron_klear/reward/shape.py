@@ -57,6 +57,7 @@ _CONGRUENCE = re.compile(
     r"(?:([A-Za-z](?:_\{?\w+\}?)?)\s*\\equiv\s*)?(-?\d{1,30})\s*(?:\\[,; ]\s*|\\quad\s*)?"
     r"(?:\\pmod\s*\{?|\(\s*\\(?:bmod|mod|text\{mod\}|mathrm\{mod\})\s*|\\(?:bmod|mod)\s*)\s*(\d{1,30})\s*[})]?"
 )
+_SPACE_AT_LETTER = re.compile(r"(?<=\d)(?:\s|~|\\[,;: ])+(?=[A-Za-z\\])")
 _BARE_CLOCK = re.compile(r"(\d{1,2})(?::(\d{2}))?")
 
 
@@ -227,6 +228,12 @@ def are_named_otherwise(reference: str, answer: str) -> bool:
     """Whether two ratios say what their terms are, and say different things: a:b = 1:2 and b:a = 1:2."""
     gold, given = sides(reference)[:-1], sides(answer)[:-1]
     return bool(gold and given) and gold[-1].replace(" ", "") != given[-1].replace(" ", "")
+
+
+def are_spelled_alike(reference: str, answer: str) -> bool:
+    """Whether two texts are one, spaces between a digit and a letter aside."""
+    first, second = (_SPACE_AT_LETTER.sub("", text.strip()) for text in (reference, answer))
+    return first == second
 
 
 def are_times(reference: str, answer: str) -> bool:

@@ -23,8 +23,6 @@ _SYMBOLS = str.maketrans(
         "°": r"^\circ ",
         "\N{MINUS SIGN}": "-",
         "\N{FRACTION SLASH}": "/",
-        "²": "^{2}",
-        "³": "^{3}",
         "½": r"\frac{1}{2}",
         "¼": r"\frac{1}{4}",
         "¾": r"\frac{3}{4}",
@@ -33,6 +31,7 @@ _SYMBOLS = str.maketrans(
         **{chr(ord("\N{FULLWIDTH DIGIT ZERO}") + digit): str(digit) for digit in range(10)},
     }
 )
+_RAISED = str.maketrans({"²": "^{2}", "³": "^{3}"})  # before units are looked for: 12 m²
 _OF_LETTERS = re.compile(
     r"(?:\\(?:text|mathrm|operatorname)\s*\{\s*(?P<marked>gcd|lcm)\s*\}|\\(?P<command>gcd|lcm)(?![A-Za-z]))"
     r"\s*(?:\\left\s*)?\((?P<arguments>[^()]*[A-Za-z][^()]*?)(?:\\right\s*)?\)"
@@ -86,7 +85,7 @@ def normalize_expression(text: str) -> str:
     whole = STYLED.fullmatch(text)
     if whole and any(char.isdigit() for char in text):
         text = whole.group(1)  # \text{(-1, 2)}; words stay marked as text
-    text = write_out_numerals(text)
+    text = write_out_numerals(text.translate(_RAISED))
     text = in_one_unit(in_plain_units(text))
     text = _UNIT_IN_WORDS.sub(r"\1\\text{ \2}", text) if _UNIT_IN_WORDS.fullmatch(text) else mark_abbreviation(text)
     text = _OF_LETTERS.sub(_as_function, text)
