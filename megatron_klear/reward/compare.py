@@ -75,7 +75,11 @@ class MathVerify:
         if question.answer is not None:
             question = question._replace(answer=without_long_spaces(question.answer))
         question, reference = with_digits(question, reference)
-        decided = judge_text(question, reference) or judge_congruence(question, reference)
+        decided = (
+            judge_text(question, reference)
+            or judge_congruence(question, reference)
+            or self._judge_unreadable(question, reference)
+        )
         if decided:
             return decided
         gold, problem = self._read(bare(_without_remarks(reference)))
@@ -202,17 +206,9 @@ class MathVerify:
 
     def _judge_shape(self, reference: str, answer: str) -> Verdict | None:
         """The verdict where the way an answer is written decides; None leaves it to the mathematics."""
-        time = shape.clock(reference)
-        if time is not None:
-            given = shape.clock(answer, needs_half=False)
-            same = given is not None and given[:2] == time[:2] and given.half in ("", time.half)
-            return Verdict("correct", "the same time") if same else Verdict("wrong", "not the time of the reference")
-        terms, given_terms = shape.ratio(reference), shape.ratio(answer)
-        if max(len(terms), len(given_terms)) > 2:
-            same = not shape.are_named_otherwise(reference, answer) and self._are_proportional(terms, given_terms)
-            return Verdict("correct", "the same ratio") if same else Verdict("wrong", "not the ratio of the reference")
-        if shape.are_times(reference, answer) and reference.strip() != answer.strip():
-            return Verdict("wrong", "not the time of the reference")
+        decided = self._judge_colons(reference, answer)
+        if decided is not None:
+            return decided
         if shape.has_ellipsis(reference) != shape.has_ellipsis(answer):
             return Verdict("wrong", "one of reference and answer goes on without end, the other ends")
         in_base = shape.same_in_base(reference, answer)
@@ -249,21 +245,48 @@ class MathVerify:
             return Verdict("wrong", f"{', '.join(sorted(way))}, where the reference says {', '.join(sorted(gold_way))}")
         return None
 
+    def _judge_colons(self, reference: str, answer: str) -> Verdict | None:
+        """The verdict on times of day and ratios; a ratio of two terms, none of them 0, is left to the mathematics."""
+        time = shape.clock(reference)
+        if time is not None:
+            given = shape.clock(answer, needs_half=False)
+            same = given is not None and given[:2] == time[:2] and given.half in ("", time.half)
+            return Verdict("correct", "the same time") if same else Verdict("wrong", "not the time of the reference")
+        terms, given_terms = shape.ratio(reference), shape.ratio(answer)
+        moment, given_moment = shape.time_of_day(reference), shape.time_of_day(answer)
+        if moment and (shape.has_zero(terms) or given_moment):
+            same = moment == given_moment
+            return Verdict("correct", "the same time") if same else Verdict("wrong", "not the time of the reference")
+        if max(len(terms), len(given_terms)) > 2 or shape.has_zero(terms):
+            same = not shape.are_named_otherwise(reference, answer) and self._are_proportional(terms, given_terms)
+            return Verdict("correct", "the same ratio") if same else Verdict("wrong", "not the ratio of the reference")
+        return None
+
+    def _judge_unreadable(self, question: Question, reference: str) -> Verdict | None:
+        """The verdict where the parser would divide by the 0 of the reference: times on the hour, ratios with a 0."""
+        reference = normalize_expression(reference)
+        if not question.is_boxed or not (shape.clock(reference) or shape.has_zero(shape.ratio(reference))):
+            return None
+        answer = "" if question.answer is None else question.answer
+        verdict = self._judge_colons(*tell_apart(reference, normalize_expression(answer)))
+        return Verdict("wrong", question.no_answer_reason) if verdict and question.answer is None else verdict
+
     def _are_proportional(self, golds: list[str], answers: list[str]) -> bool:
-        """Whether two ratios with terms (a, b, ...) and (p, q, ...) are one: a q = b p for all pairs of neighbours.
+        """Whether two ratios with terms (a, b, ...) and (p, q, ...) are one: a q = b p for the first b that is not 0.
 
         Raises:
-            ValueError: a term of the reference cannot be read.
+            ValueError: a term of the reference cannot be read, or all of them are 0.
         """
-        if len(golds) != len(answers):
-            return False
         left, right = ([self._read(term)[0] for term in terms] for terms in (golds, answers))
-        if any(term is None for term in left):
+        known = [i for i, term in enumerate(left) if term is not None and self.mathematics.value(term) != 0]
+        if any(term is None for term in left) or not known:
             raise ValueError(f"the ratio {':'.join(golds)[:80]!r} of the reference cannot be read")
-        if any(term is None or self.mathematics.value(term) == 0 for term in right):
+        if len(golds) != len(answers) or any(term is None for term in right):
             return False
-        pairs = itertools.pairwise(zip(left, right, strict=True))
-        return all(self._equal(self._sympy.sympify(a) * q, b * p) for (a, p), (b, q) in pairs)
+        b, q = (self._sympy.sympify(terms[known[0]]) for terms in (left, right))
+        if self.mathematics.value(q) == 0:
+            return False
+        return all(self._equal(self._sympy.sympify(a) * q, b * p) for a, p in zip(left, right, strict=True))
 
     def _compare_named(self, named: dict[str, str], given: dict[str, str]) -> Verdict:
         if set(named) != set(given):

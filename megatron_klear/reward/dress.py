@@ -29,6 +29,8 @@ _DRESS: tuple[tuple[re.Pattern[str], str], ...] = (
     (re.compile(rf"^(\d{{1,9}})\s*(?:{UPRIGHT}\s*\{{\s*to\s*\}}|\bto\b)\s*(\d{{1,9}})$"), r"\1:\2"),
     (re.compile(r"\\\\\s*\[\s*-?[\d.]+\s*(?:pt|ex|em|mm|cm)\s*\]"), r"\\\\"),  # the height of a row
     (re.compile(r"\{:\}|\\colon(?![A-Za-z])"), ":"),
+    (re.compile(r"(?<!\\!)(?:\\!)+:"), ":"),
+    (re.compile(r":(?:\\!)+"), ":"),
     (re.compile(rf"{UPRIGHT}\s*\{{\s*\\\$\s*\}}"), r"\\$"),
     (re.compile(r"\\(?:degree|textdegree)(?![A-Za-z])(?:\s*\{\s*\})?"), r"^\\circ "),
     (re.compile(rf"(?<=\d)\s*\^\s*(?:\{{\s*)?(?:{UPRIGHT}\s*\{{\s*o\s*\}}|o(?![A-Za-z]))(?:\s*\}})?"), r"^\\circ "),

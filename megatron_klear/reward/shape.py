@@ -47,6 +47,7 @@ _CLOCK = re.compile(
     r"(\d{1,2})(?::(\d{2}))?\s*(?:\\(?:text|textrm|mathrm)\s*\{\s*)?\s*(?:\\[,; ]\s*)?([AaPp])\.?\s*[Mm]\.?\s*\}?"
 )
 _TIME = re.compile(r"\d{1,2}(?::[0-5]\d){1,2}")
+_ZERO = re.compile(r"0+(?:\.0*)?")
 _DIRECTION = re.compile(
     r"(?<![A-Za-z\\])(?:north|south|east|west|northeast|northwest|southeast|southwest|left|right|upwards?|downwards?|up"
     r"|down|clockwise|counterclockwise|anticlockwise|loss|gain|profit|increase|decrease)(?![A-Za-z])",
@@ -236,9 +237,20 @@ def are_spelled_alike(reference: str, answer: str) -> bool:
     return first == second
 
 
-def are_times(reference: str, answer: str) -> bool:
-    """Whether both may be times, `2:30` or `1:02:30`: as ratios some that differ would be equal, 2:30 and 1:15."""
-    return all(_TIME.fullmatch(text.strip()) for text in (reference, answer))
+def time_of_day(text: str) -> tuple[int, ...]:
+    """Hours and minutes, and seconds if given, of `2:30`, `1:02:30` or `2:30 PM`; empty for what is no time.
+
+    As ratios some times that differ would be equal: 2:30 and 1:15.
+    """
+    time = clock(text)
+    if time is not None:
+        return time[:2]
+    return tuple(map(int, text.strip().split(":"))) if _TIME.fullmatch(text.strip()) else ()
+
+
+def has_zero(terms: list[str]) -> bool:
+    """Whether a ratio has the number 0 among its terms."""
+    return len(terms) > 1 and any(_ZERO.fullmatch(term) for term in terms)
 
 
 def has_ellipsis(text: str) -> bool:
