@@ -12,9 +12,9 @@ import functools
 import itertools
 from typing import Any
 
-from megatron_klear.reward import conditions, remarks, shape
+from megatron_klear.reward import conditions, formulas, remarks, shape
 from megatron_klear.reward.answers import Question, last_box
-from megatron_klear.reward.in_words import judge_congruence, judge_text, with_digits
+from megatron_klear.reward.in_words import judge_congruence, judge_formula, judge_text, with_digits
 from megatron_klear.reward.latex import without_long_spaces
 from megatron_klear.reward.letters import tell_apart, with_imaginary_unit
 from megatron_klear.reward.mathematics import Mathematics
@@ -77,6 +77,7 @@ class MathVerify:
         question, reference = with_digits(question, reference)
         decided = (
             judge_text(question, reference)
+            or judge_formula(question, reference)
             or judge_congruence(question, reference)
             or self._judge_unreadable(question, reference)
         )
@@ -115,7 +116,11 @@ class MathVerify:
             return decided
         reference, text = _in_one_parameter(reference, text)
         reference, text = with_imaginary_unit(*tell_apart(reference, text))
-        decided = self._judge_approximation(reference, gold, text) or self._judge_shape(reference, text)
+        decided = (
+            self._judge_approximation(reference, gold, text)
+            or self._judge_joined(reference, text)
+            or self._judge_shape(reference, text)
+        )
         if decided is not None:
             return decided
         decided = self._judge_conditions(reference, text)
@@ -171,6 +176,34 @@ class MathVerify:
             return Verdict("wrong", "the answer calls numbers approximately equal that are not")
         verdicts = [self._compare(reference, gold, part, is_boxed=True) for part in named]
         return next((verdict for verdict in verdicts if verdict.outcome == "correct"), verdicts[0])
+
+    def _judge_joined(self, reference: str, answer: str) -> Verdict | None:
+        """The verdict where relations between several unknowns are joined by `or`, in one of both at least."""
+        if not conditions.has_or(reference) and not conditions.has_or(answer):
+            return None
+        gold, given = formulas.relations(reference), formulas.relations(answer)
+        if gold is None or given is None:
+            named = shape.named_values(answer)
+            if named and conditions.has_or(answer) and len(shape.items(reference)) != 1:
+                return Verdict("wrong", "the answer has alternatives, the reference values that belong together")
+            return None
+        if not formulas.are_about_several(gold) and not formulas.are_about_several(given):
+            return None
+        given = formulas.with_common_relations(gold, given, self._are_one_relation)
+        same = formulas.are_equal(gold, given)
+        return (
+            Verdict("correct", "the same relations, joined in the same way")
+            if same
+            else Verdict("wrong", "other relations than in the reference, or joined otherwise")
+        )
+
+    def _are_one_relation(self, reference: str, answer: str) -> bool:
+        if formulas.letters_of(reference) != formulas.letters_of(answer):
+            return False
+        gold, given = self._read(reference)[0], self._read(answer)[0]
+        if gold is None or given is None:
+            return reference.replace(" ", "") == answer.replace(" ", "")
+        return self._equal(gold, given)
 
     def _judge_conditions(self, reference: str, answer: str) -> Verdict | None:
         """The verdict where several inequalities are joined, which math-verify takes for a list."""

@@ -1,8 +1,8 @@
-"""Verdicts that need no mathematics: choices, words, congruences."""
+"""Verdicts that need no mathematics: choices, words, formulas of logic and sets, congruences."""
 
 from __future__ import annotations
 
-from megatron_klear.reward import shape
+from megatron_klear.reward import formulas, geometry, shape
 from megatron_klear.reward.answers import Question
 from megatron_klear.reward.rules import Verdict
 from megatron_klear.reward.spelling import normalize_expression
@@ -61,6 +61,22 @@ def _judge_choices(question: Question, reference: str) -> Verdict | None:
     if same is None:
         return None
     return Verdict("correct", "the same choices") if same else Verdict("wrong", "not the choices of the reference")
+
+
+def judge_formula(question: Question, reference: str) -> Verdict | None:
+    r"""The verdict where the reference is a formula of logic or sets, or a statement such as `AB \parallel CD`."""
+    gold, fact = formulas.formula(reference), geometry.statement(reference)
+    is_formula = gold is not None and gold.has_signs and formulas.is_joined(gold.tree)
+    if not question.is_boxed or not (is_formula or fact):
+        return None
+    if question.answer is None:
+        return Verdict("wrong", question.no_answer_reason)
+    if fact:
+        same = geometry.statement(question.answer) == fact
+    else:
+        given = formulas.formula(question.answer)
+        same = gold is not None and given is not None and formulas.are_equal(gold, given)
+    return Verdict("correct", "says the same") if same else Verdict("wrong", "does not say what the reference says")
 
 
 def judge_congruence(question: Question, reference: str) -> Verdict | None:

@@ -113,14 +113,15 @@ def brackets(text: str) -> Brackets:
     text = without_sizes(text).strip()
     for opening, closing in ((r"\{", r"\}"), ("(", ")"), ("[", "]")):
         inner = text[len(opening) : len(text) - len(closing)]
-        if text.startswith(opening) and text.endswith(closing) and _is_balanced(inner):
+        if text.startswith(opening) and text.endswith(closing) and is_balanced(inner):
             count = len(split_at(inner, ","))
             kind: Brackets = "set" if opening == r"\{" else "tuple"
             return kind if count > (2 if opening == "[" else 1) else "none"
     return "list" if len(items(text)) > 1 else "none"
 
 
-def _is_balanced(text: str) -> bool:
+def is_balanced(text: str) -> bool:
+    """Whether no bracket of a text closes what was opened before it, and none stays open."""
     depth = 0
     for token in _TOKEN.finditer(text):
         depth += (token.group() in _OPENING) - (token.group() in _CLOSING)
@@ -289,7 +290,7 @@ def are_of_other_ends(reference: str, answer: str) -> bool:
     """Whether two pairs differ in their brackets: `(3, 1)`, a point or an open interval, and `[3, 1]`."""
     ends = []
     for text in (without_sizes(reference).strip(), without_sizes(answer).strip()):
-        is_pair = text[:1] in ("(", "[") and text[-1:] in (")", "]") and _is_balanced(text[1:-1])
+        is_pair = text[:1] in ("(", "[") and text[-1:] in (")", "]") and is_balanced(text[1:-1])
         ends.append(text[0] + text[-1] if is_pair and len(split_at(text[1:-1], ",")) == 2 else "")
     return bool(ends[0] and ends[1]) and ends[0] != ends[1]
 

@@ -7,7 +7,7 @@ from fractions import Fraction
 
 import pytest
 
-from megatron_klear.reward import remarks, shape
+from megatron_klear.reward import formulas, geometry, remarks, shape
 from megatron_klear.reward.answers import Question
 from megatron_klear.reward.compare import MathVerify
 from megatron_klear.reward.latex import without_long_spaces
@@ -139,6 +139,14 @@ def test_an_acre_is_43560_square_feet() -> None:
         r"\\\\ ",
         r"30^\circ ",
         "A , ",
+        r"5\,",
+        r"p\land ",
+        r"\neg ",
+        r"(p\lor ",
+        "((x=1 or ",
+        "x=1 or ",
+        r"A\cup B'",
+        r"AB\parallel ",
     ],
 )
 def test_the_longest_answers_are_rewritten_at_once(unit: str) -> None:
@@ -154,6 +162,9 @@ def test_the_longest_answers_are_rewritten_at_once(unit: str) -> None:
     remarks.changing_words(text)
     same_choices(text, "A, B")
     word_list(text)
+    formulas.formula(text)
+    formulas.relations(rewritten)
+    geometry.statement(text)
     assert time.process_time() - start < 2.0
 
 
