@@ -14,7 +14,7 @@ from typing import Any
 
 from megatron_klear.reward import conditions, formulas, remarks, shape
 from megatron_klear.reward.answers import Question, last_box
-from megatron_klear.reward.in_words import judge_congruence, judge_formula, judge_text, with_digits
+from megatron_klear.reward.in_words import judge_congruence, judge_formula, judge_text, with_digits, with_sets
 from megatron_klear.reward.latex import without_long_spaces
 from megatron_klear.reward.letters import tell_apart, with_imaginary_unit
 from megatron_klear.reward.mathematics import Mathematics
@@ -74,7 +74,12 @@ class MathVerify:
         reference = without_long_spaces(question.reference if reference is None else reference)
         if question.answer is not None:
             question = question._replace(answer=without_long_spaces(question.answer))
-        question, reference = with_digits(question, reference)
+        question, reference = with_sets(*with_digits(question, reference))
+        name, reference = shape.named_by_operator(reference)
+        if question.answer is not None and (name or len(shape.sides(reference)) == 1):
+            given, answer = shape.named_by_operator(question.answer)
+            # Of another name than the reference has: left as it is, which no parser reads.
+            question = question if name and given not in ("", name) else question._replace(answer=answer)
         decided = (
             judge_text(question, reference)
             or judge_formula(question, reference)
@@ -102,6 +107,11 @@ class MathVerify:
     def _compare(self, reference: str, gold: Any, text: str, *, is_boxed: bool) -> Verdict:
         """Compare an answer with a reference that was read; both as they were written, and as mathematics."""
         verdict = self._compare_once(reference, gold, text, is_boxed=is_boxed)
+        if verdict.outcome == "wrong" and shape.has_open_log(reference):
+            reference, text = shape.with_natural_log(reference), shape.with_natural_log(text)
+            gold, problem = self._read(bare(_without_remarks(reference)))
+            if not problem:
+                verdict = self._compare_once(reference, gold, text, is_boxed=is_boxed)
         if verdict.outcome == "wrong" and is_boxed and shape.are_spelled_alike(reference, text):
             return Verdict("correct", "written as the reference")  # 12 m^2, a formula or an area, and 12m^2
         return verdict
@@ -156,7 +166,9 @@ class MathVerify:
         if more:
             return Verdict("wrong", f"the answer adds to its value: {', '.join(sorted(more))[:80]}")
         if remarks.is_to_be_done(shape.sides(answer)[-1]) and not remarks.is_to_be_done(reference):
-            return Verdict("wrong", "the answer leaves a sum, product, limit, derivative or integral to be done")
+            return Verdict(
+                "wrong", "the answer leaves a sum, product, limit, derivative, integral or residue to be done"
+            )
         domains = [remarks.split_domain(text)[2] for text in (reference, answer)]
         if all(domains) and domains[0] != domains[1]:
             return Verdict("wrong", "the parameter is of another set than in the reference")
@@ -369,9 +381,18 @@ class MathVerify:
         )
 
     def _same_repetitions(self, reference: str, answer: str) -> bool:
-        """Whether two lists of equal length repeat the same values; as sets, math-verify counts each once."""
+        """Whether two lists repeat the same values; as sets, math-verify counts each once.
+
+        A set in braces has each value once, and alternatives for one unknown say nothing of how often one counts.
+        """
         golds, answers = shape.items(reference), shape.items(answer)
-        if len(golds) != len(answers) or not 2 < len(golds) <= MOST_PAIRED:
+        if max(len(golds), len(answers)) > MOST_PAIRED:
+            return True
+        if len(golds) != len(answers):
+            if any(shape.brackets(text) == "set" or shape.are_alternatives(text) for text in (reference, answer)):
+                return True
+            return not self._has_repetition(reference) and not self._has_repetition(answer)
+        if len(golds) < 3:
             return True
         left = [self._read(part)[0] for part in answers]
         for gold in (self._read(part)[0] for part in golds):
@@ -382,3 +403,10 @@ class MathVerify:
                 return False
             del left[found]
         return True
+
+    def _has_repetition(self, text: str) -> bool:
+        """Whether a value occurs twice in a list; 1,000,000 is none."""
+        if not isinstance(self._read(text)[0], self._sympy.FiniteSet):
+            return False
+        values = [value for part in shape.items(text) if (value := self._read(part)[0]) is not None]
+        return any(self._equal(one, other) for one, other in itertools.combinations(values, 2))

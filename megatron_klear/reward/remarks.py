@@ -43,7 +43,9 @@ _FOR_INTEGERS = re.compile(
 )
 _SET_SIGNS = {"\u2124": "Z", "\u2115": "N", "\u211d": "R", "\u211a": "Q"}
 _APPROXIMATELY = re.compile(r"\\approx(?![A-Za-z])|\u2248")
-_TO_BE_DONE = re.compile(r"\\(?:sum|prod|i{0,2}int|oint|lim|limits)(?![A-Za-z])|\\d?frac\s*\{\s*d\s*\}\s*\{\s*d")
+_TO_BE_DONE = re.compile(
+    r"\\(?:sum|prod|i{0,2}int|oint|lim|limits|[bp]?mod)(?![A-Za-z])|\\d?frac\s*\{\s*d\s*\}\s*\{\s*d"
+)
 
 
 def changing_words(text: str) -> frozenset[str]:
@@ -99,5 +101,5 @@ def approximations(text: str) -> list[str]:
 
 
 def is_to_be_done(text: str) -> bool:
-    """Whether a text names a sum, product, limit, derivative or integral, which may be no more than the question."""
+    """Whether a text names a sum, product, limit, derivative, integral or residue, perhaps only the question."""
     return _TO_BE_DONE.search(text) is not None

@@ -58,6 +58,12 @@ _CONGRUENCE = re.compile(
     r"(?:([A-Za-z](?:_\{?\w+\}?)?)\s*\\equiv\s*)?(-?\d{1,30})\s*(?:\\[,; ]\s*|\\quad\s*)?"
     r"(?:\\pmod\s*\{?|\(\s*\\(?:bmod|mod|text\{mod\}|mathrm\{mod\})\s*|\\(?:bmod|mod)\s*)\s*(\d{1,30})\s*[})]?"
 )
+_OPERATOR_NAME = re.compile(
+    r"(\\(?:max|min|sup|inf|deg|dim)(?![A-Za-z])\s*(?:[A-Za-z](?:_\w)?(?:\s*\(\s*[A-Za-z]\s*\))?)?"
+    r"|\\sum(?![A-Za-z])\s*[A-Za-z](?:_\w|_\{\w\})?)\s*=\s*([^=]+)"
+)
+_OPEN_LOG = re.compile(r"\\log(?![A-Za-z])(?!\s*_)")
+_NATURAL_LOG = re.compile(r"\\(?:ln|lg)(?![A-Za-z])")
 _SPACE_AT_LETTER = re.compile(r"(?<=\d)(?:\s|~|\\[,;: ])+(?=[A-Za-z\\])")
 _BARE_CLOCK = re.compile(r"(\d{1,2})(?::(\d{2}))?")
 
@@ -165,6 +171,22 @@ def value_of_function(text: str) -> str | None:
     """`5` of `f(3)=5`, else None."""
     parts = sides(text)
     return parts[1] if len(parts) == 2 and parts[1] and _FUNCTION_VALUE.fullmatch(parts[0]) else None
+
+
+def named_by_operator(text: str) -> tuple[str, str]:
+    r"""The name and the value of `\deg P = 5` or `\sum a_i = 5`; no name and the text where there is none."""
+    match = _OPERATOR_NAME.fullmatch(without_sizes(text).strip(" $"))
+    return (re.sub(r"[\s{}]", "", match.group(1)), match.group(2)) if match else ("", text)
+
+
+def has_open_log(text: str) -> bool:
+    r"""Whether a text has a `\log` without a base, which may be the natural one, and none that is written as such."""
+    return _OPEN_LOG.search(text) is not None and _NATURAL_LOG.search(text) is None
+
+
+def with_natural_log(text: str) -> str:
+    r"""A text with `\ln` for `\log` without a base."""
+    return _OPEN_LOG.sub(r"\\ln", text)
 
 
 def same_left_side(reference: str, answer: str) -> tuple[str, str] | None:
