@@ -74,6 +74,9 @@ class MathVerify:
         reference = without_long_spaces(question.reference if reference is None else reference)
         if question.answer is not None:
             question = question._replace(answer=without_long_spaces(question.answer))
+        forms, given_forms = remarks.equivalents(reference), remarks.equivalents(question.answer or "")
+        if question.is_boxed and max(len(forms), len(given_forms)) > 1:
+            return self._judge_forms(question, forms, given_forms)
         question, reference = with_sets(*with_digits(question, reference))
         name, reference = shape.named_by_operator(reference)
         if question.answer is not None and (name or len(shape.sides(reference)) == 1):
@@ -103,6 +106,16 @@ class MathVerify:
             for sound in (reference, PLAIN_NUMBER):
                 self._compare(reference, gold, sound, is_boxed=True)
             return Verdict("wrong", f"the answer cannot be compared: {type(error).__name__}: {str(error)[:200]}")
+
+    def _judge_forms(self, question: Question, forms: list[str], answers: list[str]) -> Verdict:
+        """The verdict on a value in several forms: any of the reference will do, all of an answer must."""
+        verdicts = []
+        for answer in answers:
+            given = question._replace(answer=None if question.answer is None else answer)
+            found = [self._judge(given._replace(reference=form)) for form in forms]
+            by_outcome = {verdict.outcome: verdict for verdict in found}
+            verdicts.append(by_outcome.get("correct") or by_outcome.get("wrong") or found[0])
+        return next((verdict for verdict in verdicts if verdict.outcome != "correct"), verdicts[0])
 
     def _compare(self, reference: str, gold: Any, text: str, *, is_boxed: bool) -> Verdict:
         """Compare an answer with a reference that was read; both as they were written, and as mathematics."""
@@ -161,6 +174,9 @@ class MathVerify:
     @staticmethod
     def _judge_remarks(reference: str, answer: str) -> Verdict | None:
         """The verdict where an answer says something beside its value which the reference does not say."""
+        explained = remarks.explanations(answer) - remarks.explanations(reference)
+        if explained:
+            return Verdict("wrong", f"the answer explains its value by a number: {', '.join(sorted(explained))[:80]}")
         reference, answer = normalize_expression(reference), normalize_expression(answer)
         more = remarks.changing_words(answer) - remarks.changing_words(reference)
         if more:

@@ -27,6 +27,8 @@ _DRESS: tuple[tuple[re.Pattern[str], str], ...] = (
     (re.compile(r"\\(?:lor|vee)(?![A-Za-z])"), r"\\text{ or }"),
     (re.compile(r"\\(?:land|wedge)(?![A-Za-z])"), r"\\text{ and }"),
     (re.compile(r"(?<![\\A-Za-z])sqrt\s*\(([^()]*)\)"), r"\\sqrt{\1}"),
+    (re.compile(r"(?<![\\A-Za-z])(floor|ceil)\s*\(([^()]*)\)"), r"{\\l\1 \2 \\r\1}"),
+    (re.compile(r"(?<![\\A-Za-z])(sum|prod)_\(([^()]*)\)\s*\^"), r"\\\1_{\2}^"),
     (re.compile(r"(?<=[\d.])\\dot\s*\{?(\d)\}?(?:(\d*)\\dot\s*\{?(\d)\}?)?"), r"\\overline{\1\2\3}"),
     (re.compile(rf"(?:{UPRIGHT}\s*\{{\s*USD\s*\}}|(?<![A-Za-z])USD)\s*(?=\d)"), r"\\$"),
     (re.compile(rf"^(\d{{1,9}})\s*(?:{UPRIGHT}\s*\{{\s*to\s*\}}|\bto\b)\s*(\d{{1,9}})$"), r"\1:\2"),

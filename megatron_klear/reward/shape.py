@@ -337,7 +337,12 @@ def column(text: str) -> str | None:
 
 
 def both_signs(text: str) -> str:
-    r"""`1 \pm 2` as `1 +2 \text{ or } 1 -2`; lists, sets and texts with several such signs are left alone."""
+    r"""`1 \pm 2` as `1 +2 \text{ or } 1 -2`; sets and values of several names or signs are left alone."""
+    parts = items(text)
+    names = {tuple(split_at(part, "=")[:-1]) for part in parts}
+    if len(parts) > 1 and len(names) == 1 and _SIGN_OF_TWO.search(text):
+        # Lists of tuples, too: (1, \pm 2) has its sign within brackets.
+        return text if any(part[:1] in "([" for part in parts) else ", ".join(map(both_signs, parts))
     if len(_SIGN_OF_TWO.findall(text)) != 1 or len(_OPPOSITE_SIGN.findall(text)) > 1 or r"\{" in text:
         return text
     if len(items(text)) != 1:

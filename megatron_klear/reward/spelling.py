@@ -8,6 +8,7 @@ import re
 from megatron_klear.reward.dress import without_dress
 from megatron_klear.reward.latex import STYLED
 from megatron_klear.reward.numerals import write_out_numerals
+from megatron_klear.reward.remarks import THAT_IS
 from megatron_klear.reward.units import in_one_unit, in_plain_units, mark_abbreviation
 
 _SYMBOLS = str.maketrans(
@@ -61,7 +62,7 @@ _REWRITES: tuple[tuple[re.Pattern[str], str], ...] = (
         for pattern in (rf"(?:{sign})\s*(\d[\d.,]*)", rf"(\d)\s*(?:{sign})")
     ),
     (re.compile(r"\s*\\(?:text|mathrm)\s*\{\s*(?:percent|per cent|percentage|pct)\s*\}"), r"\\%"),
-    (re.compile(r"\(\s*i\.e\.[^()]*\)"), ""),  # a remark in an answer key: 100 (i.e., all values)
+    (THAT_IS, ""),  # a remark in an answer key: 100 (i.e., all values)
     # 2 1/2 and 1.5e-3: math-verify reads the first as 2 and the second as 1.5 * e - 3.
     (re.compile(r"(?<![\d.^_{])(\d+)\s+(\d+)\s*/\s*(\d+)(?![\d.])"), r"\1\\frac{\2}{\3}"),
     (re.compile(r"(?<![A-Za-z\\\d.])(\d+(?:\.\d+)?)[eE]([+-]?\d+)(?![\d.A-Za-z])"), r"\1\\times 10^{\2}"),

@@ -14,7 +14,7 @@ from megatron_klear.reward.latex import without_long_spaces
 from megatron_klear.reward.letters import tell_apart
 from megatron_klear.reward.numerals import write_out_numerals
 from megatron_klear.reward.spelling import normalize_expression
-from megatron_klear.reward.textual import same_choices, word_list
+from megatron_klear.reward.textual import same_choices, same_statements, word_list
 from megatron_klear.reward.units import in_one_unit, measured
 
 
@@ -147,6 +147,10 @@ def test_an_acre_is_43560_square_feet() -> None:
         "x=1 or ",
         r"A\cup B'",
         r"AB\parallel ",
+        "(i.e.",
+        ", or equivalently ",
+        "sum_(",
+        r"\pm 1, ",
     ],
 )
 def test_the_longest_answers_are_rewritten_at_once(unit: str) -> None:
@@ -162,6 +166,11 @@ def test_the_longest_answers_are_rewritten_at_once(unit: str) -> None:
     remarks.changing_words(text)
     same_choices(text, "A, B")
     word_list(text)
+    shape.both_signs(text)
+    shape.named_by_operator(text)
+    remarks.explanations(text)
+    remarks.equivalents(text)
+    same_statements(text, "I, II")
     formulas.formula(text)
     formulas.relations(rewritten)
     geometry.statement(text)
