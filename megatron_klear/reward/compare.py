@@ -12,9 +12,9 @@ import functools
 import itertools
 from typing import Any
 
-from megatron_klear.reward import conditions, remarks, shape
+from megatron_klear.reward import conditions, formulas, remarks, shape
 from megatron_klear.reward.answers import Question, last_box
-from megatron_klear.reward.in_words import judge_congruence, judge_text, with_digits
+from megatron_klear.reward.in_words import judge_congruence, judge_formula, judge_text, with_digits, with_sets
 from megatron_klear.reward.latex import without_long_spaces
 from megatron_klear.reward.letters import tell_apart, with_imaginary_unit
 from megatron_klear.reward.mathematics import Mathematics
@@ -74,8 +74,21 @@ class MathVerify:
         reference = without_long_spaces(question.reference if reference is None else reference)
         if question.answer is not None:
             question = question._replace(answer=without_long_spaces(question.answer))
-        question, reference = with_digits(question, reference)
-        decided = judge_text(question, reference) or judge_congruence(question, reference)
+        forms, given_forms = remarks.equivalents(reference), remarks.equivalents(question.answer or "")
+        if question.is_boxed and max(len(forms), len(given_forms)) > 1:
+            return self._judge_forms(question, forms, given_forms)
+        question, reference = with_sets(*with_digits(question, reference))
+        name, reference = shape.named_by_operator(reference)
+        if question.answer is not None and (name or len(shape.sides(reference)) == 1):
+            given, answer = shape.named_by_operator(question.answer)
+            # Of another name than the reference has: left as it is, which no parser reads.
+            question = question if name and given not in ("", name) else question._replace(answer=answer)
+        decided = (
+            judge_text(question, reference)
+            or judge_formula(question, reference)
+            or judge_congruence(question, reference)
+            or self._judge_unreadable(question, reference)
+        )
         if decided:
             return decided
         gold, problem = self._read(bare(_without_remarks(reference)))
@@ -94,8 +107,29 @@ class MathVerify:
                 self._compare(reference, gold, sound, is_boxed=True)
             return Verdict("wrong", f"the answer cannot be compared: {type(error).__name__}: {str(error)[:200]}")
 
+    def _judge_forms(self, question: Question, forms: list[str], answers: list[str]) -> Verdict:
+        """The verdict on a value in several forms: any of the reference will do, all of an answer must."""
+        verdicts = []
+        for answer in answers:
+            given = question._replace(answer=None if question.answer is None else answer)
+            found = [self._judge(given._replace(reference=form)) for form in forms]
+            by_outcome = {verdict.outcome: verdict for verdict in found}
+            verdicts.append(by_outcome.get("correct") or by_outcome.get("wrong") or found[0])
+        return next((verdict for verdict in verdicts if verdict.outcome != "correct"), verdicts[0])
+
     def _compare(self, reference: str, gold: Any, text: str, *, is_boxed: bool) -> Verdict:
         """Compare an answer with a reference that was read; both as they were written, and as mathematics."""
+        verdict = self._compare_once(reference, gold, text, is_boxed=is_boxed)
+        if verdict.outcome == "wrong" and shape.has_open_log(reference):
+            reference, text = shape.with_natural_log(reference), shape.with_natural_log(text)
+            gold, problem = self._read(bare(_without_remarks(reference)))
+            if not problem:
+                verdict = self._compare_once(reference, gold, text, is_boxed=is_boxed)
+        if verdict.outcome == "wrong" and is_boxed and shape.are_spelled_alike(reference, text):
+            return Verdict("correct", "written as the reference")  # 12 m^2, a formula or an area, and 12m^2
+        return verdict
+
+    def _compare_once(self, reference: str, gold: Any, text: str, *, is_boxed: bool) -> Verdict:
         if not is_boxed:
             answer, problem = self._read(text, is_boxed=False)
             return self._verdict(gold, answer, problem)
@@ -105,7 +139,11 @@ class MathVerify:
             return decided
         reference, text = _in_one_parameter(reference, text)
         reference, text = with_imaginary_unit(*tell_apart(reference, text))
-        decided = self._judge_approximation(reference, gold, text) or self._judge_shape(reference, text)
+        decided = (
+            self._judge_approximation(reference, gold, text)
+            or self._judge_joined(reference, text)
+            or self._judge_shape(reference, text)
+        )
         if decided is not None:
             return decided
         decided = self._judge_conditions(reference, text)
@@ -136,12 +174,17 @@ class MathVerify:
     @staticmethod
     def _judge_remarks(reference: str, answer: str) -> Verdict | None:
         """The verdict where an answer says something beside its value which the reference does not say."""
+        explained = remarks.explanations(answer) - remarks.explanations(reference)
+        if explained:
+            return Verdict("wrong", f"the answer explains its value by a number: {', '.join(sorted(explained))[:80]}")
         reference, answer = normalize_expression(reference), normalize_expression(answer)
         more = remarks.changing_words(answer) - remarks.changing_words(reference)
         if more:
             return Verdict("wrong", f"the answer adds to its value: {', '.join(sorted(more))[:80]}")
         if remarks.is_to_be_done(shape.sides(answer)[-1]) and not remarks.is_to_be_done(reference):
-            return Verdict("wrong", "the answer leaves a sum, product, limit, derivative or integral to be done")
+            return Verdict(
+                "wrong", "the answer leaves a sum, product, limit, derivative, integral or residue to be done"
+            )
         domains = [remarks.split_domain(text)[2] for text in (reference, answer)]
         if all(domains) and domains[0] != domains[1]:
             return Verdict("wrong", "the parameter is of another set than in the reference")
@@ -161,6 +204,34 @@ class MathVerify:
             return Verdict("wrong", "the answer calls numbers approximately equal that are not")
         verdicts = [self._compare(reference, gold, part, is_boxed=True) for part in named]
         return next((verdict for verdict in verdicts if verdict.outcome == "correct"), verdicts[0])
+
+    def _judge_joined(self, reference: str, answer: str) -> Verdict | None:
+        """The verdict where relations between several unknowns are joined by `or`, in one of both at least."""
+        if not conditions.has_or(reference) and not conditions.has_or(answer):
+            return None
+        gold, given = formulas.relations(reference), formulas.relations(answer)
+        if gold is None or given is None:
+            named = shape.named_values(answer)
+            if named and conditions.has_or(answer) and len(shape.items(reference)) != 1:
+                return Verdict("wrong", "the answer has alternatives, the reference values that belong together")
+            return None
+        if not formulas.are_about_several(gold) and not formulas.are_about_several(given):
+            return None
+        given = formulas.with_common_relations(gold, given, self._are_one_relation)
+        same = formulas.are_equal(gold, given)
+        return (
+            Verdict("correct", "the same relations, joined in the same way")
+            if same
+            else Verdict("wrong", "other relations than in the reference, or joined otherwise")
+        )
+
+    def _are_one_relation(self, reference: str, answer: str) -> bool:
+        if formulas.letters_of(reference) != formulas.letters_of(answer):
+            return False
+        gold, given = self._read(reference)[0], self._read(answer)[0]
+        if gold is None or given is None:
+            return reference.replace(" ", "") == answer.replace(" ", "")
+        return self._equal(gold, given)
 
     def _judge_conditions(self, reference: str, answer: str) -> Verdict | None:
         """The verdict where several inequalities are joined, which math-verify takes for a list."""
@@ -196,17 +267,9 @@ class MathVerify:
 
     def _judge_shape(self, reference: str, answer: str) -> Verdict | None:
         """The verdict where the way an answer is written decides; None leaves it to the mathematics."""
-        time = shape.clock(reference)
-        if time is not None:
-            given = shape.clock(answer, needs_half=False)
-            same = given is not None and given[:2] == time[:2] and given.half in ("", time.half)
-            return Verdict("correct", "the same time") if same else Verdict("wrong", "not the time of the reference")
-        terms, given_terms = shape.ratio(reference), shape.ratio(answer)
-        if max(len(terms), len(given_terms)) > 2:
-            same = not shape.are_named_otherwise(reference, answer) and self._are_proportional(terms, given_terms)
-            return Verdict("correct", "the same ratio") if same else Verdict("wrong", "not the ratio of the reference")
-        if shape.are_times(reference, answer) and reference.strip() != answer.strip():
-            return Verdict("wrong", "not the time of the reference")
+        decided = self._judge_colons(reference, answer)
+        if decided is not None:
+            return decided
         if shape.has_ellipsis(reference) != shape.has_ellipsis(answer):
             return Verdict("wrong", "one of reference and answer goes on without end, the other ends")
         in_base = shape.same_in_base(reference, answer)
@@ -243,21 +306,48 @@ class MathVerify:
             return Verdict("wrong", f"{', '.join(sorted(way))}, where the reference says {', '.join(sorted(gold_way))}")
         return None
 
+    def _judge_colons(self, reference: str, answer: str) -> Verdict | None:
+        """The verdict on times of day and ratios; a ratio of two terms, none of them 0, is left to the mathematics."""
+        time = shape.clock(reference)
+        if time is not None:
+            given = shape.clock(answer, needs_half=False)
+            same = given is not None and given[:2] == time[:2] and given.half in ("", time.half)
+            return Verdict("correct", "the same time") if same else Verdict("wrong", "not the time of the reference")
+        terms, given_terms = shape.ratio(reference), shape.ratio(answer)
+        moment, given_moment = shape.time_of_day(reference), shape.time_of_day(answer)
+        if moment and (shape.has_zero(terms) or given_moment):
+            same = moment == given_moment
+            return Verdict("correct", "the same time") if same else Verdict("wrong", "not the time of the reference")
+        if max(len(terms), len(given_terms)) > 2 or shape.has_zero(terms):
+            same = not shape.are_named_otherwise(reference, answer) and self._are_proportional(terms, given_terms)
+            return Verdict("correct", "the same ratio") if same else Verdict("wrong", "not the ratio of the reference")
+        return None
+
+    def _judge_unreadable(self, question: Question, reference: str) -> Verdict | None:
+        """The verdict where the parser would divide by the 0 of the reference: times on the hour, ratios with a 0."""
+        reference = normalize_expression(reference)
+        if not question.is_boxed or not (shape.clock(reference) or shape.has_zero(shape.ratio(reference))):
+            return None
+        answer = "" if question.answer is None else question.answer
+        verdict = self._judge_colons(*tell_apart(reference, normalize_expression(answer)))
+        return Verdict("wrong", question.no_answer_reason) if verdict and question.answer is None else verdict
+
     def _are_proportional(self, golds: list[str], answers: list[str]) -> bool:
-        """Whether two ratios with terms (a, b, ...) and (p, q, ...) are one: a q = b p for all pairs of neighbours.
+        """Whether two ratios with terms (a, b, ...) and (p, q, ...) are one: a q = b p for the first b that is not 0.
 
         Raises:
-            ValueError: a term of the reference cannot be read.
+            ValueError: a term of the reference cannot be read, or all of them are 0.
         """
-        if len(golds) != len(answers):
-            return False
         left, right = ([self._read(term)[0] for term in terms] for terms in (golds, answers))
-        if any(term is None for term in left):
+        known = [i for i, term in enumerate(left) if term is not None and self.mathematics.value(term) != 0]
+        if any(term is None for term in left) or not known:
             raise ValueError(f"the ratio {':'.join(golds)[:80]!r} of the reference cannot be read")
-        if any(term is None or self.mathematics.value(term) == 0 for term in right):
+        if len(golds) != len(answers) or any(term is None for term in right):
             return False
-        pairs = itertools.pairwise(zip(left, right, strict=True))
-        return all(self._equal(self._sympy.sympify(a) * q, b * p) for (a, p), (b, q) in pairs)
+        b, q = (self._sympy.sympify(terms[known[0]]) for terms in (left, right))
+        if self.mathematics.value(q) == 0:
+            return False
+        return all(self._equal(self._sympy.sympify(a) * q, b * p) for a, p in zip(left, right, strict=True))
 
     def _compare_named(self, named: dict[str, str], given: dict[str, str]) -> Verdict:
         if set(named) != set(given):
@@ -307,9 +397,18 @@ class MathVerify:
         )
 
     def _same_repetitions(self, reference: str, answer: str) -> bool:
-        """Whether two lists of equal length repeat the same values; as sets, math-verify counts each once."""
+        """Whether two lists repeat the same values; as sets, math-verify counts each once.
+
+        A set in braces has each value once, and alternatives for one unknown say nothing of how often one counts.
+        """
         golds, answers = shape.items(reference), shape.items(answer)
-        if len(golds) != len(answers) or not 2 < len(golds) <= MOST_PAIRED:
+        if max(len(golds), len(answers)) > MOST_PAIRED:
+            return True
+        if len(golds) != len(answers):
+            if any(shape.brackets(text) == "set" or shape.are_alternatives(text) for text in (reference, answer)):
+                return True
+            return not self._has_repetition(reference) and not self._has_repetition(answer)
+        if len(golds) < 3:
             return True
         left = [self._read(part)[0] for part in answers]
         for gold in (self._read(part)[0] for part in golds):
@@ -320,3 +419,10 @@ class MathVerify:
                 return False
             del left[found]
         return True
+
+    def _has_repetition(self, text: str) -> bool:
+        """Whether a value occurs twice in a list; 1,000,000 is none."""
+        if not isinstance(self._read(text)[0], self._sympy.FiniteSet):
+            return False
+        values = [value for part in shape.items(text) if (value := self._read(part)[0]) is not None]
+        return any(self._equal(one, other) for one, other in itertools.combinations(values, 2))

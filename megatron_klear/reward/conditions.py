@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from megatron_klear.reward.latex import UPRIGHT
-from megatron_klear.reward.shape import split_at, without_sizes
+from megatron_klear.reward.shape import is_balanced, split_at, without_sizes
 
 _INEQUALITY = re.compile(r"<|>|\\[gl]eq?(?![A-Za-z])|\\[gl]eqslant(?![A-Za-z])|[\u2264\u2265]")
 _OR, _AND = "\x01", "\x02"
@@ -41,6 +41,27 @@ def connectives(text: str) -> frozenset[str]:
     if len(split_at(text, ",")) > 1:
         found.add(",")
     return frozenset(found)
+
+
+def has_or(text: str) -> bool:
+    """Whether a text says `or`."""
+    return _OR in _marked(text)
+
+
+def parts_of_condition(text: str) -> tuple[str, list[str]]:
+    """How a condition is joined, `or` or `and`, by the weaker of both, and its parts; empty for one relation.
+
+    A comma is `and`, and binds most. Brackets around the whole are dropped if anything is joined within.
+    """
+    text = _marked(text).strip()
+    inner = text[1:-1]
+    if text[:1] == "(" and text[-1:] == ")" and (_OR in inner or _AND in inner) and is_balanced(inner):
+        text = inner.strip()
+    for mark, name in ((_OR, "or"), (_AND, "and"), (",", "and")):
+        parts = split_at(text, mark)
+        if len(parts) > 1:
+            return name, parts
+    return "", [text]
 
 
 def solutions(text: str, read: Callable[[str], Any], sympy: Any) -> Solutions | None:

@@ -1,8 +1,8 @@
-"""Verdicts that need no mathematics: choices, words, congruences."""
+"""Verdicts that need no mathematics: choices, words, formulas of logic and sets, congruences."""
 
 from __future__ import annotations
 
-from megatron_klear.reward import shape
+from megatron_klear.reward import formulas, geometry, shape
 from megatron_klear.reward.answers import Question
 from megatron_klear.reward.rules import Verdict
 from megatron_klear.reward.spelling import normalize_expression
@@ -12,8 +12,11 @@ from megatron_klear.reward.textual import (
     is_phrase,
     number_in_words,
     same_choices,
+    same_statements,
+    same_text,
     same_words,
     says_verdict,
+    set_in_words,
     word_list,
     words,
 )
@@ -29,6 +32,16 @@ def with_digits(question: Question, reference: str) -> tuple[Question, str]:
     return (question._replace(answer=given), reference) if given and words(reference) is None else (question, reference)
 
 
+def with_sets(question: Question, reference: str) -> tuple[Question, str]:
+    r"""`all real numbers` as `\mathbb{R}`, where the other text is not in words or says such a thing, too."""
+    if question.answer is None:
+        return question, reference
+    gold, given = set_in_words(reference), set_in_words(question.answer)
+    if given and (gold or words(reference) is None):
+        question = question._replace(answer=given)
+    return (question, gold) if gold and (given or words(question.answer or "") is None) else (question, reference)
+
+
 def judge_text(question: Question, reference: str) -> Verdict | None:
     """The verdict where the reference is a choice or words; None leaves it to the mathematics."""
     if question.answer is not None and are_both_without_solution(reference, question.answer):
@@ -38,8 +51,13 @@ def judge_text(question: Question, reference: str) -> Verdict | None:
         return _judge_choices(question, reference)
     if question.answer is None:
         return Verdict("wrong", question.no_answer_reason)
+    same = same_statements(reference, question.answer)
+    if same is not None:
+        return Verdict("correct", "the same statements") if same else Verdict("wrong", "not those statements")
     if gold_list and (given := word_list(question.answer)):
         return Verdict("correct", "the same words") if gold_list == given else Verdict("wrong", "not those words")
+    if phrase is not None and same_text(reference, question.answer):
+        return Verdict("correct", "the same words")
     if says_verdict(reference, question.answer):
         return Verdict("correct", "the same words")
     decided = _judge_choices(question, reference)
@@ -61,6 +79,22 @@ def _judge_choices(question: Question, reference: str) -> Verdict | None:
     if same is None:
         return None
     return Verdict("correct", "the same choices") if same else Verdict("wrong", "not the choices of the reference")
+
+
+def judge_formula(question: Question, reference: str) -> Verdict | None:
+    r"""The verdict where the reference is a formula of logic or sets, or a statement such as `AB \parallel CD`."""
+    gold, fact = formulas.formula(reference), geometry.statement(reference)
+    is_formula = gold is not None and gold.has_signs and formulas.is_joined(gold.tree)
+    if not question.is_boxed or not (is_formula or fact):
+        return None
+    if question.answer is None:
+        return Verdict("wrong", question.no_answer_reason)
+    if fact:
+        same = geometry.statement(question.answer) == fact
+    else:
+        given = formulas.formula(question.answer)
+        same = gold is not None and given is not None and formulas.are_equal(gold, given)
+    return Verdict("correct", "says the same") if same else Verdict("wrong", "does not say what the reference says")
 
 
 def judge_congruence(question: Question, reference: str) -> Verdict | None:

@@ -16,6 +16,7 @@ _CAPITAL_GREEK = "Gamma|Delta|Theta|Lambda|Xi|Pi|Sigma|Upsilon|Phi|Psi|Omega"
 _FUNCTIONS = "arc(?:sin|cos|tan)|sin|cos|tan|cot|sec|csc|log|ln|lg|exp|gcd|lcm|max|min|mod|det"
 _TOKEN = re.compile(
     r"\\(?:overrightarrow|vec)\s*\{\s*(?P<arrow>[A-Za-z]{2,})\s*\}"
+    r"|(?P<derivative>\\[dt]?frac\s*\{\s*d\s*[A-Za-z]\s*\}\s*\{\s*d\s*[A-Za-z]\s*\})"
     r"|(?P<angle_mark>\\angle\s*)(?:\{\s*)?(?P<angle>[A-Z]{3})(?![A-Za-z])(?:\s*\})?"
     rf"|(?<!\d)(?<!\d )(?P<style>{STYLE}\s*\{{)(?P<styled>[A-Za-z])\}}"
     rf"|{STYLE}\s*\{{[^{{}}]*\}}"
@@ -34,14 +35,16 @@ def tell_apart(first: str, second: str) -> tuple[str, str]:
     r"""Both texts with the same new letters for names that the parser would merge within one of them, or over both.
 
     A capital is renamed if one text has it in both sizes: `R^2 - r^2`; where one text writes N and the other n, they
-    stay one. Letters with primes, directed names and angles are renamed always. Texts with more such names than there
-    are free letters are returned as they are.
+    stay one, but not \Gamma and \gamma. Letters with primes, derivatives, directed names and angles are renamed always.
+    Texts with more such names than there are free letters are returned as they are.
     """
     texts = (first, second)
     names: list[str] = []
-    for text in texts:
-        found = [name for name, _, _ in _names(text)]
-        both = {name for name in found if name != name.lower() and name.lower() in found and _is_symbol(name)}
+    in_texts = [[name for name, _, _ in _names(text)] for text in texts]
+    greek = {name for found in in_texts for name in found if name.startswith("\\")}
+    for found in in_texts:
+        found_or_greek = {*found, *greek}  # nobody writes \gamma for \Gamma
+        both = {name for name in found if name != name.lower() and name.lower() in found_or_greek and _is_symbol(name)}
         # The parser takes a capital I for the imaginary unit: in a text it is a name, of a current or a matrix.
         names += [name for name in found if name in both or name == "I" or not _is_symbol(name)]
     if not names:
@@ -57,7 +60,7 @@ def tell_apart(first: str, second: str) -> tuple[str, str]:
 
 
 def _names(text: str) -> list[tuple[str, int, int]]:
-    """Names of a text with the places they take: a letter, a Greek one by its command, `f''`, `>AB`, `<ABC`."""
+    """Names of a text with their places: a letter, a Greek one by its command, `f''`, `>AB`, `<ABC`, `/dydx`."""
     found, end = [], 0
     for token in _TOKEN.finditer(text):
         if token.start() < end:
@@ -65,6 +68,8 @@ def _names(text: str) -> list[tuple[str, int, int]]:
         start, end = token.span()
         if token["arrow"]:
             found.append((">" + token["arrow"], start, end))
+        elif token["derivative"]:
+            found.append(("/" + re.sub(r"\\[dt]?frac|[\s{}]", "", token["derivative"]), start, end))
         elif token["angle"]:
             found.append(("<" + min(token["angle"], token["angle"][::-1]), token.end("angle_mark"), end))
         elif token["closing"]:

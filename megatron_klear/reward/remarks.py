@@ -10,6 +10,8 @@ import re
 
 from megatron_klear.reward.latex import STYLED
 
+THAT_IS = re.compile(r"\(\s*i\.e\.(?:[^()]++|\([^()]*+\))*+\)")
+"""A remark that explains a value: `100 (i.e., all values)`."""
 _CONJUNCTION = re.compile(r"[\s,;.]*(?:and|or)?[\s,;.]*")
 _NUMBER_WORDS = (
     "zero|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|thirteen|fourteen|fifteen|sixteen|seventeen"
@@ -43,7 +45,14 @@ _FOR_INTEGERS = re.compile(
 )
 _SET_SIGNS = {"\u2124": "Z", "\u2115": "N", "\u211d": "R", "\u211a": "Q"}
 _APPROXIMATELY = re.compile(r"\\approx(?![A-Za-z])|\u2248")
-_TO_BE_DONE = re.compile(r"\\(?:sum|prod|i{0,2}int|oint|lim|limits)(?![A-Za-z])|\\d?frac\s*\{\s*d\s*\}\s*\{\s*d")
+MOST_FORMS = 3
+"""Forms of one value that are compared."""
+_EQUIVALENTLY = re.compile(
+    r",?\s?(?:\\(?:text|mbox)\s?\{\s?,?\s?or,? equivalently,?\s?\}|\bor,? equivalently\b),?", re.IGNORECASE
+)
+_TO_BE_DONE = re.compile(
+    r"\\(?:sum|prod|i{0,2}int|oint|lim|limits|[bp]?mod)(?![A-Za-z])|\\d?frac\s*\{\s*d\s*\}\s*\{\s*d"
+)
 
 
 def changing_words(text: str) -> frozenset[str]:
@@ -63,6 +72,12 @@ def changing_words(text: str) -> frozenset[str]:
         if (is_behind and _OPERATION.match(words)) or _OTHER_VALUE.search(words):
             found.add(" ".join(words.casefold().split()))
     return frozenset(found)
+
+
+def explanations(text: str) -> frozenset[str]:
+    """Remarks such as `(i.e., 6)` that name a number, which may be another value."""
+    found = (re.sub(r"\s", "", match.group()) for match in THAT_IS.finditer(text))
+    return frozenset(remark for remark in found if any(map(str.isdigit, remark)))
 
 
 def with_plain_letters(text: str) -> str:
@@ -98,6 +113,11 @@ def approximations(text: str) -> list[str]:
     return [part.strip() for part in _APPROXIMATELY.split(text)]
 
 
+def equivalents(text: str) -> list[str]:
+    """The forms of `sum_(i=1)^n i, or equivalently n(n+1)/2`; one where a text gives no other."""
+    return [part.strip() for part in _EQUIVALENTLY.split(text, maxsplit=MOST_FORMS - 1)]
+
+
 def is_to_be_done(text: str) -> bool:
-    """Whether a text names a sum, product, limit, derivative or integral, which may be no more than the question."""
+    """Whether a text names a sum, product, limit, derivative, integral or residue, perhaps only the question."""
     return _TO_BE_DONE.search(text) is not None

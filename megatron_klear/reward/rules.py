@@ -134,7 +134,7 @@ class AnswerFormat:
             problems.append("tokenizer.think_end: must differ from tokenizer.think_start, neither inside the other")
         if not 1 <= self.max_answer_chars <= 8192:
             # The upper bound keeps a question small enough to fit into a socket's buffer.
-            problems.append(f"reward.max_answer_chars: must be between 1 and 8192, got {self.max_answer_chars}")
+            problems.append(f"characters of a graded answer: must be between 1 and 8192, got {self.max_answer_chars}")
         if problems:
             raise ConfigError(problems)
 

@@ -47,6 +47,7 @@ _CLOCK = re.compile(
     r"(\d{1,2})(?::(\d{2}))?\s*(?:\\(?:text|textrm|mathrm)\s*\{\s*)?\s*(?:\\[,; ]\s*)?([AaPp])\.?\s*[Mm]\.?\s*\}?"
 )
 _TIME = re.compile(r"\d{1,2}(?::[0-5]\d){1,2}")
+_ZERO = re.compile(r"0+(?:\.0*)?")
 _DIRECTION = re.compile(
     r"(?<![A-Za-z\\])(?:north|south|east|west|northeast|northwest|southeast|southwest|left|right|upwards?|downwards?|up"
     r"|down|clockwise|counterclockwise|anticlockwise|loss|gain|profit|increase|decrease)(?![A-Za-z])",
@@ -57,6 +58,13 @@ _CONGRUENCE = re.compile(
     r"(?:([A-Za-z](?:_\{?\w+\}?)?)\s*\\equiv\s*)?(-?\d{1,30})\s*(?:\\[,; ]\s*|\\quad\s*)?"
     r"(?:\\pmod\s*\{?|\(\s*\\(?:bmod|mod|text\{mod\}|mathrm\{mod\})\s*|\\(?:bmod|mod)\s*)\s*(\d{1,30})\s*[})]?"
 )
+_OPERATOR_NAME = re.compile(
+    r"(\\(?:max|min|sup|inf|deg|dim)(?![A-Za-z])\s*(?:[A-Za-z](?:_\w)?(?:\s*\(\s*[A-Za-z]\s*\))?)?"
+    r"|\\sum(?![A-Za-z])\s*[A-Za-z](?:_\w|_\{\w\})?)\s*=\s*([^=]+)"
+)
+_OPEN_LOG = re.compile(r"\\log(?![A-Za-z])(?!\s*_)")
+_NATURAL_LOG = re.compile(r"\\(?:ln|lg)(?![A-Za-z])")
+_SPACE_AT_LETTER = re.compile(r"(?<=\d)(?:\s|~|\\[,;: ])+(?=[A-Za-z\\])")
 _BARE_CLOCK = re.compile(r"(\d{1,2})(?::(\d{2}))?")
 
 
@@ -111,14 +119,15 @@ def brackets(text: str) -> Brackets:
     text = without_sizes(text).strip()
     for opening, closing in ((r"\{", r"\}"), ("(", ")"), ("[", "]")):
         inner = text[len(opening) : len(text) - len(closing)]
-        if text.startswith(opening) and text.endswith(closing) and _is_balanced(inner):
+        if text.startswith(opening) and text.endswith(closing) and is_balanced(inner):
             count = len(split_at(inner, ","))
             kind: Brackets = "set" if opening == r"\{" else "tuple"
             return kind if count > (2 if opening == "[" else 1) else "none"
     return "list" if len(items(text)) > 1 else "none"
 
 
-def _is_balanced(text: str) -> bool:
+def is_balanced(text: str) -> bool:
+    """Whether no bracket of a text closes what was opened before it, and none stays open."""
     depth = 0
     for token in _TOKEN.finditer(text):
         depth += (token.group() in _OPENING) - (token.group() in _CLOSING)
@@ -162,6 +171,22 @@ def value_of_function(text: str) -> str | None:
     """`5` of `f(3)=5`, else None."""
     parts = sides(text)
     return parts[1] if len(parts) == 2 and parts[1] and _FUNCTION_VALUE.fullmatch(parts[0]) else None
+
+
+def named_by_operator(text: str) -> tuple[str, str]:
+    r"""The name and the value of `\deg P = 5` or `\sum a_i = 5`; no name and the text where there is none."""
+    match = _OPERATOR_NAME.fullmatch(without_sizes(text).strip(" $"))
+    return (re.sub(r"[\s{}]", "", match.group(1)), match.group(2)) if match else ("", text)
+
+
+def has_open_log(text: str) -> bool:
+    r"""Whether a text has a `\log` without a base, which may be the natural one, and none that is written as such."""
+    return _OPEN_LOG.search(text) is not None and _NATURAL_LOG.search(text) is None
+
+
+def with_natural_log(text: str) -> str:
+    r"""A text with `\ln` for `\log` without a base."""
+    return _OPEN_LOG.sub(r"\\ln", text)
 
 
 def same_left_side(reference: str, answer: str) -> tuple[str, str] | None:
@@ -229,9 +254,26 @@ def are_named_otherwise(reference: str, answer: str) -> bool:
     return bool(gold and given) and gold[-1].replace(" ", "") != given[-1].replace(" ", "")
 
 
-def are_times(reference: str, answer: str) -> bool:
-    """Whether both may be times, `2:30` or `1:02:30`: as ratios some that differ would be equal, 2:30 and 1:15."""
-    return all(_TIME.fullmatch(text.strip()) for text in (reference, answer))
+def are_spelled_alike(reference: str, answer: str) -> bool:
+    """Whether two texts are one, spaces between a digit and a letter aside."""
+    first, second = (_SPACE_AT_LETTER.sub("", text.strip()) for text in (reference, answer))
+    return first == second
+
+
+def time_of_day(text: str) -> tuple[int, ...]:
+    """Hours and minutes, and seconds if given, of `2:30`, `1:02:30` or `2:30 PM`; empty for what is no time.
+
+    As ratios some times that differ would be equal: 2:30 and 1:15.
+    """
+    time = clock(text)
+    if time is not None:
+        return time[:2]
+    return tuple(map(int, text.strip().split(":"))) if _TIME.fullmatch(text.strip()) else ()
+
+
+def has_zero(terms: list[str]) -> bool:
+    """Whether a ratio has the number 0 among its terms."""
+    return len(terms) > 1 and any(_ZERO.fullmatch(term) for term in terms)
 
 
 def has_ellipsis(text: str) -> bool:
@@ -270,7 +312,7 @@ def are_of_other_ends(reference: str, answer: str) -> bool:
     """Whether two pairs differ in their brackets: `(3, 1)`, a point or an open interval, and `[3, 1]`."""
     ends = []
     for text in (without_sizes(reference).strip(), without_sizes(answer).strip()):
-        is_pair = text[:1] in ("(", "[") and text[-1:] in (")", "]") and _is_balanced(text[1:-1])
+        is_pair = text[:1] in ("(", "[") and text[-1:] in (")", "]") and is_balanced(text[1:-1])
         ends.append(text[0] + text[-1] if is_pair and len(split_at(text[1:-1], ",")) == 2 else "")
     return bool(ends[0] and ends[1]) and ends[0] != ends[1]
 
@@ -295,7 +337,12 @@ def column(text: str) -> str | None:
 
 
 def both_signs(text: str) -> str:
-    r"""`1 \pm 2` as `1 +2 \text{ or } 1 -2`; lists, sets and texts with several such signs are left alone."""
+    r"""`1 \pm 2` as `1 +2 \text{ or } 1 -2`; sets and values of several names or signs are left alone."""
+    parts = items(text)
+    names = {tuple(split_at(part, "=")[:-1]) for part in parts}
+    if len(parts) > 1 and len(names) == 1 and _SIGN_OF_TWO.search(text):
+        # Lists of tuples, too: (1, \pm 2) has its sign within brackets.
+        return text if any(part[:1] in "([" for part in parts) else ", ".join(map(both_signs, parts))
     if len(_SIGN_OF_TWO.findall(text)) != 1 or len(_OPPOSITE_SIGN.findall(text)) > 1 or r"\{" in text:
         return text
     if len(items(text)) != 1:

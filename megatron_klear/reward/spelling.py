@@ -8,6 +8,7 @@ import re
 from megatron_klear.reward.dress import without_dress
 from megatron_klear.reward.latex import STYLED
 from megatron_klear.reward.numerals import write_out_numerals
+from megatron_klear.reward.remarks import THAT_IS
 from megatron_klear.reward.units import in_one_unit, in_plain_units, mark_abbreviation
 
 _SYMBOLS = str.maketrans(
@@ -23,8 +24,6 @@ _SYMBOLS = str.maketrans(
         "°": r"^\circ ",
         "\N{MINUS SIGN}": "-",
         "\N{FRACTION SLASH}": "/",
-        "²": "^{2}",
-        "³": "^{3}",
         "½": r"\frac{1}{2}",
         "¼": r"\frac{1}{4}",
         "¾": r"\frac{3}{4}",
@@ -33,6 +32,7 @@ _SYMBOLS = str.maketrans(
         **{chr(ord("\N{FULLWIDTH DIGIT ZERO}") + digit): str(digit) for digit in range(10)},
     }
 )
+_RAISED = str.maketrans({"²": "^{2}", "³": "^{3}"})  # before units are looked for: 12 m²
 _OF_LETTERS = re.compile(
     r"(?:\\(?:text|mathrm|operatorname)\s*\{\s*(?P<marked>gcd|lcm)\s*\}|\\(?P<command>gcd|lcm)(?![A-Za-z]))"
     r"\s*(?:\\left\s*)?\((?P<arguments>[^()]*[A-Za-z][^()]*?)(?:\\right\s*)?\)"
@@ -62,7 +62,7 @@ _REWRITES: tuple[tuple[re.Pattern[str], str], ...] = (
         for pattern in (rf"(?:{sign})\s*(\d[\d.,]*)", rf"(\d)\s*(?:{sign})")
     ),
     (re.compile(r"\s*\\(?:text|mathrm)\s*\{\s*(?:percent|per cent|percentage|pct)\s*\}"), r"\\%"),
-    (re.compile(r"\(\s*i\.e\.[^()]*\)"), ""),  # a remark in an answer key: 100 (i.e., all values)
+    (THAT_IS, ""),  # a remark in an answer key: 100 (i.e., all values)
     # 2 1/2 and 1.5e-3: math-verify reads the first as 2 and the second as 1.5 * e - 3.
     (re.compile(r"(?<![\d.^_{])(\d+)\s+(\d+)\s*/\s*(\d+)(?![\d.])"), r"\1\\frac{\2}{\3}"),
     (re.compile(r"(?<![A-Za-z\\\d.])(\d+(?:\.\d+)?)[eE]([+-]?\d+)(?![\d.A-Za-z])"), r"\1\\times 10^{\2}"),
@@ -86,7 +86,7 @@ def normalize_expression(text: str) -> str:
     whole = STYLED.fullmatch(text)
     if whole and any(char.isdigit() for char in text):
         text = whole.group(1)  # \text{(-1, 2)}; words stay marked as text
-    text = write_out_numerals(text)
+    text = write_out_numerals(text.translate(_RAISED))
     text = in_one_unit(in_plain_units(text))
     text = _UNIT_IN_WORDS.sub(r"\1\\text{ \2}", text) if _UNIT_IN_WORDS.fullmatch(text) else mark_abbreviation(text)
     text = _OF_LETTERS.sub(_as_function, text)

@@ -60,6 +60,14 @@ _JOINED_CHOICES = re.compile(r"[A-J]{2,}")
 _BETWEEN_WORDS = re.compile(r"\s*(?:,\s*and\b|,|;|&|\band\b)\s*")
 _LISTED_WORD = re.compile(r"[A-Za-z]{4,}|[A-Z][a-z]+|[IVX]{2,}")
 _VERDICTS = frozenset({"yes", "no", "true", "false"})
+_NUMERAL = re.compile(r"[IVX]+")
+_STATEMENTS = re.compile(r"(?:(?i:statements?) )?[IVX]{1,5}(?: ?(?:, ?and\b|,|;|&|\band\b) ?[IVX]{1,5})*(?: only)?")
+_ALL = r"(?:(?:the )?set of )?(?:all|any|every|the)(?: of)?(?: the)?"
+_SETS_IN_WORDS = (
+    (r"\mathbb{R}", re.compile(rf"{_ALL} reals?(?: numbers?| values)?")),
+    (r"\mathbb{Z}", re.compile(rf"{_ALL} integers?")),
+    (r"\infty", re.compile(r"infinitely many(?: solutions?| values)?|infinity")),
+)
 _NUMBERS = [
     "zero",
     "one",
@@ -176,6 +184,30 @@ def says_verdict(reference: str, answer: str) -> bool:
     if gold not in _VERDICTS or not parts or parts[0] != gold:
         return False
     return not _VERDICTS.intersection(re.findall(r"[a-z]+", " ".join(parts[1:])))
+
+
+def set_in_words(text: str) -> str | None:
+    r"""`\mathbb{R}` of `all real numbers`, and its like; None for other texts."""
+    plain = _plain(text).casefold()
+    return next((written for written, pattern in _SETS_IN_WORDS if pattern.fullmatch(plain)), None)
+
+
+def same_text(reference: str, answer: str) -> bool:
+    r"""Whether two texts are one, commands for text aside: `\text{AB}` and `AB`."""
+    return _plain(reference) == _plain(answer)
+
+
+def same_statements(reference: str, answer: str) -> bool | None:
+    """Whether two lists of Roman numerals are the same, `I, III` and `III and I only`; None unless both are some.
+
+    A numeral alone may be a name: one of both must be a list, or say `only`.
+    """
+    plain = [_plain(re.sub(r"\\q?quad|\\,", " ", text)) for text in (reference, answer)]
+    if not all(map(_STATEMENTS.fullmatch, plain)):
+        return None
+    gold, given = (sorted(_NUMERAL.findall(text)) for text in plain)
+    is_list = max(len(gold), len(given)) > 1 or any(text.endswith("only") for text in plain)
+    return gold == given if is_list else None
 
 
 def number_in_words(text: str) -> str | None:

@@ -155,10 +155,10 @@ _SPACE = re.compile(r"(?:~|\\[,;:! ]|\s)+")
 _QUANTITY = r"""(\d+(?:\.\d+)?)\s*([A-Za-z]++|\^\s*\{?\s*\\circ(?:\s*\})?|''?|")\.?"""
 _QUANTITIES = re.compile(rf"{_QUANTITY}(?:[\s,]*+(?:and\s+)?{_QUANTITY})+")
 _UNMARKED = re.compile(
-    rf"([-+]?[\d.,/]*\d)(?:~|\\\\[,;: ]|\s)*((?:{_ABBREVIATIONS})(?:/(?:s|h|{_ABBREVIATIONS}))?)((?:\^\{{?[23]\}}?)?)"
+    rf"([-+]?[\d.,/]*\d)(?:~|\\[,;: ]|\s)*((?:{_ABBREVIATIONS})(?:/(?:s|h|{_ABBREVIATIONS}))?)((?:\^\{{?[23]\}}?)?)"
 )
 # With a space between: 5m is a product.
-_ONE_LETTER = re.compile(r"([-+]?\d[\d.,/]*)(?:~|\\[,;: ]|\s)+([mgshlL])")
+_ONE_LETTER = re.compile(r"([-+]?\d[\d.,/]*)(?:~|\\[,;: ]|\s)+(?:([mgshlL])|(m)(\^\{?[23]\}?))")
 _POWER_IN_WORDS = re.compile(r"(?:(square|sq\.?)|(cubic|cu\.?))\s+(.+)", re.IGNORECASE)
 _PRODUCT = re.compile(
     r"(?P<above>[A-Za-z]+(?:\^[23])?)(?:\\,|\\cdot(?![A-Za-z])|\\ |\u00b7|\s)+"
@@ -186,9 +186,11 @@ def in_plain_units(text: str) -> str:
 
 
 def mark_abbreviation(text: str) -> str:
-    r"""`5 cm` and `5 m` as `5\text{ cm}` and `5\text{ m}`: no products, as `5m` may be one."""
-    if _ONE_LETTER.fullmatch(text):
-        return _ONE_LETTER.sub(r"\1\\text{ \2}", text)
+    r"""`5 cm`, `5\,cm^3`, `5 m` as `5\text{ cm}`, `5\text{ cm}^3`, `5\text{ m}`: no products, as `5m` may be one."""
+    one_letter = _ONE_LETTER.fullmatch(text)
+    if one_letter:
+        value, letter, metre, power = one_letter.groups("")
+        return rf"{value}\text{{ {letter or metre}}}{power}"
     return _UNMARKED.sub(r"\1\\text{ \2}\3", text) if _UNMARKED.fullmatch(text) else text
 
 

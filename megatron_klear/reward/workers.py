@@ -62,7 +62,7 @@ class MathGraderPool(WorkerPool[Question]):
             problems.append(f"reward.timeout_seconds: must be a positive number of seconds, got {timeout_seconds}")
         if memory_limit_bytes is not None and memory_limit_bytes < MINIMUM_MEMORY_BYTES:
             at_least = f"{MINIMUM_MEMORY_BYTES} (256 MiB)"
-            problems.append(f"reward.memory_limit_bytes: must be at least {at_least}, got {memory_limit_bytes}")
+            problems.append(f"memory of a math grader: must be at least {at_least}, got {memory_limit_bytes}")
         if problems:
             raise ConfigError(problems)
         self.rules = rules or RewardRules()

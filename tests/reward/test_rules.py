@@ -48,8 +48,8 @@ def test_rewards_out_of_order_are_refused_with_all_problems(values: dict[str, fl
         ({"think_start": " "}, "tokenizer.think_start"),
         ({"think_start": "<t>", "think_end": "<t>"}, "tokenizer.think_end"),
         ({"think_start": "think>", "think_end": "</think>"}, "tokenizer.think_end"),
-        ({"max_answer_chars": 0}, "reward.max_answer_chars"),
-        ({"max_answer_chars": 8193}, "reward.max_answer_chars"),
+        ({"max_answer_chars": 0}, "characters of a graded answer"),
+        ({"max_answer_chars": 8193}, "characters of a graded answer"),
     ],
 )
 def test_formats_that_cannot_work_are_refused(values: dict[str, Any], name: str) -> None:

@@ -7,14 +7,14 @@ from fractions import Fraction
 
 import pytest
 
-from megatron_klear.reward import remarks, shape
+from megatron_klear.reward import formulas, geometry, remarks, shape
 from megatron_klear.reward.answers import Question
 from megatron_klear.reward.compare import MathVerify
 from megatron_klear.reward.latex import without_long_spaces
 from megatron_klear.reward.letters import tell_apart
 from megatron_klear.reward.numerals import write_out_numerals
 from megatron_klear.reward.spelling import normalize_expression
-from megatron_klear.reward.textual import same_choices, word_list
+from megatron_klear.reward.textual import same_choices, same_statements, word_list
 from megatron_klear.reward.units import in_one_unit, measured
 
 
@@ -139,6 +139,18 @@ def test_an_acre_is_43560_square_feet() -> None:
         r"\\\\ ",
         r"30^\circ ",
         "A , ",
+        r"5\,",
+        r"p\land ",
+        r"\neg ",
+        r"(p\lor ",
+        "((x=1 or ",
+        "x=1 or ",
+        r"A\cup B'",
+        r"AB\parallel ",
+        "(i.e.",
+        ", or equivalently ",
+        "sum_(",
+        r"\pm 1, ",
     ],
 )
 def test_the_longest_answers_are_rewritten_at_once(unit: str) -> None:
@@ -154,6 +166,14 @@ def test_the_longest_answers_are_rewritten_at_once(unit: str) -> None:
     remarks.changing_words(text)
     same_choices(text, "A, B")
     word_list(text)
+    shape.both_signs(text)
+    shape.named_by_operator(text)
+    remarks.explanations(text)
+    remarks.equivalents(text)
+    same_statements(text, "I, II")
+    formulas.formula(text)
+    formulas.relations(rewritten)
+    geometry.statement(text)
     assert time.process_time() - start < 2.0
 
 

@@ -321,7 +321,7 @@ def test_close_ends_busy_workers_and_releases_the_waiting() -> None:
         ({"workers": 0}, ["reward.workers"]),
         ({"timeout_seconds": 0.0}, ["reward.timeout_seconds"]),
         ({"timeout_seconds": math.nan, "workers": -1}, ["reward.workers", "reward.timeout_seconds"]),
-        ({"memory_limit_bytes": 1000}, ["reward.memory_limit_bytes"]),
+        ({"memory_limit_bytes": 1000}, ["memory of a math grader"]),
     ],
 )
 def test_impossible_limits_are_refused(values: dict[str, Any], names: list[str]) -> None:
