@@ -227,7 +227,8 @@ class Soak:
         trainer, rng = self.trainer, self.rng
         if kind in ("server killed", "server stopped", "network silent"):
             servers = trainer.servers()
-            if not servers:
+            if not servers:  # they start some time after the trainer
+                self.faults[f"not {kind}: there was no server yet"] += 1
                 return
             server = rng.choice(servers)
             processes = _with_children(server)
