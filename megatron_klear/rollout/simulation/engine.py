@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import collections
-from collections.abc import Callable
+from collections.abc import Callable, MutableSequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -61,7 +61,7 @@ class SimulatedEngine:
         self._vocab_size = vocab_size
         self.version = version
         self.corrupt: Callable[[GeneratedPart], GeneratedPart] | None = None
-        self.requests_seen: list[str] = []
+        self.requests_seen: MutableSequence[str] = []
         self._runs: dict[str, _Run] = {}
         self._waiting: collections.deque[_Run] = collections.deque()
         self._trouble = ""
