@@ -25,8 +25,8 @@ class CodeGraderPool(WorkerPool[CodeQuestion]):
     Equation: Section 3.2.4, the reward is the share of tests passed (4 of 16 is 0.25).
 
     A worker is a sandbox that is started once and gives every answer namespaces and a scratch folder of its own. Grades
-    depend on the program and its tests only: time is limited by CPU time, sets of texts have the same order in every
-    run. A program that draws random numbers may still be graded one way or the other.
+    depend on the program and its tests only: time is limited by CPU time and what a program sleeps, sets of texts have
+    the same order in every run. A program that draws random numbers may still be graded one way or the other.
 
     Args:
         workers: sandboxes, and programs graded at the same time.

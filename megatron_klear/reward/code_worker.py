@@ -11,7 +11,7 @@ from megatron_klear.reward.code_answers import CodeQuestion
 from megatron_klear.reward.code_tests import ANSWER_FILE, CodeProblem, met_tests, parse_problem
 from megatron_klear.reward.pool import Died, StartError
 from megatron_klear.reward.rules import Verdict
-from megatron_klear.reward.sandbox import Limits, SandboxError, SandboxMode, SandboxProcess
+from megatron_klear.reward.sandbox import Limits, NoTime, SandboxError, SandboxMode, SandboxProcess
 from megatron_klear.reward.sandbox.process import printable
 
 _MOST_FAULTS = 10_000
@@ -82,6 +82,9 @@ class CodeWorker:
             failures = {0: fault} if fault else self._failures(problem, messages)
             self._sandbox.close_answer()
             broken = self._fault_of_tests(tests, messages, limits) if failures else ""
+        except NoTime as error:
+            self._sandbox.close_answer()
+            return Verdict("ungraded", str(error), tests=tests)
         except (SandboxError, OSError) as error:
             self._sandbox.kill()
             raise Died(str(error)) from error

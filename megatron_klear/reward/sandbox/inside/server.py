@@ -34,8 +34,13 @@ _WARM = (
 """Imported once here, so that the processes of the tests find them loaded."""
 
 
-def serve(channel_fd: int) -> None:
-    """Serve sessions until the other side of the socket closes."""
+def serve(channel_fd: int, control_fd: int) -> None:
+    """Serve sessions until the other side of the sockets closes.
+
+    Args:
+        channel_fd: brings the answers and their tests, and takes what came of them.
+        control_fd: brings the numbers of tests to end, see `children.Box`.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     kernel.hide_memory()
     settings = receive(channel_fd)
@@ -50,7 +55,7 @@ def serve(channel_fd: int) -> None:
     while os.read(channel_fd, 1):
         pid = os.fork()
         if pid == 0:
-            _guarded(_open_session, channel_fd, settings)
+            _guarded(_open_session, channel_fd, {**settings, "control_fd": control_fd})
         if os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) != 0:
             # It has said why, or was killed: the other side must not wait for it.
             _reply_broken(channel_fd, "the session ended before its time")
@@ -72,7 +77,7 @@ def _session(channel_fd: int, settings: dict[str, Any]) -> None:
     if not settings["isolated"]:
         kernel.die_with_parent()
     sources = receive(channel_fd)
-    box = Box({**settings, **sources.pop("limits")})
+    box = Box({**settings, **sources.pop("limits")}, settings["control_fd"])
     compiled, ended = _compile(box, sources)
     _reply(channel_fd, ended)
     while test := receive(channel_fd):
