@@ -81,7 +81,8 @@ class CodeRewardSettings:
     an answer is ready to run and others run does not count, except with `code_reward.allow_processes`."""
 
     max_timeouts: Annotated[int | None, Unit("tests"), Positive] = None
-    """Tests that may pass a time limit before the others of the response count as failed; null runs all tests."""
+    """Tests that may pass a time limit before the others of the response are not run. Only with
+    `code_reward.score=hard`, where the first failed test decides and ends the response anyway; soft runs all tests."""
 
     memory_bytes: Annotated[int, _Bytes, Field(ge=2**26)] = 2**30
     """Address space of a test's process."""

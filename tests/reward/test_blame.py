@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import psutil
 import pytest
@@ -32,8 +32,9 @@ def other_work(pool: CodeGraderPool) -> Iterator[None]:
     processor = min(os.sched_getaffinity(0))
     assert pool.grade_many([("first", program("print(1)"), prints("1"))])[0].outcome == "correct"
     for pid in pool.worker_pids():
-        for process in [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]:
-            process.cpu_affinity([processor])
+        for process in [*psutil.Process(pid).children(recursive=True), psutil.Process(pid)]:
+            with suppress(psutil.NoSuchProcess):  # of the answer just graded
+                process.cpu_affinity([processor])
     spin = f"import os\nos.sched_setaffinity(0, [{processor}])\nprint(flush=True)\nwhile True: pass"
     # Each in a session of its own: a kernel may share a processor between sessions first.
     hogs = [

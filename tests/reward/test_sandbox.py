@@ -19,7 +19,7 @@ import pytest
 from megatron_klear.errors import RewardError
 from megatron_klear.records import Grade
 from megatron_klear.reward import CodeGraderPool, Limits, sandbox
-from megatron_klear.reward.sandbox import view
+from megatron_klear.reward.sandbox import SandboxMode, view
 from tests.reward.conftest import STRICT_LIMITS, prints, program
 from tests.reward.hostile_programs import FILLS_SCRATCH, PROGRAMS, READS_FILES, REFUSED
 
@@ -250,6 +250,37 @@ def test_a_kernel_that_allows_no_namespaces_is_refused_with_what_to_do(
         pool.grade_many([GOOD])
     for words in ("No permissions to create new namespace", "user namespaces", "code_reward.sandbox=rlimits"):
         assert words in str(caught.value)
+
+
+def test_another_fault_of_bubblewrap_is_told_as_what_it_is(
+    bubblewrap: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for folder in (tmp_path, *tmp_path.parents[:2]):
+        folder.chmod(0o755)
+    gone = tmp_path / "gone"
+    with CodeGraderPool(workers=1, extra_paths=(str(gone),)) as pool, pytest.raises(RewardError) as caught:
+        pool.grade_many([GOOD])
+    assert "code_reward.extra_paths" in str(caught.value)
+    assert "No such file or directory" in str(caught.value)
+    assert "namespaces" not in str(caught.value)
+    monkeypatch.setattr(view, "_DEVICES", (*view._DEVICES, "/dev/no-such-device"))
+    with CodeGraderPool(workers=1) as pool, pytest.raises(RewardError) as caught:
+        pool.grade_many([GOOD])
+    assert "code_reward.sandbox: bubblewrap makes no sandbox" in str(caught.value)
+    assert "/dev/no-such-device" in str(caught.value)
+    assert "namespaces" not in str(caught.value)
+
+
+@pytest.mark.parametrize("mode", ["bubblewrap", "rlimits"])
+def test_a_module_that_cannot_be_imported_is_named_by_its_setting(bubblewrap: str, mode: SandboxMode) -> None:
+    with (
+        CodeGraderPool(workers=1, sandbox=mode, warm_modules=("json", "no_such.module")) as pool,
+        pytest.raises(RewardError) as caught,
+    ):
+        pool.grade_many([GOOD])
+    assert "code_reward.warm_modules" in str(caught.value)
+    assert "cannot import no_such.module: ModuleNotFoundError" in str(caught.value)
+    assert "code_reward.extra_paths" in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from megatron_klear.errors import RewardError
 from megatron_klear.reward.sandbox.blame import Blame
 from megatron_klear.reward.sandbox.inside.channel import LENGTH
 from megatron_klear.reward.sandbox.inside.children import ENDED, NUMBER, OVER_CPU, OVER_OUTPUT, OVER_WALL
-from megatron_klear.reward.sandbox.inside.server import BROKEN, REPLY
+from megatron_klear.reward.sandbox.inside.server import BROKEN, NO_MODULE, REPLY
 from megatron_klear.reward.sandbox.limits import Limits
 from megatron_klear.reward.sandbox.seccomp import OWN_PID, UnsupportedMachine, filter_program
 from megatron_klear.reward.sandbox.view import (
@@ -172,13 +172,20 @@ class SandboxProcess:
         try:
             self._send(module_texts())
             self._send(settings)
-            self._reply(deadline)
+            limit, _, output, _ = self._read_reply(deadline, "start")
         except (OSError, SandboxError) as error:
             self.kill()
             printed = self._printed()
             if self.mode == "bubblewrap" and "bwrap:" in printed:
-                raise RewardError(explain_refusal(printed)) from error
+                raise RewardError(explain_refusal(printed, self._extra_paths)) from error
             raise RewardError(f"the sandbox for code cannot be started: {printed or error}") from error
+        if limit == NO_MODULE:
+            self.kill()
+            told = output.decode("utf-8", "replace")
+            raise RewardError(
+                f"code_reward.warm_modules: {self._interpreter.executable} cannot import {told}; in the sandbox it has "
+                "its own library and code_reward.extra_paths"
+            )
 
     def open(self, sources: dict[str, str], limits: Limits) -> str:
         """Begin with an answer.
@@ -345,15 +352,18 @@ class SandboxProcess:
         self._channel.settimeout(START_SECONDS)
         self._channel.sendall(LENGTH.pack(len(data)) + data)
 
-    def _reply(self, deadline: float, what: str = "start") -> TestResult:
+    def _reply(self, deadline: float, what: str) -> TestResult:
+        limit, status, output, errors = self._read_reply(deadline, what)
+        if limit == BROKEN:
+            raise SandboxError(output.decode("utf-8", "replace"))
+        return TestResult(output, self._problem(limit, status, errors))
+
+    def _read_reply(self, deadline: float, what: str) -> tuple[int, int, bytes, bytes]:
         head = self._read(REPLY.size, deadline, what)
         limit, status, num_output, num_errors = REPLY.unpack(head)
         if max(num_output, num_errors) > _MOST_REPLY_BYTES:
             raise SandboxError(f"a reply claims {num_output + num_errors} bytes")
-        output, errors = self._read(num_output, deadline, what), self._read(num_errors, deadline, what)
-        if limit == BROKEN:
-            raise SandboxError(output.decode("utf-8", "replace"))
-        return TestResult(output, self._problem(limit, status, errors))
+        return limit, status, self._read(num_output, deadline, what), self._read(num_errors, deadline, what)
 
     def _problem(self, limit: int, status: int, errors: bytes) -> str:
         if limit == OVER_CPU:

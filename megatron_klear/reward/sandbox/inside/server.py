@@ -21,8 +21,8 @@ from megatron_klear.reward.sandbox.inside.children import Box, Ended
 REPLY = struct.Struct("<BiQQ")
 """Limit, status, bytes of output, bytes of errors; both follow."""
 
-BROKEN = 255
-"""In place of the limit: the session failed, and the output says how."""
+BROKEN, NO_MODULE = 255, 254
+"""In place of the limit: the session failed, or a module cannot be imported, and the output says how."""
 
 _CODE_BYTES = 1 << 24
 """Most that an answer may compile to."""
@@ -46,8 +46,14 @@ def serve(channel_fd: int, control_fd: int) -> None:
     settings = receive(channel_fd)
     if not settings["isolated"]:
         kernel.die_with_parent()
-    for name in [*_WARM, *settings["warm_modules"]]:
+    for name in _WARM:
         importlib.import_module(name)
+    for name in settings["warm_modules"]:
+        try:
+            importlib.import_module(name)
+        except BaseException as error:
+            _reply_broken(channel_fd, f"{name}: {type(error).__name__}: {error}", NO_MODULE)
+            return
     gc.collect()
     gc.disable()
     gc.freeze()
@@ -162,6 +168,6 @@ def _reply(channel_fd: int, ended: Ended) -> None:
     write(channel_fd, head + ended.output + ended.errors)
 
 
-def _reply_broken(channel_fd: int, text: str) -> None:
+def _reply_broken(channel_fd: int, text: str, how: int = BROKEN) -> None:
     data = text.encode("utf-8", "replace")
-    write(channel_fd, REPLY.pack(BROKEN, 0, len(data), 0) + data)
+    write(channel_fd, REPLY.pack(how, 0, len(data), 0) + data)
