@@ -22,7 +22,7 @@ from typing import Any
 
 from megatron_klear.errors import RewardError
 from megatron_klear.reward import Limits
-from megatron_klear.reward.sandbox import SandboxError, SandboxMode, SandboxProcess
+from megatron_klear.reward.sandbox import NoTime, SandboxError, SandboxMode, SandboxProcess
 
 TESTS = 16
 _LIMITS = Limits(cpu_seconds=4.0, wall_seconds=10.0, output_bytes=2**18)
@@ -112,6 +112,9 @@ def collect(
             process.wait_ready()
         try:
             found = tests_of(process, task, seed)
+        except NoTime as error:
+            process.close_answer()
+            found = str(error)
         except SandboxError as error:
             process.discard()
             process, found = None, f"the sandbox failed: {error}"

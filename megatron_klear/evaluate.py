@@ -2,6 +2,7 @@
 
 python -m megatron_klear.evaluate CONFIG.yaml [section.field=value ...]
 python -m megatron_klear.evaluate --grade GENERATIONS.jsonl --problems FILE [FILE ...]
+python -m megatron_klear.evaluate --grade GENERATIONS.jsonl --config CONFIG.yaml [section.field=value ...]
 """
 
 from __future__ import annotations
@@ -10,19 +11,32 @@ import argparse
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_klear.config.command_line import parse_tool_arguments
-from megatron_klear.config.evaluating import EVALUATION, EvaluationSettings, load_evaluation, repeated_names
+from megatron_klear.config.evaluating import (
+    EVALUATION,
+    EvaluationSettings,
+    as_day,
+    load_evaluation,
+    load_grading,
+    repeated_names,
+)
 from megatron_klear.config.rewards import CodeRewardSettings, RewardSettings
 from megatron_klear.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_RESUMABLE, DataError, KlearError
 
 if TYPE_CHECKING:
     from megatron_klear.evaluation import Benchmark, Generation
-    from megatron_klear.session.grading import Graders
+    from megatron_klear.session.grading import Graders, GraderSettings
+
+_RULES = (
+    *("timeout", "seed", "think_start", "think_end", "sandbox", "prompt_opens_think", "require_think"),
+    *("contests_from", "contests_until"),
+)
+"""Options that say what the settings of an evaluation say, too."""
 
 _PURPOSE = """\
 Ask a model the problems of benchmarks and grade its answers: avg@n (the accuracy of one response) and pass@k, each with
@@ -32,7 +46,8 @@ run.preset=32k and run.preset=64k set what the paper's evaluation used. To grade
 `python -m megatron_klear.evaluate --grade --help`."""
 _ABOUT = """\
 Grade a file of generations against the problems they answer, without any model. Figures are avg@n (the accuracy of one
-response) and pass@k, each with a 95 % interval by bootstrap over problems."""
+response) and pass@k, each with a 95 % interval by bootstrap over problems. With the settings of the evaluation that
+made the generations (--config), they are graded by its rules, to its figures."""
 _FORMS = """\
 generations, JSON lines:  {"problem_id", "response", "index"?, "benchmark"?, "finish_reason"?, "num_tokens"?}
                           or `responses`, a list, in place of `response`
@@ -51,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         if "--grade" in arguments:
-            return grade_file(_parser().parse_args(arguments))
+            return grade_file(_options(arguments))
         settings = parse_tool_arguments(
             arguments, module="evaluate", purpose=_PURPOSE, schema=EVALUATION, load=load_evaluation
         )
@@ -81,6 +96,7 @@ def evaluate_model(settings: EvaluationSettings) -> int:
 
 
 def _ask_and_grade(benchmarks: Sequence[Benchmark], settings: EvaluationSettings) -> int:
+    from megatron_klear.evaluation import grading_rules
     from megatron_klear.evaluation.asking import facts_of, generations_of
     from megatron_klear.evaluation.generations import write_generations
     from megatron_klear.evaluation.writing import GENERATIONS_FILE
@@ -89,16 +105,88 @@ def _ask_and_grade(benchmarks: Sequence[Benchmark], settings: EvaluationSettings
     out = Path(settings.run.dir)
     made = generations_of(benchmarks, settings)
     write_generations(out / GENERATIONS_FILE, (item for items in made.values() for item in items))
-    graders = Graders(GraderSettings(reward=settings.reward, code_reward=settings.code_reward))
+    grading = GraderSettings(reward=settings.reward, code_reward=settings.code_reward)
     return _finish(
         out,
         benchmarks,
         made,
-        graders,
+        Graders(grading),
         facts=facts_of(settings),
+        rules=grading_rules(grading, benchmarks),
         seed=settings.run.seed,
         ks=settings.benchmarks.pass_at,
         require_complete=settings.benchmarks.require_complete,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Grading:
+    """How a generations file is graded.
+
+    Attributes:
+        problems: files of the benchmarks.
+        setting: what names them.
+        contests: days of LiveCodeBench's contests to count, first and last.
+        most_problems: of each benchmark; None for all.
+        settings: of the graders.
+        opening: what the prompt ended with that belongs to the response.
+    """
+
+    problems: tuple[str, ...]
+    setting: str
+    contests: tuple[date | None, date | None]
+    most_problems: int | None
+    settings: GraderSettings
+    opening: str
+    seed: int
+    ks: tuple[int, ...]
+    require_complete: bool
+
+
+def _grading_of(options: argparse.Namespace) -> _Grading:
+    """The rules of an evaluation that `--config` names, or those of the options.
+
+    Raises:
+        DataError: both say something of the same.
+        ConfigError: what is wrong with the settings of the evaluation.
+    """
+    from megatron_klear.session.grading import GraderSettings, Tags
+
+    if options.config is None:
+        start, end = options.think_start or "<think>", options.think_end or "</think>"
+        workers, timeout = options.workers or 4, options.timeout or 5.0
+        return _Grading(
+            problems=tuple(options.problems),
+            setting="--problems",
+            contests=(options.contests_from, options.contests_until),
+            most_problems=None,
+            settings=GraderSettings(
+                reward=RewardSettings(require_think=options.require_think, timeout_seconds=timeout, workers=workers),
+                code_reward=CodeRewardSettings(workers=workers, sandbox=options.sandbox or "bubblewrap"),
+                tokenizer=Tags(think_start=start, think_end=end),
+            ),
+            opening=start if options.prompt_opens_think else "",
+            seed=options.seed or 0,
+            ks=options.pass_at,
+            require_complete=options.require_complete,
+        )
+    told = [f"--{name.replace('_', '-')}" for name in _RULES if getattr(options, name) not in (None, False)]
+    if told:
+        raise DataError([f"{name}: is given beside --config, whose settings say it" for name in told])
+    settings = load_grading(options.config[0], options.config[1:])
+    reward, code, benchmarks = settings.reward, settings.code_reward, settings.benchmarks
+    if options.workers:
+        reward, code = replace(reward, workers=options.workers), replace(code, workers=options.workers)
+    return _Grading(
+        problems=tuple(options.problems or benchmarks.files),
+        setting="--problems" if options.problems else "benchmarks.files",
+        contests=(as_day(benchmarks.contests_from), as_day(benchmarks.contests_until)),
+        most_problems=benchmarks.problems,
+        settings=GraderSettings(reward=reward, code_reward=code),
+        opening="",  # an evaluation writes it with the response
+        seed=settings.run.seed,
+        ks=options.pass_at or benchmarks.pass_at,
+        require_complete=options.require_complete or benchmarks.require_complete,
     )
 
 
@@ -107,55 +195,52 @@ def grade_file(options: argparse.Namespace) -> int:
     from megatron_klear.evaluation import Benchmark, Contests, benchmark_name, read_benchmark
     from megatron_klear.session.run_lock import alone_in
 
-    wrong = repeated_names(options.problems, "--problems")
+    how = _grading_of(options)
+    wrong = repeated_names(how.problems, how.setting)
+    if not how.problems:
+        wrong = ["--problems: names no file, and neither does benchmarks.files of --config"]
     if wrong:
         raise DataError(wrong)
-    contests = Contests(first=options.contests_from, last=options.contests_until)
+    contests = Contests(first=how.contests[0], last=how.contests[1])
     out = options.out or options.grade.with_name(f"{options.grade.stem}-graded")
-    benchmarks = [
-        Benchmark(name=benchmark_name(path), rows=tuple(read_benchmark(path, setting="--problems", contests=contests)))
-        for path in options.problems
-    ]
+    benchmarks = []
+    for path in how.problems:
+        rows = read_benchmark(path, setting=how.setting, contests=contests)
+        benchmarks.append(Benchmark(name=benchmark_name(path), rows=tuple(rows[: how.most_problems])))
     with alone_in(out, "--out"):
-        return _match_and_grade(out, benchmarks, options)
+        return _match_and_grade(out, benchmarks, options.grade, how)
 
 
-def _match_and_grade(out: Path, benchmarks: Sequence[Benchmark], options: argparse.Namespace) -> int:
-    from megatron_klear.evaluation import Rejects, matched, read_generations
+def _match_and_grade(out: Path, benchmarks: Sequence[Benchmark], made_file: Path, how: _Grading) -> int:
+    from megatron_klear.evaluation import Rejects, grading_rules, matched, read_generations
     from megatron_klear.evaluation.writing import REJECTS_FILE
-    from megatron_klear.session.grading import Graders, GraderSettings, Tags, require_sandbox
+    from megatron_klear.session.grading import Graders, require_sandbox
 
-    rejects = Rejects(f"the generations {options.grade}", out / REJECTS_FILE)
-    made = matched(read_generations(options.grade, rejects), benchmarks, rejects)
-    if options.prompt_opens_think:
+    rejects = Rejects(f"the generations {made_file}", out / REJECTS_FILE)
+    made = matched(read_generations(made_file, rejects), benchmarks, rejects)
+    if how.opening:
         made = {
-            name: [replace(item, response=options.think_start + item.response) for item in items]
+            name: [replace(item, response=how.opening + item.response) for item in items]
             for name, items in made.items()
         }
     if not any(made.values()):
         rejects.raise_if_any()
-        raise DataError([f"GENERATIONS: {options.grade} holds no responses"])
-    grading = GraderSettings(
-        reward=RewardSettings(
-            require_think=options.require_think, timeout_seconds=options.timeout, workers=options.workers
-        ),
-        code_reward=CodeRewardSettings(workers=options.workers, sandbox=options.sandbox),
-        tokenizer=Tags(think_start=options.think_start, think_end=options.think_end),
-    )
+        raise DataError([f"GENERATIONS: {made_file} holds no responses"])
     if any(row.domain == "code" for benchmark in benchmarks for row in benchmark.rows):
-        require_sandbox(grading)
+        require_sandbox(how.settings)
     notes = [f"{len(rejects)} generations could not be used; {rejects.path.name} says why"] if rejects else []
-    facts = {"model": f"generations of {options.grade}", "thinking part required": options.require_think}
+    facts = {"model": f"generations of {made_file}", "thinking part required": how.settings.reward.require_think}
     return _finish(
         out,
         benchmarks,
         made,
-        Graders(grading),
+        Graders(how.settings),
         facts=facts,
-        seed=options.seed,
-        ks=options.pass_at,
+        rules=grading_rules(how.settings, benchmarks),
+        seed=how.seed,
+        ks=how.ks,
         notes=notes,
-        require_complete=options.require_complete,
+        require_complete=how.require_complete,
     )
 
 
@@ -166,6 +251,7 @@ def _finish(
     graders: Graders,
     *,
     facts: Mapping[str, Any],
+    rules: Mapping[str, str],
     seed: int,
     ks: Sequence[int],
     notes: Sequence[str] = (),
@@ -182,9 +268,10 @@ def _finish(
     with closing(graders), WorkProgress("grading", sum(map(len, made.values())), noun="responses") as progress:
         for benchmark in benchmarks:
             judged[benchmark.name] = judge(benchmark, made[benchmark.name], graders, progress.advance)
+    facts = {**facts, "grading rules": dict(rules)}
     results = write_evaluation(out, benchmarks, judged, facts=facts, seed=seed, ks=ks, notes=notes)
     console = make_console(sys.stdout)
-    console.print(results_table(results))
+    console.print(results_table(results, rules))
     for note in notes:
         console.print(note, highlight=False, markup=False)
     incomplete = coverage_lines(results)
@@ -196,6 +283,14 @@ def _finish(
     return EXIT_DONE
 
 
+def _options(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if not options.problems and not options.config:
+        parser.error("one of these is needed: --problems FILE [FILE ...], --config CONFIG.yaml")
+    return options
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m megatron_klear.evaluate",
@@ -204,22 +299,24 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--grade", type=Path, required=True, metavar="GENERATIONS", help="responses to grade")
-    parser.add_argument("--problems", nargs="+", required=True, metavar="FILE", help="the problems they answer")
+    parser.add_argument("--problems", nargs="+", metavar="FILE", help="the problems they answer")
+    parser.add_argument(
+        "--config", nargs="+", metavar=("CONFIG.yaml", "section.field=value"),
+        help="settings of an evaluation: problems, rules of grading (reward, code_reward), seed and pass@k are its",
+    )  # fmt: skip
     parser.add_argument("--out", type=Path, metavar="DIR", help="default: GENERATIONS-graded, beside the file")
     parser.add_argument("--pass-at", type=_ks, default=(), metavar="K,K", help="default: powers of two up to n")
     for name, which in (("from", "first"), ("until", "last")):
         parser.add_argument(
             f"--contests-{name}", type=_day, metavar="DAY", help=f"{which} day of LiveCodeBench's contests to count"
         )
-    parser.add_argument("--workers", type=_positive, default=4, metavar="N", help="grading processes (default: 4)")
-    parser.add_argument("--timeout", type=_seconds, default=5.0, metavar="SECONDS", help="per answer (default: 5)")
-    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap (default: 0)")
+    parser.add_argument("--workers", type=_positive, metavar="N", help="grading processes (default: 4)")
+    parser.add_argument("--timeout", type=_seconds, metavar="SECONDS", help="per answer (default: 5)")
+    parser.add_argument("--seed", type=int, help="of the bootstrap (default: 0)")
+    parser.add_argument("--think-start", metavar="TAG", help="opens the thinking part (default: <think>)")
+    parser.add_argument("--think-end", metavar="TAG", help="closes it (default: </think>)")
     parser.add_argument(
-        "--think-start", default="<think>", metavar="TAG", help="opens the thinking part (default: <think>)"
-    )
-    parser.add_argument("--think-end", default="</think>", metavar="TAG", help="closes it (default: </think>)")
-    parser.add_argument(
-        "--sandbox", choices=("bubblewrap", "rlimits"), default="bubblewrap",
+        "--sandbox", choices=("bubblewrap", "rlimits"),
         help="what code runs in (default: bubblewrap; rlimits alone lets it read files)",
     )  # fmt: skip
     parser.add_argument(

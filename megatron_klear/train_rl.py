@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 def train(session: Session, prompts: PromptData, cursor: DataCursor, heldout: PromptData | None) -> None:
     """The RL step in the paper's order."""
+    from megatron_klear.evaluation.during_training import write_heldout
     from megatron_klear.session.closing import told_at_once
     from megatron_klear.session.evaluation import Evaluation
     from megatron_klear.session.groups import step_groups
@@ -30,7 +31,7 @@ def train(session: Session, prompts: PromptData, cursor: DataCursor, heldout: Pr
 
     settings = session.settings
     with (
-        Evaluation(session, heldout) as evaluation,
+        Evaluation(session, heldout, write_heldout) as evaluation,
         step_groups(session, prompts, evaluation.rollouts) as ledger,
         told_at_once(),
     ):

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 def train(session: Session, data: SftData, steps: Steps, heldout: PromptData | None) -> None:
     """Rows -> weights 1/N -> packs -> forward, fused loss, backward -> update, until the last step."""
     from megatron_klear.algorithm import PolicyObjective
+    from megatron_klear.evaluation.during_training import write_heldout
     from megatron_klear.session.closing import told_at_once
     from megatron_klear.session.evaluation import Evaluation
     from megatron_klear.session.metrics import update_metrics
@@ -34,7 +35,7 @@ def train(session: Session, data: SftData, steps: Steps, heldout: PromptData | N
         num_steps=session.total_steps - session.step, normalizer=settings.sft.normalizer,
     )  # fmt: skip
     with (
-        Evaluation(session, heldout) as evaluation,
+        Evaluation(session, heldout, write_heldout) as evaluation,
         open_loader(reader, settings.data, session.context.device) as loader,
         SequenceLog(session, data) as sequences,
         told_at_once(),

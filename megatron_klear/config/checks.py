@@ -294,11 +294,21 @@ def check_rewards(reward: RewardSettings, code: CodeRewardSettings, problems: Pr
     if code.wall_seconds < code.cpu_seconds:
         text = f"got {code.wall_seconds}, must not be below code_reward.cpu_seconds = {code.cpu_seconds}"
         problems.add("code_reward.wall_seconds", text, "code_reward.cpu_seconds")
+    if code.max_timeouts is not None and code.score != "hard":
+        problems.add(
+            "code_reward.max_timeouts",
+            f"got {code.max_timeouts}, and code_reward.score is {code.score}: tests that are not run would change it; "
+            "set null, or code_reward.score=hard",
+            "code_reward.score",
+        )
     if code.allow_processes and code.sandbox == "rlimits":
         problems.add("code_reward.allow_processes", "got true, needs code_reward.sandbox=bubblewrap")
     for path in code.extra_paths:
         if not Path(path).is_absolute() or not Path(path).is_dir():
             problems.add("code_reward.extra_paths", f"{path} is no folder with an absolute path")
+    for module in code.warm_modules:
+        if not all(part.isidentifier() for part in module.split(".")):
+            problems.add("code_reward.warm_modules", f"{module!r} is no name of a module, as in numpy or os.path")
 
 
 def _check_scheduling(settings: Settings, problems: Problems) -> None:

@@ -115,6 +115,23 @@ def load_evaluation(path: str | Path, overrides: Sequence[str] = ()) -> Evaluati
     return load_schema(EVALUATION, path, overrides, together, presets=PRESETS)
 
 
+def load_grading(path: str | Path, overrides: Sequence[str] = ()) -> EvaluationSettings:
+    """The settings of an evaluation whose responses are there: neither its model nor its servers are looked for.
+
+    Raises:
+        ConfigError: see `load_evaluation`.
+    """
+
+    def together(settings: EvaluationSettings, broken: frozenset[str]) -> list[str]:
+        problems = Problems(broken=broken)
+        for where, text in _day_problems(settings.benchmarks):
+            problems.add(where, text)
+        check_rewards(settings.reward, settings.code_reward, problems)
+        return problems.texts
+
+    return load_schema(EVALUATION, path, overrides, together, presets=PRESETS)
+
+
 def repeated_names(files: Sequence[str], setting: str) -> list[str]:
     """What is wrong with benchmark files of one name: they could not be told apart in results.
 
@@ -141,14 +158,7 @@ def _problems(settings: EvaluationSettings) -> Iterator[tuple[str, str]]:
             yield "benchmarks.files", f"no file {file}"
     yield from (("benchmarks.files", text) for text in repeated_names(files, ""))
     yield from sampler_problems(sampler, "sampler")
-    first, last = settings.benchmarks.contests_from, settings.benchmarks.contests_until
-    wrong_days = {
-        name: text for name, text in (("contests_from", first), ("contests_until", last)) if not _is_day(text)
-    }
-    for name, text in wrong_days.items():
-        yield f"benchmarks.{name}", f"got {text!r}, must be a day such as 2025-02-01"
-    if first is not None and last is not None and not wrong_days and first > last:
-        yield "benchmarks.contests_until", f"got {last}, which is before benchmarks.contests_from = {first}"
+    yield from _day_problems(settings.benchmarks)
     for k in settings.benchmarks.pass_at:
         if not 1 <= k <= sampler.responses:
             yield "benchmarks.pass_at", f"got {k}, must be from 1 to sampler.responses = {sampler.responses}"
@@ -161,6 +171,15 @@ def _problems(settings: EvaluationSettings) -> Iterator[tuple[str, str]]:
             f"prompt and response may take {longest} tokens, but the model has {positions} positions; lower it, or set "
             "yarn.factor",
         )
+
+
+def _day_problems(settings: BenchmarkSettings) -> Iterator[tuple[str, str]]:
+    first, last = settings.contests_from, settings.contests_until
+    wrong = {name: text for name, text in (("contests_from", first), ("contests_until", last)) if not _is_day(text)}
+    for name, text in wrong.items():
+        yield f"benchmarks.{name}", f"got {text!r}, must be a day such as 2025-02-01"
+    if first is not None and last is not None and not wrong and first > last:
+        yield "benchmarks.contests_until", f"got {last}, which is before benchmarks.contests_from = {first}"
 
 
 def as_day(text: str | None) -> date | None:

@@ -73,13 +73,16 @@ class CodeRewardSettings:
     """Modules that every sandbox imports once, so that answers find them loaded."""
 
     cpu_seconds: Annotated[float, Unit("seconds"), Field(gt=0, le=600)] = 6.0
-    """CPU time of one test, so that a grade does not depend on how busy the machine is."""
+    """CPU time of one test, so that a grade does not depend on how busy the machine is. Ten times that by the clock,
+    past which an answer that others kept from running is ungraded and takes no part in training."""
 
     wall_seconds: Annotated[float, Unit("seconds"), Field(gt=0, le=3600)] = 20.0
-    """Time of one test by the clock, for answers that wait; at least `code_reward.cpu_seconds`."""
+    """Time of one test by the clock, for answers that sleep or wait; at least `code_reward.cpu_seconds`. Time in which
+    an answer is ready to run and others run does not count, except with `code_reward.allow_processes`."""
 
     max_timeouts: Annotated[int | None, Unit("tests"), Positive] = None
-    """Tests that may pass a time limit before the others of the response count as failed; null runs all tests."""
+    """Tests that may pass a time limit before the others of the response are not run. Only with
+    `code_reward.score=hard`, where the first failed test decides and ends the response anyway; soft runs all tests."""
 
     memory_bytes: Annotated[int, _Bytes, Field(ge=2**26)] = 2**30
     """Address space of a test's process."""
@@ -97,4 +100,5 @@ class CodeRewardSettings:
     """Threads, and processes where they are allowed, that a test may have at a time."""
 
     allow_processes: bool = False
-    """Let answers start processes; each then has `code_reward.memory_bytes`. Needs bubblewrap."""
+    """Let answers start processes; each then has `code_reward.memory_bytes`, and the limit by the clock holds on a busy
+    machine, too. Needs bubblewrap."""

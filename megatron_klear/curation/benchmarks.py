@@ -23,6 +23,10 @@ _LINE_BYTES = 1 << 30
 """Longest line of a benchmark: LiveCodeBench's hold their packed tests, and none may be left out."""
 
 
+Owners = tuple[tuple[str, str], ...]
+"""Benchmark and problem, for each of some benchmarks."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Overlap:
     """An n-gram that a prompt shares with a benchmark.
@@ -51,8 +55,9 @@ class BenchmarkIndex:
     Attributes:
         n: words of an n-gram; `text` says what a word is where none are told apart by spaces.
         short_words, short_characters: what a shorter problem must have to be looked for within prompts.
-        short: all words of a shorter problem that has them -> (benchmark, problem).
-        grams: n-gram -> (benchmark, problem) that had it first.
+        short: all words of a shorter problem that has them -> its owners, see below.
+        grams: n-gram -> (benchmark, problem) of each benchmark that has it, with the problem that had it first there.
+            Nearly all have one owner, in a tuple that all n-grams of the problem share.
         whole: key of the text of a shorter problem -> the same.
         whitelist: n-grams that are no overlap.
         problems: problems by benchmark.
@@ -61,9 +66,9 @@ class BenchmarkIndex:
     n: int
     short_words: int = 4
     short_characters: int = 20
-    short: dict[str, tuple[str, str]] = field(default_factory=dict)
-    grams: dict[str, tuple[str, str]] = field(default_factory=dict)
-    whole: dict[str, tuple[str, str]] = field(default_factory=dict)
+    short: dict[str, Owners] = field(default_factory=dict)
+    grams: dict[str, Owners] = field(default_factory=dict)
+    whole: dict[str, Owners] = field(default_factory=dict)
     whitelist: set[str] = field(default_factory=set)
     problems: dict[str, int] = field(default_factory=dict)
     _short_lengths: set[int] = field(default_factory=set)
@@ -72,30 +77,42 @@ class BenchmarkIndex:
         """Take in a problem."""
         self.problems[benchmark] = self.problems.get(benchmark, 0) + 1
         of = words(text)
-        owner = (benchmark, problem)
+        owner = ((benchmark, problem),)
         if not comes_to(of, self.n):
-            self.whole.setdefault(_whole_key(text), owner)
+            _own(self.whole, _whole_key(text), owner)
             if comes_to(of, self.short_words) and sum(map(len, of)) >= self.short_characters:
-                self.short.setdefault(" ".join(of), owner)
+                _own(self.short, " ".join(of), owner)
                 self._short_lengths.add(len(of))
         for gram in ngrams(of, self.n):
-            self.grams.setdefault(gram, owner)
+            _own(self.grams, gram, owner)
 
     def overlaps(self, text: str) -> tuple[list[Overlap], list[Overlap]]:
-        """What a prompt shares with benchmarks, n-grams first: what counts, and what is whitelisted."""
+        """What a prompt shares with benchmarks, n-grams first: what counts, and what is whitelisted.
+
+        What several benchmarks have is there once for each.
+        """
         of = words(text)
         found = {gram: (self.grams[gram], False) for gram in ngrams(of, self.n) if gram in self.grams}
         for length in sorted(self._short_lengths):
             found.update((gram, (self.short[gram], True)) for gram in runs(of, length) if gram in self.short)
         if not found and not comes_to(of, self.n):
-            owner = self.whole.get(_whole_key(text))
-            found = {} if owner is None else {text: (owner, True)}
+            owners = self.whole.get(_whole_key(text))
+            found = {} if owners is None else {text: (owners, True)}
         counting: list[Overlap] = []
         excused: list[Overlap] = []
-        for gram, ((benchmark, problem), is_short) in found.items():
-            overlap = Overlap(benchmark=benchmark, problem=problem, ngram=gram, is_short=is_short)
-            (excused if gram in self.whitelist else counting).append(overlap)
+        for gram, (owners, is_short) in found.items():
+            (excused if gram in self.whitelist else counting).extend(
+                Overlap(benchmark=benchmark, problem=problem, ngram=gram, is_short=is_short)
+                for benchmark, problem in owners
+            )
         return counting, excused
+
+
+def _own(of: dict[str, Owners], key: str, owner: Owners) -> None:
+    """Add an owner, unless its benchmark has one already."""
+    owners = of.setdefault(key, owner)
+    if owners is not owner and all(benchmark != owner[0][0] for benchmark, _ in owners):
+        of[key] = owners + owner
 
 
 def _whole_key(text: str) -> str:

@@ -33,7 +33,7 @@ class DecontaminateStage(Stage):
         """The benchmarks by content, and the rules."""
         files = [(os.path.basename(name), digest_of(Path(name))) for name in row_files(self._settings.benchmarks)]
         return {"benchmarks": files, "ngram": self._settings.ngram, "short_words": self._settings.short_words,
-                "short_characters": self._settings.short_characters, "normalisation": 3,
+                "short_characters": self._settings.short_characters, "normalisation": 3, "owners": "all",
                 "whitelist": list(self._whitelisted())}  # fmt: skip
 
     def start(self, inputs: Sequence[Path], directory: Path, advance: Advance) -> None:
@@ -68,7 +68,7 @@ class DecontaminateStage(Stage):
                     benchmark=first.benchmark,
                     problem=first.problem,
                     ngram=first.ngram,
-                    shared_ngrams=len(counting),
+                    shared_ngrams=len({overlap.ngram for overlap in counting}),
                 )
                 continue
             if excused:

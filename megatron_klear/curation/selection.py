@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Self, get_args
 
 import numpy as np
 
@@ -15,6 +16,7 @@ from megatron_klear.curation.batches import batches
 from megatron_klear.curation.files import read_json, read_row_file, write_json
 from megatron_klear.curation.row import Row
 from megatron_klear.curation.stage import Advance, Stage, UnitLog
+from megatron_klear.data.index.files import digest_of
 from megatron_klear.records import Domain
 
 SELECTION_FILE = "selection.json"
@@ -26,7 +28,8 @@ class SelectStage(Stage):
     """Keeps the prompts that K-Center greedy selection chooses, domain by domain.
 
     All embeddings of a domain are looked at for each choice: they lie in a file that is mapped into memory, 8 bytes
-    times N times D, and are squared all at once at the start. The other stages' bound on memory does not hold here.
+    times N times D, and are squared all at once at the start. The other stages' bound on memory does not hold here. The
+    file is kept until all is chosen, so that a start which ends in between costs no second run of the encoder.
 
     Args:
         settings: of the run.
@@ -67,12 +70,14 @@ class SelectStage(Stage):
         if found is None:
             found = self._choose(inputs, directory, advance)
             write_json(directory / SELECTION_FILE, found)
+        for domain in get_args(Domain):
+            _Vectors.at(directory, domain).delete()
         self._chosen = {domain: set(ids) for domain, ids in found["chosen"].items()}
         self._unusable = found["unusable"]
 
     def state_is_whole(self, directory: Path) -> bool:
-        """Whether it is known what was chosen."""
-        return read_json(directory / SELECTION_FILE) is not None
+        """Whether it is known what was chosen, or nothing was judged by it yet."""
+        return read_json(directory / SELECTION_FILE) is not None or not any((directory / "units").glob("*.json"))
 
     def apply(self, rows: Iterator[Row], log: UnitLog) -> Iterator[Row]:
         """Yield the chosen rows, without the embeddings that are not needed any more."""
@@ -96,7 +101,7 @@ class SelectStage(Stage):
         device = self._settings.device
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
-        embedder = make_embedder(self._settings, device)
+        embedder = cache(lambda: make_embedder(self._settings, device))
         budgets: dict[Domain, int | None] = {"math": self._settings.math, "code": self._settings.code}
         chosen: dict[str, list[str]] = {}
         radius: dict[str, list[float]] = {}
@@ -104,22 +109,20 @@ class SelectStage(Stage):
         for domain, budget in budgets.items():
             if budget is None:
                 continue
-            vectors = directory / f".vectors-{domain}.f64"
-            try:
-                ids, width = _write_vectors(embedder, inputs, domain, vectors, unusable)
-                chosen[domain], radius[domain] = self._chosen_of(ids, width, vectors, budget, advance)
-            finally:
-                vectors.unlink(missing_ok=True)
+            vectors = _Vectors.at(directory, domain)
+            if not vectors.are_there():
+                vectors.write(embedder, inputs)
+            unusable.update(vectors.unusable)
+            chosen[domain], radius[domain] = self._chosen_of(vectors, budget, advance)
         return {"chosen": chosen, "radius": radius, "unusable": unusable}
 
-    def _chosen_of(
-        self, ids: Sequence[str], width: int, vectors: Path, budget: int, advance: Advance
-    ) -> tuple[list[str], list[float]]:
+    def _chosen_of(self, vectors: _Vectors, budget: int, advance: Advance) -> tuple[list[str], list[float]]:
+        ids = vectors.ids
         if budget >= len(ids):
             return list(ids), []
         from megatron_klear.curation.k_center import k_center_greedy
 
-        points = np.memmap(vectors, np.float64, "r", shape=(len(ids), width))
+        points = np.memmap(vectors.file, np.float64, "r", shape=(len(ids), vectors.width))
         first = int(np.random.SeedSequence([self._seed, _MIX]).generate_state(1, np.uint64)[0] % len(ids))
         picked, radii = k_center_greedy(points, budget, first=first, advance=advance)
         # The curve of the radius is for a picture: a hundred points of it will do.
@@ -127,25 +130,68 @@ class SelectStage(Stage):
         return [ids[i] for i in picked], [round(float(radii[i]), 5) for i in some]
 
 
-def _write_vectors(
-    embedder: Any, inputs: Sequence[Path], domain: Domain, file: Path, unusable: dict[str, str]
-) -> tuple[list[str], int]:
-    """Write the unit vectors of a domain's rows one after another; returns their ids and the width."""
-    from megatron_klear.curation.embed import unit_vector
+@dataclass(slots=True)
+class _Vectors:
+    """The unit vectors of a domain's rows, one after another in a file, float64 [N, D].
 
-    ids: list[str] = []
-    width: int | None = None
-    with file.open("wb") as out:
-        rows = (row for path in inputs for row in read_row_file(path) if row.domain == domain)
-        for batch in batches(rows, _BATCH_ROWS):
-            for row, vector in zip(batch, embedder.embed(batch), strict=True):
-                unit = unit_vector(vector, width)
-                if isinstance(unit, str):
-                    unusable[row.row_id] = unit
-                    continue
-                width = len(unit)
-                ids.append(row.row_id)
-                out.write(unit.tobytes())
-        out.flush()
-        os.fsync(out.fileno())
-    return ids, width or 0
+    Attributes:
+        domain: of the rows.
+        file: of the vectors.
+        ids: of the rows that have one.
+        width: D.
+        unusable: why other rows have none, by id.
+    """
+
+    domain: Domain
+    file: Path
+    ids: list[str] = field(default_factory=list)
+    width: int = 0
+    unusable: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def at(cls, directory: Path, domain: Domain) -> Self:
+        """Of a stage's directory, whether they are there or not."""
+        return cls(domain, directory / f".vectors-{domain}.f64")
+
+    @property
+    def _note(self) -> Path:
+        return self.file.with_suffix(".json")
+
+    def are_there(self) -> bool:
+        """Take over what an earlier start wrote, if it is whole."""
+        note = read_json(self._note)
+        try:
+            if note["digest"] != digest_of(self.file):
+                return False
+            self.ids, self.width, self.unusable = note["ids"], note["width"], note["unusable"]
+        except (OSError, KeyError, TypeError):
+            return False
+        return True
+
+    def write(self, embedder: Callable[[], Any], inputs: Sequence[Path]) -> None:
+        """Embed the rows; the note beside the vectors is there when all of them are."""
+        from megatron_klear.curation.embed import unit_vector
+
+        self.delete()
+        width: int | None = None
+        with self.file.open("wb") as out:
+            rows = (row for path in inputs for row in read_row_file(path) if row.domain == self.domain)
+            for batch in batches(rows, _BATCH_ROWS):
+                for row, vector in zip(batch, embedder().embed(batch), strict=True):
+                    unit = unit_vector(vector, width)
+                    if isinstance(unit, str):
+                        self.unusable[row.row_id] = unit
+                        continue
+                    width = len(unit)
+                    self.ids.append(row.row_id)
+                    out.write(unit.tobytes())
+            out.flush()
+            os.fsync(out.fileno())
+        self.width = width or 0
+        told = {"digest": digest_of(self.file), "ids": self.ids, "width": self.width, "unusable": self.unusable}
+        write_json(self._note, told)
+
+    def delete(self) -> None:
+        """Remove them, the note first."""
+        self._note.unlink(missing_ok=True)
+        self.file.unlink(missing_ok=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from megatron_klear.evaluation.generations import Generation, Rejects, read_generations, write_generations
-from megatron_klear.evaluation.grading import judge, matched
+from megatron_klear.evaluation.grading import grading_rules, judge, matched
 from megatron_klear.evaluation.published import Contests, benchmark_name, read_benchmark
 from megatron_klear.evaluation.results import BenchmarkResult, Judged, as_json, results_table, summarize
 from megatron_klear.evaluation.writing import Benchmark, write_evaluation
@@ -17,6 +17,7 @@ __all__ = [
     "Rejects",
     "as_json",
     "benchmark_name",
+    "grading_rules",
     "judge",
     "matched",
     "read_benchmark",

@@ -11,7 +11,7 @@ from megatron_klear.evaluation.results import Judged
 from megatron_klear.evaluation.writing import Benchmark
 from megatron_klear.records import Domain
 from megatron_klear.reward import GradeRequest
-from megatron_klear.session.grading import Graders
+from megatron_klear.session.grading import Graders, GradingSettings
 
 _AT_A_TIME = 256
 
@@ -73,6 +73,27 @@ def judge(
         judged += [Judged(generation=made, grade=grade) for made, grade in zip(some, grades, strict=True)]
         on_graded(len(some))
     return judged
+
+
+def grading_rules(settings: GradingSettings, benchmarks: Sequence[Benchmark]) -> dict[str, str]:
+    """What answers are graded by, for people: of each domain that the benchmarks have.
+
+    Args:
+        settings: of the graders.
+        benchmarks: the problems.
+    """
+    domains = {row.domain for benchmark in benchmarks for row in benchmark.rows}
+    reward, code = settings.reward, settings.code_reward
+    tags = f"{settings.tokenizer.think_start} ... {settings.tokenizer.think_end}"
+    rules = {"thinking part": f"{tags} {'required' if reward.require_think else 'not required'}"}
+    if "math" in domains:
+        rules["math"] = f"{reward.timeout_seconds:g} s of CPU time"
+    if "code" in domains:
+        rules["code"] = (
+            f"{code.score}, {code.cpu_seconds:g} s of CPU time and {code.wall_seconds:g} s by the clock per test, "
+            f"{code.memory_bytes / 2**20:g} MiB, {code.python} in {code.sandbox}"
+        )
+    return rules
 
 
 def _request(made: Generation, row: PromptRow) -> tuple[Domain, GradeRequest]:

@@ -161,13 +161,20 @@ def _plain(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def results_table(results: Sequence[BenchmarkResult]) -> Table:
-    """The figures for a terminal: accuracy in percent with its 95 % interval over problems."""
+def results_table(results: Sequence[BenchmarkResult], rules: Mapping[str, str]) -> Table:
+    """The figures for a terminal: accuracy in percent with its 95 % interval over problems.
+
+    Args:
+        results: one per benchmark.
+        rules: what answers were graded by, to stand below the figures.
+    """
     from rich import box
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    told = "; ".join(f"{name}: {text}" for name, text in rules.items())
+    caption = Text(f"graded by these rules: {told}") if rules else None
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, caption=caption, caption_justify="left")
     for title in ("benchmark", "metric", "%", "95 % interval", "problems", "also", "%", "95 % interval", "problems"):
         table.add_column(title, justify="left" if title in ("benchmark", "metric", "also") else "right")
     for title in ("responses", "cut at limit", "mean tokens", "malformed", "ungraded"):

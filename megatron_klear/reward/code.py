@@ -25,8 +25,8 @@ class CodeGraderPool(WorkerPool[CodeQuestion]):
     Equation: Section 3.2.4, the reward is the share of tests passed (4 of 16 is 0.25).
 
     A worker is a sandbox that is started once and gives every answer namespaces and a scratch folder of its own. Grades
-    depend on the program and its tests only: time is limited by CPU time, sets of texts have the same order in every
-    run. A program that draws random numbers may still be graded one way or the other.
+    depend on the program and its tests only: time is limited by CPU time and what a program sleeps, sets of texts have
+    the same order in every run. A program that draws random numbers may still be graded one way or the other.
 
     Args:
         workers: sandboxes, and programs graded at the same time.
@@ -36,8 +36,6 @@ class CodeGraderPool(WorkerPool[CodeQuestion]):
         python: interpreter that runs the programs.
         extra_paths: folders that programs may read and import from.
         warm_modules: modules imported once per sandbox, so that programs find them loaded.
-        max_timeouts: tests of a response that may pass the time limit before the others count as failed; None runs
-            every test.
 
     Raises:
         ConfigError: a number is out of bounds.
@@ -54,7 +52,6 @@ class CodeGraderPool(WorkerPool[CodeQuestion]):
         python: str = DEFAULT_PYTHON,
         extra_paths: tuple[str, ...] = (),
         warm_modules: tuple[str, ...] = (),
-        max_timeouts: int | None = None,
     ) -> None:
         if workers < 1:
             raise ConfigError([f"code_reward.workers: must be at least 1, got {workers}"])
@@ -72,7 +69,6 @@ class CodeGraderPool(WorkerPool[CodeQuestion]):
                 extra_paths=extra_paths,
                 warm_modules=warm_modules,
                 all_or_nothing=self.rules.score == "hard",
-                max_timeouts=max_timeouts,
             )
 
         super().__init__(make, workers, "code grading")

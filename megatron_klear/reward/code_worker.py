@@ -11,7 +11,7 @@ from megatron_klear.reward.code_answers import CodeQuestion
 from megatron_klear.reward.code_tests import ANSWER_FILE, CodeProblem, met_tests, parse_problem
 from megatron_klear.reward.pool import Died, StartError
 from megatron_klear.reward.rules import Verdict
-from megatron_klear.reward.sandbox import Limits, SandboxError, SandboxMode, SandboxProcess
+from megatron_klear.reward.sandbox import Limits, NoTime, SandboxError, SandboxMode, SandboxProcess
 from megatron_klear.reward.sandbox.process import printable
 
 _MOST_FAULTS = 10_000
@@ -25,7 +25,6 @@ class CodeWorker:
         mode, python, extra_paths, warm_modules: see `SandboxProcess`.
         limits: of one test.
         all_or_nothing: stop at the first test that fails, since it decides.
-        max_timeouts: tests that may pass the time limit before the others count as failed; None runs all.
 
     Raises:
         StartError: no sandbox can be made.
@@ -40,9 +39,8 @@ class CodeWorker:
         extra_paths: tuple[str, ...] = (),
         warm_modules: tuple[str, ...] = (),
         all_or_nothing: bool = False,
-        max_timeouts: int | None = None,
     ) -> None:
-        self._limits, self._all_or_nothing, self._max_timeouts = limits, all_or_nothing, max_timeouts
+        self._limits, self._all_or_nothing = limits, all_or_nothing
         self._faults: dict[str, str] = {}
         try:
             self._sandbox = SandboxProcess(mode, python=python, extra_paths=extra_paths, warm_modules=warm_modules)
@@ -82,6 +80,9 @@ class CodeWorker:
             failures = {0: fault} if fault else self._failures(problem, messages)
             self._sandbox.close_answer()
             broken = self._fault_of_tests(tests, messages, limits) if failures else ""
+        except NoTime as error:
+            self._sandbox.close_answer()
+            return Verdict("ungraded", str(error), tests=tests)
         except (SandboxError, OSError) as error:
             self._sandbox.kill()
             raise Died(str(error)) from error
@@ -121,17 +122,14 @@ class CodeWorker:
         return self._faults[tests]
 
     def _failures(self, problem: CodeProblem, messages: Sequence[dict[str, Any]]) -> dict[int, str]:
-        """What is wrong, by number of the test; a test that is not run for good reason counts as failed."""
+        """What is wrong, by number of the test; only where one failure decides the score are the others not run."""
         failures: dict[int, str] = {}
-        num_timeouts = 0
         for index, message in enumerate(messages):
             result = self._sandbox.run(message)
             fault = result.problem or problem.judge(index, result.output)
             if fault:
                 failures[index] = fault
-            num_timeouts += fault.startswith("time limit")
-            decided = bool(failures) and self._all_or_nothing
-            if decided or (self._max_timeouts is not None and num_timeouts >= self._max_timeouts):
+            if failures and self._all_or_nothing:
                 return failures | dict.fromkeys(range(index + 1, len(messages)), "not run")
         return failures
 

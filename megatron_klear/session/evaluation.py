@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Sequence
 from functools import partial
 from types import TracebackType
 from typing import Any, Self
@@ -12,11 +13,15 @@ from megatron_klear.data import PromptData
 from megatron_klear.observe import names
 from megatron_klear.observe.metrics import read_metrics
 from megatron_klear.observe.replace import replace_file
+from megatron_klear.records import ScoredGroup
 from megatron_klear.session.recorded import Recorded
 from megatron_klear.session.rollouts import Accuracy, Rollouts
 from megatron_klear.session.session import Session
 
 RESULT_FILE = "result.json"
+
+Write = Callable[[Session, Sequence[ScoredGroup], int], None]
+"""Writes what was answered and graded at a step into files, for people to read."""
 
 
 class Evaluation:
@@ -28,10 +33,12 @@ class Evaluation:
     Args:
         session: the run.
         heldout: problems that are never trained on; None evaluates nothing.
+        write: called by the first rank with every evaluation. A failure is told and ends nothing.
     """
 
-    def __init__(self, session: Session, heldout: PromptData | None) -> None:
+    def __init__(self, session: Session, heldout: PromptData | None, write: Write | None = None) -> None:
         self.session = session
+        self._write_answers = write
         self.heldout = heldout
         self._is_generating = session.settings.generates(session.entry)
         self._rollouts = Rollouts(session) if session.settings.needs_engine(session.entry) else None
@@ -137,6 +144,7 @@ class Evaluation:
         if accuracy is None:  # the run is asked to stop: its next life evaluates (`at_start`, `at_end`)
             self._last_step = None
             return None
+        self._keep_answers(accuracy, step)
         values = {
             names.ACCURACY_HELDOUT: accuracy.mean,
             names.ACCURACY_HELDOUT_COUNT: accuracy.count,
@@ -149,3 +157,14 @@ class Evaluation:
         )
         self.session.keep_examples(engine.examples(accuracy.groups, step), step)
         return accuracy
+
+    def _keep_answers(self, accuracy: Accuracy, step: int) -> None:
+        """Before the figures are logged: what a kill in between leaves is made again, and not missing."""
+        if self._write_answers is None or not self.session.is_first:
+            return
+        try:
+            self._write_answers(self.session, accuracy.groups, step)
+        except Exception as error:
+            self.session.progress.note(
+                f"step {step}: the answers of the evaluation cannot be written: {type(error).__name__}: {error}"
+            )

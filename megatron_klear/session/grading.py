@@ -178,7 +178,6 @@ def code_graders(
         python=code.python,
         extra_paths=code.extra_paths,
         warm_modules=code.warm_modules,
-        max_timeouts=code.max_timeouts,
     )
 
 

@@ -274,7 +274,13 @@ def _same_test_rows(
     stop, code = settings.code_reward.max_timeouts, settings.code_reward
     yield LintRow(
         check="code: no response is stopped early where that could change its score",
-        found="every test is run" if stop is None else f"code_reward.max_timeouts={stop}, score={code.score}",
+        found=(
+            "the first failed test ends a response and decides (code_reward.score=hard)"
+            if code.score == "hard"
+            else "every test is run"
+            if stop is None
+            else f"code_reward.max_timeouts={stop}, score={code.score}"
+        ),
         passed=stop is None or code.score == "hard",
     )
 

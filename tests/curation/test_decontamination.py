@@ -250,6 +250,28 @@ def test_short_problems_are_counted_apart_and_all_counts_add_up(run_curation: Ru
     assert len(rows) == len(done.rows) + len(done.dropped) + len(done.rejects)
 
 
+def test_a_row_counts_for_every_benchmark_that_has_what_it_shares(run_curation: RunCuration, tmp_path: Path) -> None:
+    long = "A bag holds three red balls and four blue balls; what is the chance of two red ones"
+    other = "Twelve people sit around a table and each shakes hands with the neighbours at both sides"
+    files = []
+    for name, problems in {"first": [long, SHORT, "4 - 1 ="], "second": [other, SHORT, long, long, "4 - 1 ="]}.items():
+        file = tmp_path / f"{name}.jsonl"
+        file.write_text("".join(json.dumps({"id": f"{name}{i}", "problem": p}) + "\n" for i, p in enumerate(problems)))
+        files.append(str(file))
+    rows = [row(1, long), row(2, other), row(3, SHORT + " Think."), row(4, "4 - 1 ="), row(5, "harmless")]
+    done = run_curation(rows, stages=("decontaminate",), decontamination={"benchmarks": files})
+    tables = done.audit("decontaminate")["tables"]
+    assert tables["contaminated rows by benchmark"] == {"first": 3, "second": 4}
+    found = {r["id"]: r for r in done.dropped}
+    assert (found["r1"]["benchmark"], found["r1"]["problem"]) == ("first", "first0")
+    assert found["r1"]["shared_ngrams"] == len(words(long)) - 8
+    index = BenchmarkIndex(n=9)
+    for number in range(3):
+        index.add("a", f"p{number}", long)
+        index.add("b", f"p{number}", long)
+    assert {o for owners in index.grams.values() for o in owners} == {("a", "p0"), ("b", "p0")}
+
+
 BOILERPLATE = "where m and n are relatively prime positive integers find m plus n"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -102,29 +103,45 @@ def test_a_second_start_keeps_what_is_whole_and_redoes_the_rest(
     assert len(changed.ids) > rows
 
 
-def test_a_kill_at_any_moment_changes_nothing_about_the_result(
-    write_config: Callable[..., Path], run_curation: RunCuration, planted: tuple[Path, Planted]
+@pytest.mark.parametrize("seed", range(2))
+def test_kills_at_random_moments_of_all_stages_change_nothing_about_the_result(
+    write_config: Callable[..., Path], run_curation: RunCuration, planted: tuple[Path, Planted], seed: int
 ) -> None:
+    rng = random.Random(seed)
     settings = settings_of(planted[0])
     config = write_config(None, **settings)
     root = config.parent / "run"
-    for stage in ("00-read", "01-dedup", "02-decontaminate"):
-        process = subprocess.Popen(
-            [sys.executable, "-m", "megatron_klear.curate", str(config)], stderr=subprocess.DEVNULL
-        )
+    waiting, landed = ["00-read", "01-dedup", "02-decontaminate", "03-export"], []
+    for _ in range(16):
+        if not waiting:
+            break
+        units = root / "stages" / waiting[0] / "units"
+        process = started(config)
+        # After some of the units that are still to be made, and anywhere within the next one.
+        wanted = len(list(units.glob("*.json"))) + rng.randrange(3)
         deadline = time.monotonic() + 120
-        while process.poll() is None and not any((root / "stages" / stage / "rows").glob("[!.]*")):
+        while process.poll() is None and (not units.is_dir() or len(list(units.glob("*.json"))) < wanted):
             assert time.monotonic() < deadline
-            time.sleep(0.001)
-        process.send_signal(signal.SIGKILL)
-        assert process.wait() in (-signal.SIGKILL, 0)
+            time.sleep(0.0005)
+        time.sleep(rng.random() * 0.02)
+        process.kill()
+        process.communicate()
+        if process.returncode == -signal.SIGKILL and not (root / "audit.json").is_file():
+            landed.append(waiting.pop(0))
+        else:  # it was faster: once more from the start, as far as the kills before had let it come
+            assert process.returncode in (0, -signal.SIGKILL)
+            shutil.rmtree(root / "stages" / waiting[0])
+            (root / "audit.json").unlink(missing_ok=True)
+    assert (waiting, len(landed)) == ([], 4)
     done = run_curation(None, **settings)
-    interrupted = [file.read_bytes() for file in done.result.files]
-    assert not [p for p in root.rglob("*.part") if "read" not in str(p)] or done.ids
+    interrupted = {file.name: file.read_bytes() for file in (root / "result").iterdir()}
+    rejects, dropped = done.rejects, done.dropped
+    assert list(root.rglob("*.part")) == []
     shutil.rmtree(root)
     whole = run_curation(None, **settings)
-    assert [file.read_bytes() for file in whole.result.files] == interrupted
-    assert whole.dropped == done.dropped
+    assert {file.name: file.read_bytes() for file in (root / "result").iterdir()} == interrupted
+    assert sorted(file.name for file in whole.result.files) == sorted(interrupted)
+    assert (whole.rejects, whole.dropped) == (rejects, dropped)
 
 
 def started(config: Path, *overrides: str) -> subprocess.Popen[str]:

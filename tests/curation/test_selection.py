@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 from benchmarks.curation_inputs import row
+from megatron_klear.curation import embed, k_center
 from megatron_klear.curation.k_center import k_center_greedy
 from megatron_klear.errors import DataError
 
@@ -171,6 +173,62 @@ def test_an_encoder_is_run_over_prompts(run_curation: RunCuration, tmp_path: Pat
     )  # fmt: skip
     assert len(done.ids) == 2
     assert json.loads((done.root / "stages" / "01-select" / "selection.json").read_text())["unusable"] == {}
+
+
+def test_what_an_encoder_made_outlives_a_start_that_ends_before_all_is_chosen(
+    run_curation: RunCuration, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = clustered(30)
+    rows += [
+        {**row(90 + i, f"print {i}", embedding=[1.0, i, 0, 0]), "domain": "code", "reference": [1]} for i in range(4)
+    ]
+    rows.append({**row(80, "no vector"), "embedding": None})
+    settings: dict[str, Any] = {"stages": ("select",), "selection": {"math": 3, "code": 2}}
+    undisturbed = run_curation(rows, **settings)
+    kept = undisturbed.ids
+    stage = undisturbed.root / "stages" / "01-select"
+    rejects = undisturbed.rejects
+
+    embedded: list[str] = []
+    embed_column, choose, ends = embed.ColumnEmbeddings.embed, k_center.k_center_greedy, [True]
+
+    def embed_and_note(self: embed.ColumnEmbeddings, some: Any) -> Any:
+        embedded.extend(r.row_id for r in some)
+        return embed_column(self, some)
+
+    def end_or_choose(points: Any, budget: int, **more: Any) -> Any:
+        if budget == 2 and ends.pop():
+            raise KeyboardInterrupt
+        return choose(points, budget, **more)
+
+    monkeypatch.setattr(embed.ColumnEmbeddings, "embed", embed_and_note)
+    monkeypatch.setattr(k_center, "k_center_greedy", end_or_choose)
+    shutil.rmtree(undisturbed.root)
+    with pytest.raises(KeyboardInterrupt):  # both domains are embedded, one is chosen of
+        run_curation(rows, **settings)
+    assert sorted(embedded) == sorted(r["id"] for r in rows)
+    embedded.clear()
+    ends.append(False)
+    again = run_curation(rows, **settings)
+    assert embedded == []
+    assert (again.ids, again.rejects) == (kept, rejects)
+    assert [file.name for file in stage.iterdir() if "vectors" in file.name] == []
+
+    # Vectors that are damaged, or of other rows, are not taken over.
+    for spoil in (lambda file: file.write_bytes(bytes(file.stat().st_size)), None):
+        shutil.rmtree(undisturbed.root)
+        ends[:] = [False, True]
+        with pytest.raises(KeyboardInterrupt):
+            run_curation(rows, **settings)
+        embedded.clear()
+        if spoil is not None:
+            spoil(stage / ".vectors-math.f64")
+            again = run_curation(rows, **settings)
+            assert sorted(set(embedded)) == sorted(r["id"] for r in rows if r["domain"] == "math")
+            assert again.ids == kept
+        else:
+            run_curation(rows[1:], **settings)
+            assert sorted(embedded) == sorted(r["id"] for r in rows[1:])
 
 
 def test_best_sources_stay(run_curation: RunCuration) -> None:

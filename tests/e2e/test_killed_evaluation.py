@@ -13,13 +13,31 @@ import pytest
 from tests.e2e.served_runs import CONFIG
 
 WORKER = str(Path(__file__).with_name("dying_evaluation_worker.py"))
-STEPS = 4
+STEPS, PROBLEMS = 4, 8
 
 
 def evaluations(run: Path) -> list[dict[str, Any]]:
     """Figures of the evaluations in order, without the time."""
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [{name: value for name, value in row.items() if name != "time"} for row in rows if row["phase"] == "eval"]
+
+
+def require_written(directory: Path, logged: dict[str, Any]) -> None:
+    """The files of an evaluation are all there, and of the answers that the figures in the log are of."""
+    value = json.loads((directory / "results.json").read_text())
+    (result,) = value["benchmarks"]
+    assert value["facts"]["model"].startswith(f"step {logged['step']} of ")
+    assert (result["name"], result["label"], result["num_problems"]) == ("heldout", "avg@2", PROBLEMS)
+    assert result["num_responses"] - result["outcomes"]["ungraded"] == logged["accuracy/heldout_count"]
+    assert result["avg"]["mean"] == pytest.approx(logged["accuracy/heldout"], abs=1e-12)
+    assert result["avg"]["low"] <= result["avg"]["mean"] <= result["avg"]["high"]
+    assert list(result["pass_at_k"]) == ["1", "2"]
+    assert result["pass_at_k"]["2"]["mean"] >= result["avg"]["mean"]
+    grades = [json.loads(line) for line in (directory / "grades.jsonl").read_text().splitlines()]
+    made = [json.loads(line) for line in (directory / "generations.jsonl").read_text().splitlines()]
+    assert len(made) == len(grades) == 2 * PROBLEMS
+    page = (directory / "evaluation.html").read_text()
+    assert page.count('<details class="card problem">') == PROBLEMS
 
 
 @pytest.mark.parametrize(("engine", "die_at"), [("local", 2), ("local", STEPS), ("sglang", 2), ("sglang", STEPS)])
@@ -37,7 +55,8 @@ def test_it_is_made_again_and_logged_once(
     heldout.write_bytes((data / "heldout.jsonl").read_bytes())
     shared = [
         f"rl.steps={STEPS}", "checkpoint.every_steps=1", "evaluation.every_steps=2", "reward.require_think=false",
-        f"data.heldout=[{heldout}]", *(stand_ins() if engine == "sglang" else ()),
+        f"data.heldout=[{heldout}]", "evaluation.samples_per_prompt=2", "evaluation.temperature=1.0",
+        *(stand_ins() if engine == "sglang" else ()),
     ]  # fmt: skip
 
     def launch(name: str, die_at: int) -> Any:
@@ -61,6 +80,8 @@ def test_it_is_made_again_and_logged_once(
     assert resumed.wait() == [0], resumed.output()
     found = evaluations(run)
     assert [row["step"] for row in found] == [0, 2, STEPS]
+    for row in found:
+        require_written(run / "evaluations" / f"step-{row['step']}", row)
     result = json.loads((run / "result.json").read_text())
     assert (result["step"], result["count"]) == (STEPS, found[-1]["accuracy/heldout_count"])
     assert result["accuracy"] == found[-1]["accuracy/heldout"]

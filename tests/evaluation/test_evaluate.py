@@ -217,6 +217,68 @@ def test_wrong_input_is_told_with_status_2(tmp_path: Path, capsys: pytest.Captur
         assert says in capsys.readouterr().err
 
 
+def test_generations_are_graded_by_the_rules_of_the_evaluation_that_made_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Thinking part, CPU time, memory and interpreter; without them the same answers get other grades."""
+    monkeypatch.setenv("COLUMNS", "400")
+    tests = [{"input": "", "output": "1\n", "testtype": "stdin"}]
+    lcb = {
+        "starter_code": "", "metadata": "{}", "public_test_cases": json.dumps(tests), "private_test_cases": "[]",
+        "question_content": "Print 1.",
+    }  # fmt: skip
+    code = write(tmp_path / "lcb.jsonl", {**lcb, "question_id": "c"}, {**lcb, "question_id": "left out"})
+    math = write(tmp_path / "aime.jsonl", {"id": "m", "problem": "2 + 2?", "answer": "4"})
+    think = "<think>t</think>"
+    spin = "import time\nwhile time.process_time() < 1.5: pass\n"
+    big = "x = bytearray(300 << 20)\n"
+    which = "import sys\nassert sys.flags.no_site\n"
+    made = write(
+        tmp_path / "g.jsonl",
+        {"problem_id": "c", "responses": [f"{think}```python\n{start}print(1)\n```" for start in (which, spin, big)]},
+        {"problem_id": "m", "responses": ["\\boxed{4}", f"{think}\\boxed{{4}}"]},
+    )
+    settings = {
+        "run": {"dir": str(tmp_path / "run"), "seed": 3},
+        "benchmarks": {"files": [code, math], "problems": 1, "pass_at": [1]},
+        "sampler": {"hf_dir": "/gone"},
+        "reward": {"workers": 1},
+        "code_reward": {"sandbox": "rlimits", "cpu_seconds": 1.0, "memory_bytes": 2**28, "workers": 1},
+    }
+    config = tmp_path / "config.yaml"
+    config.write_text(json.dumps(settings))
+    arguments = ["--grade", made, "--config", str(config)]
+    assert evaluate.main(arguments) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert "thinking part: <think> ... </think> required; math: 5 s of CPU time" in told
+    assert "code: soft, 1 s of CPU time and 20 s by the clock per test, 256 MiB, /usr/bin/python3 in rlimits" in told
+    out = tmp_path / "g-graded"
+    found = json.loads((out / "results.json").read_text())
+    lcb_result, aime = found["benchmarks"]
+    assert lcb_result["num_problems"] == 1
+    assert (lcb_result["outcomes"]["correct"], lcb_result["outcomes"]["wrong"]) == (1, 2)
+    assert (aime["outcomes"]["correct"], aime["outcomes"]["malformed"]) == (1, 1)
+    assert list(aime["pass_at_k"]) == ["1"]
+    reasons = [json.loads(line)["reason"] for line in (out / "grades.jsonl").read_text().splitlines()]
+    assert [word in reason for word, reason in zip(("passed all", "CPU time", "memory"), reasons, strict=False)] == [
+        True, True, True,
+    ]  # fmt: skip
+    assert found["facts"]["grading rules"]["code"].startswith("soft, 1 s of CPU time")
+    # Settings on the command line count as they do for the evaluation, and options do not contradict them.
+    assert evaluate.main([*arguments, "reward.require_think=false", "code_reward.cpu_seconds=5"]) == 0
+    lcb_result, aime = json.loads((out / "results.json").read_text())["benchmarks"]
+    assert (lcb_result["outcomes"]["correct"], aime["outcomes"]["correct"]) == (2, 2)
+    assert evaluate.main([*arguments, "--timeout", "3", "--require-think"]) == 2
+    told = capsys.readouterr().err
+    assert "--timeout: is given beside --config" in told
+    assert "--require-think: is given beside --config" in told
+    assert evaluate.main(["--grade", made, "--config", str(config), "code_reward.max_timeouts=1"]) == 2
+    assert "code_reward.max_timeouts" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        evaluate.main(["--grade", made])
+    assert "--problems FILE [FILE ...], --config CONFIG.yaml" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("arguments", [["--pass-at", "0"], ["--workers", "none"], ["--timeout", "-1"]])
 def test_wrong_options_are_told_with_status_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as leaving:

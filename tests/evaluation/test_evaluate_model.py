@@ -93,6 +93,12 @@ def test_a_model_is_asked_once_and_a_resume_draws_what_is_missing(config: Path, 
     assert evaluate.main([*arguments, "--seed", "1", "--require-think", "--workers", "1"]) == 0
     (again,) = results(graded)["benchmarks"]
     assert again == result
+    # Or by the settings of the evaluation, which are all that is needed.
+    shutil.rmtree(graded)
+    arguments = ["--grade", str(out / "generations.jsonl"), "--out", str(graded), "--config", str(config)]
+    assert evaluate.main([*arguments, "sampler.hf_dir=/gone"]) == 0
+    assert results(graded)["benchmarks"] == [result]
+    assert results(graded)["facts"]["grading rules"] == results(out)["facts"]["grading rules"]
 
 
 def test_presets_are_the_papers_and_yield_to_the_file_and_the_command_line(config: Path, tmp_path: Path) -> None:

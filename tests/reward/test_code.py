@@ -59,11 +59,11 @@ def test_all_or_nothing_stops_at_the_first_failure_and_scores_the_same_as_withou
     assert "test 2: time limit" in reason
 
 
-def test_time_limits_may_end_a_response_when_asked_to(bubblewrap: str) -> None:
-    loops = "import os\nn = int(input())\nwhile n % 2: pass\nprint(n * n)"
-    with CodeGraderPool(workers=1, limits=STRICT_LIMITS, max_timeouts=1) as pool:
+def test_time_limits_end_no_response_whose_score_they_would_change(bubblewrap: str) -> None:
+    loops = "n = int(input())\nwhile n % 8 == 1: pass\nprint(n * n)"
+    with CodeGraderPool(workers=1, limits=STRICT_LIMITS) as pool:
         ((outcome, reward),) = graded(pool, SQUARES, loops)
-    assert (outcome, reward) == ("partial", 1 / 16)
+    assert (outcome, reward) == ("partial", 14 / 16)
 
 
 def test_rewards_between_other_ends() -> None:

@@ -163,6 +163,32 @@ def test_an_evaluation_that_a_stop_came_before_is_made_by_the_next_life(tmp_path
     assert engines.evaluated == [4]
 
 
+def test_answers_are_written_by_the_first_rank_before_the_figures_are_logged(tmp_path, context, engines):
+    notes, written = [], []
+
+    def evaluate(step, *, is_first=True):
+        def write(of, groups, at):
+            written.append((of, groups, at, len(rows(tmp_path)) if (tmp_path / "metrics.jsonl").exists() else 0))
+            if step == 2:
+                raise OSError(28, "No space left on device")
+
+        session = session_of(tmp_path, context, EvaluationSettings(every_steps=1), step=step)
+        session.total_steps, session.is_first = 9, is_first
+        session.progress.note = notes.append
+        evaluation.Evaluation(session, SimpleNamespace(prompts=()), write).when_due(step)
+        session.metrics.close()
+        return session
+
+    first, second = evaluate(1), evaluate(2)
+    evaluate(3, is_first=False)
+    assert written == [(first, (), 1, 0), (second, (), 2, 1)]
+    # What cannot be written is told, and ends nothing.
+    assert [note for note in notes if "cannot be written" in note] == [
+        "step 2: the answers of the evaluation cannot be written: OSError: [Errno 28] No space left on device"
+    ]
+    assert [step for step, _ in rows(tmp_path)] == [1, 2, 3]
+
+
 def test_the_result_of_fewer_steps_does_not_stand_for_more(evaluated, tmp_path):
     assert evaluated(4, was_done=False) == 1
     assert evaluated(6, was_done=True) == 1  # killed after saving step 6, before evaluating it

@@ -333,7 +333,6 @@ def results(capsys: pytest.CaptureFixture[str]) -> dict[str, tuple[str, str]]:
         ("cut off above wrong", [prompt("a")], [], "math: nothing cut off"),
         ("partial as -1 and +1", [prompt("c", DOUBLE, domain="code")], [], "code: half of the tests passed"),
         ("drawn", [prompt("c", DOUBLE, domain="code")], [], "code: all responses of a group meet the same tests"),
-        ("", [prompt("c", DOUBLE, domain="code")], ["code_reward.max_timeouts=1"], "code: no response is stopped"),
         ("", [prompt("a", "???"), prompt("b")], ["--max-ungraded", "0.4"], "math: at most 40.0% of the problems"),
         ("everything is right", [prompt("a")], [], "math: another answer is not correct"),
         ("everything is right", [prompt("a")], [], "known answers come out as they are known"),

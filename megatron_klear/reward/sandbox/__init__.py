@@ -19,7 +19,7 @@ interpreter without any sandbox takes 7.9 ms.
 from __future__ import annotations
 
 from megatron_klear.reward.sandbox.limits import Limits
-from megatron_klear.reward.sandbox.process import SandboxError, SandboxProcess, TestResult
+from megatron_klear.reward.sandbox.process import NoTime, SandboxError, SandboxProcess, TestResult
 from megatron_klear.reward.sandbox.view import SandboxMode
 
-__all__ = ["Limits", "SandboxError", "SandboxMode", "SandboxProcess", "TestResult"]
+__all__ = ["Limits", "NoTime", "SandboxError", "SandboxMode", "SandboxProcess", "TestResult"]

@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass
 
 MIB = 2**20
+CLOCK_FACTOR = 10.0
+"""How many times its CPU time a test may take by the clock on a machine that is busy with other work."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -14,7 +16,8 @@ class Limits:
 
     Attributes:
         cpu_seconds: processor time, so that a verdict does not depend on how busy the machine is.
-        wall_seconds: time by the clock, for code that waits.
+        wall_seconds: time by the clock, for code that waits. What a test is kept from running by others does not count,
+            up to `patience_seconds`; with `allow_processes` it does.
         memory_bytes: address space of a process (RLIMIT_AS); without `allow_processes` a test is one process.
         scratch_bytes, scratch_files: what the scratch folder holds, in bytes and in files.
         file_bytes: largest file (RLIMIT_FSIZE).
@@ -37,11 +40,15 @@ class Limits:
     stack_bytes: int = 64 * MIB
     allow_processes: bool = False
 
+    @property
+    def patience_seconds(self) -> float:
+        """Time by the clock in which a test must come to its end on a busy machine, or there is no verdict."""
+        return max(CLOCK_FACTOR * self.cpu_seconds, self.wall_seconds)
+
     def to_message(self) -> dict[str, int | float]:
         """The limits as the sandbox takes them; CPU time in whole seconds, as the kernel counts it."""
         return {
             "cpu_seconds": math.ceil(self.cpu_seconds),
-            "wall_seconds": self.wall_seconds,
             "memory_bytes": self.memory_bytes,
             "scratch_bytes": self.scratch_bytes,
             "scratch_files": self.scratch_files,

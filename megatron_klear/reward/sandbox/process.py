@@ -8,6 +8,7 @@ import logging
 import marshal
 import os
 import pwd
+import select
 import signal
 import socket
 import subprocess
@@ -18,9 +19,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from megatron_klear.errors import RewardError
+from megatron_klear.reward.sandbox.blame import Blame
 from megatron_klear.reward.sandbox.inside.channel import LENGTH
-from megatron_klear.reward.sandbox.inside.children import ENDED, OVER_CPU, OVER_OUTPUT, OVER_WALL
-from megatron_klear.reward.sandbox.inside.server import BROKEN, REPLY
+from megatron_klear.reward.sandbox.inside.children import ENDED, NUMBER, OVER_CPU, OVER_OUTPUT, OVER_WALL
+from megatron_klear.reward.sandbox.inside.server import BROKEN, NO_MODULE, REPLY
 from megatron_klear.reward.sandbox.limits import Limits
 from megatron_klear.reward.sandbox.seccomp import OWN_PID, UnsupportedMachine, filter_program
 from megatron_klear.reward.sandbox.view import (
@@ -36,7 +38,12 @@ logger = logging.getLogger(__name__)
 
 START_SECONDS = 60.0
 _SLACK_SECONDS = 30.0
-"""How much longer than its wall-clock limit a test may take before its sandbox is given up."""
+"""How long a test may take to end when it is to, before its sandbox is given up."""
+_LOOK_SECONDS = 0.05
+"""Between two looks at a test's processes, at the least: a thread that runs is seen to get on in it."""
+_LOOKS_WHILE_HELD_UP = 0.5
+_TESTS_DEPTH = {"bubblewrap": 4, "rlimits": 2}
+"""From a sandbox's first process down to those of a test: bubblewrap, server, its child, session; or the latter two."""
 _MOST_REPLY_BYTES = 1 << 28
 
 _INSIDE = "megatron_klear.reward.sandbox.inside"
@@ -49,11 +56,14 @@ _MODULES = (
 _BOOT = """
 import marshal, os, sys, types
 sys.path = [p for p in sys.path if p]
-channel = 3  # whatever number the parent had left for it: what is to be closed later has a number below a known one
-if int(sys.argv[1]) != channel:
-    os.dup2(int(sys.argv[1]), channel, inheritable=False)
-    os.close(int(sys.argv[1]))
-os.closerange(channel + 1, 4096)
+channel, control = 3, 4  # whatever numbers the parent had left: what is to be closed later has one below a known one
+given = [int(number) for number in sys.argv[1].split(",")]
+while min(given) <= control:
+    given = [os.dup(number) if number <= control else number for number in given]
+for number, fixed in zip(given, (channel, control)):
+    os.dup2(number, fixed, inheritable=False)
+    os.close(number)
+os.closerange(control + 1, 4096)
 def read(size):
     data = b""
     while len(data) < size:
@@ -73,7 +83,7 @@ for name, text in marshal.loads(read(int.from_bytes(read(8), "little"))):
     exec(compile(text, "<sandbox " + name + ">", "exec"), module.__dict__)
 sys.path += sys.argv[3:]
 sys.argv[1:] = []
-sys.modules[package + ".server"].serve(channel)
+sys.modules[package + ".server"].serve(channel, control)
 """
 
 
@@ -86,6 +96,10 @@ def module_texts() -> list[tuple[str, str]]:
 
 class SandboxError(Exception):
     """The sandbox failed, which says nothing of the answer in it."""
+
+
+class NoTime(Exception):
+    """The machine had no processor for a test in all the time that it was given, which says nothing of the answer."""
 
 
 class TestResult(NamedTuple):
@@ -125,6 +139,7 @@ class SandboxProcess:
         self.mode, self._extra_paths, self._warm_modules = mode, extra_paths, warm_modules
         self._interpreter = find_interpreter(python)
         self._filters: dict[bool, bytes] = {}
+        self._number = 0
         with ExitStack() as on_failure:
             self._errors = on_failure.enter_context(tempfile.TemporaryFile())
             self._folder = ""
@@ -133,8 +148,10 @@ class SandboxProcess:
                 on_failure.callback(_remove, self._folder)
             self._channel, theirs = socket.socketpair()
             on_failure.enter_context(self._channel)
-            with theirs:
-                self._process = self._start(theirs.fileno())
+            self._control, their_control = socket.socketpair()
+            on_failure.enter_context(self._control)
+            with theirs, their_control:
+                self._process = self._start(theirs.fileno(), their_control.fileno())
             on_failure.pop_all()
 
     @property
@@ -155,13 +172,20 @@ class SandboxProcess:
         try:
             self._send(module_texts())
             self._send(settings)
-            self._reply(deadline)
+            limit, _, output, _ = self._read_reply(deadline, "start")
         except (OSError, SandboxError) as error:
             self.kill()
             printed = self._printed()
             if self.mode == "bubblewrap" and "bwrap:" in printed:
-                raise RewardError(explain_refusal(printed)) from error
+                raise RewardError(explain_refusal(printed, self._extra_paths)) from error
             raise RewardError(f"the sandbox for code cannot be started: {printed or error}") from error
+        if limit == NO_MODULE:
+            self.kill()
+            told = output.decode("utf-8", "replace")
+            raise RewardError(
+                f"code_reward.warm_modules: {self._interpreter.executable} cannot import {told}; in the sandbox it has "
+                "its own library and code_reward.extra_paths"
+            )
 
     def open(self, sources: dict[str, str], limits: Limits) -> str:
         """Begin with an answer.
@@ -175,9 +199,15 @@ class SandboxProcess:
 
         Raises:
             SandboxError: the sandbox failed; it is of no more use.
+            NoTime: it cannot be told whether it can be compiled.
         """
         self._limits = limits
-        message = {**limits.to_message(), "filter": self._filter(limits.allow_processes), "pid_placeholder": OWN_PID}
+        message = {
+            **limits.to_message(),
+            "filter": self._filter(limits.allow_processes),
+            "pid_placeholder": OWN_PID,
+            "number": self._number,
+        }
         try:
             self._channel.sendall(b"S")
         except OSError as error:
@@ -193,7 +223,7 @@ class SandboxProcess:
             answered: whether a test of the kind assert meets the answer; if not, the output is a fault of its own.
 
         Raises:
-            SandboxError: see `open`.
+            SandboxError, NoTime: see `open`.
         """
         if test["kind"] != "assert":
             return self._ask(test, "test")
@@ -221,15 +251,20 @@ class SandboxProcess:
         """Kill, and give back sockets and files; only from the thread that uses the sandbox."""
         self.kill()
         self._channel.close()
+        self._control.close()
         self._errors.close()
         if self._folder:
             _remove(self._folder)
 
     @property
+    def _over_wall(self) -> str:
+        return f"time limit: more than {self._limits.wall_seconds:g} s by the clock"
+
+    @property
     def _scratch(self) -> str:
         return os.path.join(self._folder, "scratch") if self._folder else SCRATCH
 
-    def _start(self, channel_fd: int) -> subprocess.Popen[bytes]:
+    def _start(self, channel_fd: int, control_fd: int) -> subprocess.Popen[bytes]:
         variables = environment(self._interpreter)
         command: list[str] = []
         if self.mode == "bubblewrap":
@@ -239,7 +274,8 @@ class SandboxProcess:
         else:
             variables.update(HOME=self._scratch, TMPDIR=self._scratch)
         flags = ["-S", "-s", "-B", "-X", "utf8"]
-        command += [self._interpreter.executable, *flags, "-c", _BOOT, str(channel_fd), _INSIDE, *self._extra_paths]
+        fds = f"{channel_fd},{control_fd}"
+        command += [self._interpreter.executable, *flags, "-c", _BOOT, fds, _INSIDE, *self._extra_paths]
         user: dict[str, Any] = {}
         if os.geteuid() == 0:
             # The kernel does not count the processes of root, and a sandbox needs no rights.
@@ -252,7 +288,7 @@ class SandboxProcess:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=self._errors,
-            pass_fds=[channel_fd],
+            pass_fds=[channel_fd, control_fd],
             env=variables,
             cwd="/",
             start_new_session=True,
@@ -268,32 +304,72 @@ class SandboxProcess:
         return self._filters[allow_processes]
 
     def _ask(self, message: dict[str, Any], what: str) -> TestResult:
+        number, self._number = self._number, self._number + 1
         try:
             self._send(message)
-            return self._reply(time.monotonic() + self._limits.wall_seconds + _SLACK_SECONDS, what)
+            in_vain = self._wait()
+            if in_vain is not None:
+                self._control.sendall(NUMBER.pack(number))
+            result = self._reply(time.monotonic() + _SLACK_SECONDS, what)
         except OSError as error:
             raise SandboxError(f"it ended during a {what}: {self._printed() or error}") from error
+        if in_vain and result.problem == self._over_wall:
+            raise NoTime(in_vain)
+        return result
+
+    def _wait(self) -> str | None:
+        """Wait for the reply to a test; None when it is there.
+
+        Otherwise the test is to be ended: with an empty text because its time by the clock is over, else with the
+        reason why nothing can be said of it.
+        """
+        limits, began = self._limits, time.monotonic()
+        poller = select.poll()
+        poller.register(self._channel, select.POLLIN)
+        blame = Blame(self._process.pid, _TESTS_DEPTH[self.mode])
+        pause = limits.wall_seconds
+        is_first = True
+        while not poller.poll(pause * 1000):
+            # Processes that a test has started take time from one another, and may hide what they have taken.
+            lost = None if limits.allow_processes else blame.look()
+            elapsed = time.monotonic() - began
+            if lost is None and is_first and not limits.allow_processes:
+                is_first, pause = False, _LOOK_SECONDS
+                continue
+            left = limits.wall_seconds + (lost or 0.0) - elapsed
+            if left <= 0:
+                return ""
+            if elapsed >= limits.patience_seconds:
+                return (
+                    f"no verdict within {limits.patience_seconds:g} s by the clock: less than "
+                    f"{limits.cpu_seconds:g} s of CPU time, the machine was busy with other work"
+                )
+            pause = max(_LOOK_SECONDS, min(left, limits.patience_seconds - elapsed, _LOOKS_WHILE_HELD_UP))
+        return None
 
     def _send(self, message: Any) -> None:
         data = marshal.dumps(message, 2)  # version 2: the sandbox's Python may be another one
         self._channel.settimeout(START_SECONDS)
         self._channel.sendall(LENGTH.pack(len(data)) + data)
 
-    def _reply(self, deadline: float, what: str = "start") -> TestResult:
+    def _reply(self, deadline: float, what: str) -> TestResult:
+        limit, status, output, errors = self._read_reply(deadline, what)
+        if limit == BROKEN:
+            raise SandboxError(output.decode("utf-8", "replace"))
+        return TestResult(output, self._problem(limit, status, errors))
+
+    def _read_reply(self, deadline: float, what: str) -> tuple[int, int, bytes, bytes]:
         head = self._read(REPLY.size, deadline, what)
         limit, status, num_output, num_errors = REPLY.unpack(head)
         if max(num_output, num_errors) > _MOST_REPLY_BYTES:
             raise SandboxError(f"a reply claims {num_output + num_errors} bytes")
-        output, errors = self._read(num_output, deadline, what), self._read(num_errors, deadline, what)
-        if limit == BROKEN:
-            raise SandboxError(output.decode("utf-8", "replace"))
-        return TestResult(output, self._problem(limit, status, errors))
+        return limit, status, self._read(num_output, deadline, what), self._read(num_errors, deadline, what)
 
     def _problem(self, limit: int, status: int, errors: bytes) -> str:
         if limit == OVER_CPU:
             return f"time limit: more than {self._limits.to_message()['cpu_seconds']:g} s of CPU time"
         if limit == OVER_WALL:
-            return f"time limit: more than {self._limits.wall_seconds:g} s by the clock"
+            return self._over_wall
         if limit == OVER_OUTPUT:
             return f"output limit: more than {self._limits.output_bytes} bytes"
         if limit != ENDED:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -15,6 +16,12 @@ from megatron_klear.errors import RewardError
 SandboxMode = Literal["bubblewrap", "rlimits"]
 
 SCRATCH = "/scratch"
+# What bubblewrap (0.4 to 0.11) says where the kernel, or a container around it, allows it no namespaces, no mapping of
+# users, no network device or no mounts in them.
+_NO_NAMESPACES = re.compile(
+    r"namespace|[ug]id.?map|setgroups|loopback|RTM_NEW|Failed to make / (slave|private)|pivot_root"
+    r"|mount (tmpfs|proc|devpts)"
+)
 _DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom")
 _PROBE_SECONDS = 60
 
@@ -125,9 +132,20 @@ def environment(interpreter: Interpreter) -> dict[str, str]:
     return {**variables, "HOME": SCRATCH, "TMPDIR": SCRATCH, **home}
 
 
-def explain_refusal(printed: str) -> str:
-    """What to do about a bubblewrap that cannot make its namespaces."""
+def explain_refusal(printed: str, extra_paths: tuple[str, ...] = ()) -> str:
+    """What to do about a bubblewrap that makes no sandbox.
+
+    Args:
+        printed: what it said.
+        extra_paths: folders that it was told to show.
+    """
     who = "root" if os.geteuid() == 0 else "a normal user"
+    hidden = [path for path in extra_paths if f"source path {path}:" in printed]
+    if hidden:
+        user = "the user nobody, as whom root runs sandboxes," if os.geteuid() == 0 else "this user"
+        return f"code_reward.extra_paths: {user} must be able to reach {', '.join(hidden)}: {printed}"
+    if not _NO_NAMESPACES.search(printed):
+        return f"code_reward.sandbox: bubblewrap makes no sandbox, started by {who}: {printed}"
     return (
         f"code_reward.sandbox: bubblewrap cannot make a sandbox here, started by {who}: {printed or 'no reason'}. "
         "The kernel must allow user namespaces to unprivileged users (sysctl user.max_namespaces, "

@@ -7,8 +7,8 @@ import fcntl
 import os
 import select
 import signal
+import struct
 import sys
-import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, NoReturn
 
@@ -17,6 +17,9 @@ from megatron_klear.reward.sandbox.inside import kernel
 ENDED, OVER_CPU, OVER_WALL, OVER_OUTPUT = range(4)
 
 ERROR_TAIL_BYTES = 2000
+NUMBER = struct.Struct("<Q")
+"""On the control socket: the number of the test whose time by the clock is over."""
+
 _READ_BYTES = 1 << 16
 _FIRST_FREE_FD = 200  # above all that a sandbox opens, below the usual limit of 1024
 
@@ -41,11 +44,15 @@ class Box:
     """Where untrusted processes run, and within what limits.
 
     Args:
-        settings: `Limits.to_message`, with `filter`, `pid_placeholder`, `scratch` and `isolated` added.
+        settings: `Limits.to_message`, with `filter`, `pid_placeholder`, `scratch` and `isolated` added, and `number`,
+            that of the first test to be watched.
+        control_fd: brings the numbers of tests to end. Whoever sends them sees more than can be seen in here.
     """
 
-    def __init__(self, settings: dict[str, Any]) -> None:
+    def __init__(self, settings: dict[str, Any], control_fd: int) -> None:
         self.settings = settings
+        self._control_fd = control_fd
+        self._number = settings["number"]
         self._null = os.open(os.devnull, os.O_RDWR)
         self._has_scratch = False
         self._started: list[int] = []
@@ -84,26 +91,25 @@ class Box:
             _leave()
 
     def watch(self, pid: int, output_fd: int, errors_fd: int, room: int) -> Ended:
-        """Read what a process writes until it ends or passes a limit; then end every process of the test.
+        """Read what a process writes until it ends, passes a limit or is to be ended; then end all of the test.
 
         Args:
             pid: of the process whose end is the end of the test.
             output_fd, errors_fd: read ends of the pipes that it writes its output and its errors to.
             room: most bytes of either.
         """
-        deadline = time.monotonic() + self.settings["wall_seconds"]
         output, errors = bytearray(), bytearray()
         limit, error_bytes = ENDED, 0
         pidfd = os.pidfd_open(pid)
         poller = select.poll()
-        for fd in (pidfd, output_fd, errors_fd):
+        for fd in (pidfd, output_fd, errors_fd, self._control_fd):
             os.set_blocking(fd, False)
             poller.register(fd, select.POLLIN)
         running = True
         while running:
-            ready = {fd for fd, _ in poller.poll(max(0.0, deadline - time.monotonic()) * 1000)}
+            ready = {fd for fd, _ in poller.poll()}
             running = pidfd not in ready
-            for fd in ready - {pidfd}:
+            for fd in ready - {pidfd, self._control_fd}:
                 data = _read(fd)
                 if not data:
                     poller.unregister(fd)
@@ -112,11 +118,12 @@ class Box:
                 else:
                     error_bytes += len(data)
                     errors = (errors + data)[-ERROR_TAIL_BYTES:]
-            if running and time.monotonic() >= deadline:
+            if running and self._control_fd in ready and self._is_told_to_end():
                 limit, running = OVER_WALL, False
             elif max(len(output), error_bytes) > room:
                 limit, running = OVER_OUTPUT, False
         os.close(pidfd)
+        self._number += 1
         status, cpu_seconds = self._end_all(pid)
         # What was still in the pipes when it ended: at most a pipe's buffer, since all writers are gone.
         while limit == ENDED and len(output) <= room and (data := _read(output_fd)):
@@ -127,6 +134,13 @@ class Box:
         if limit == ENDED and (cpu_seconds > self.settings["cpu_seconds"] or status == -signal.SIGXCPU):
             limit = OVER_CPU
         return Ended(limit, status, bytes(output[:room]), bytes(errors))
+
+    def _is_told_to_end(self) -> bool:
+        """Whether the control socket names this test; an earlier one may have ended by itself before it was named."""
+        data = _read(self._control_fd)
+        if data == b"":
+            raise EOFError("the other side is gone")
+        return data is not None and NUMBER.unpack(data[-NUMBER.size :])[0] == self._number
 
     def _enter(self, fds: list[int]) -> None:
         """Turn a fresh child into an untrusted process."""

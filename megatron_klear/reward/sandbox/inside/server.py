@@ -21,8 +21,8 @@ from megatron_klear.reward.sandbox.inside.children import Box, Ended
 REPLY = struct.Struct("<BiQQ")
 """Limit, status, bytes of output, bytes of errors; both follow."""
 
-BROKEN = 255
-"""In place of the limit: the session failed, and the output says how."""
+BROKEN, NO_MODULE = 255, 254
+"""In place of the limit: the session failed, or a module cannot be imported, and the output says how."""
 
 _CODE_BYTES = 1 << 24
 """Most that an answer may compile to."""
@@ -34,15 +34,26 @@ _WARM = (
 """Imported once here, so that the processes of the tests find them loaded."""
 
 
-def serve(channel_fd: int) -> None:
-    """Serve sessions until the other side of the socket closes."""
+def serve(channel_fd: int, control_fd: int) -> None:
+    """Serve sessions until the other side of the sockets closes.
+
+    Args:
+        channel_fd: brings the answers and their tests, and takes what came of them.
+        control_fd: brings the numbers of tests to end, see `children.Box`.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     kernel.hide_memory()
     settings = receive(channel_fd)
     if not settings["isolated"]:
         kernel.die_with_parent()
-    for name in [*_WARM, *settings["warm_modules"]]:
+    for name in _WARM:
         importlib.import_module(name)
+    for name in settings["warm_modules"]:
+        try:
+            importlib.import_module(name)
+        except BaseException as error:
+            _reply_broken(channel_fd, f"{name}: {type(error).__name__}: {error}", NO_MODULE)
+            return
     gc.collect()
     gc.disable()
     gc.freeze()
@@ -50,7 +61,7 @@ def serve(channel_fd: int) -> None:
     while os.read(channel_fd, 1):
         pid = os.fork()
         if pid == 0:
-            _guarded(_open_session, channel_fd, settings)
+            _guarded(_open_session, channel_fd, {**settings, "control_fd": control_fd})
         if os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) != 0:
             # It has said why, or was killed: the other side must not wait for it.
             _reply_broken(channel_fd, "the session ended before its time")
@@ -72,7 +83,7 @@ def _session(channel_fd: int, settings: dict[str, Any]) -> None:
     if not settings["isolated"]:
         kernel.die_with_parent()
     sources = receive(channel_fd)
-    box = Box({**settings, **sources.pop("limits")})
+    box = Box({**settings, **sources.pop("limits")}, settings["control_fd"])
     compiled, ended = _compile(box, sources)
     _reply(channel_fd, ended)
     while test := receive(channel_fd):
@@ -157,6 +168,6 @@ def _reply(channel_fd: int, ended: Ended) -> None:
     write(channel_fd, head + ended.output + ended.errors)
 
 
-def _reply_broken(channel_fd: int, text: str) -> None:
+def _reply_broken(channel_fd: int, text: str, how: int = BROKEN) -> None:
     data = text.encode("utf-8", "replace")
-    write(channel_fd, REPLY.pack(BROKEN, 0, len(data), 0) + data)
+    write(channel_fd, REPLY.pack(how, 0, len(data), 0) + data)
