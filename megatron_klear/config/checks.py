@@ -294,13 +294,6 @@ def check_rewards(reward: RewardSettings, code: CodeRewardSettings, problems: Pr
     if code.wall_seconds < code.cpu_seconds:
         text = f"got {code.wall_seconds}, must not be below code_reward.cpu_seconds = {code.cpu_seconds}"
         problems.add("code_reward.wall_seconds", text, "code_reward.cpu_seconds")
-    if code.max_timeouts is not None and code.score != "hard":
-        problems.add(
-            "code_reward.max_timeouts",
-            f"got {code.max_timeouts}, and code_reward.score is {code.score}: tests that are not run would change it; "
-            "set null, or code_reward.score=hard",
-            "code_reward.score",
-        )
     if code.allow_processes and code.sandbox == "rlimits":
         problems.add("code_reward.allow_processes", "got true, needs code_reward.sandbox=bubblewrap")
     for path in code.extra_paths:

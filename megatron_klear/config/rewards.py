@@ -80,10 +80,6 @@ class CodeRewardSettings:
     """Time of one test by the clock, for answers that sleep or wait; at least `code_reward.cpu_seconds`. Time in which
     an answer is ready to run and others run does not count, except with `code_reward.allow_processes`."""
 
-    max_timeouts: Annotated[int | None, Unit("tests"), Positive] = None
-    """Tests that may pass a time limit before the others of the response are not run. Only with
-    `code_reward.score=hard`, where the first failed test decides and ends the response anyway; soft runs all tests."""
-
     memory_bytes: Annotated[int, _Bytes, Field(ge=2**26)] = 2**30
     """Address space of a test's process."""
 

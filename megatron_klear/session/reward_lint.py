@@ -271,18 +271,6 @@ def _same_test_rows(
         + _examples(faults, "whose responses met other tests"),
         passed=not faults,
     )
-    stop, code = settings.code_reward.max_timeouts, settings.code_reward
-    yield LintRow(
-        check="code: no response is stopped early where that could change its score",
-        found=(
-            "the first failed test ends a response and decides (code_reward.score=hard)"
-            if code.score == "hard"
-            else "every test is run"
-            if stop is None
-            else f"code_reward.max_timeouts={stop}, score={code.score}"
-        ),
-        passed=stop is None or code.score == "hard",
-    )
 
 
 def _gold_rows(rows: Sequence[Row], graders: Graders, chat: ChatTokenizer, max_ungraded: float) -> Iterator[LintRow]:

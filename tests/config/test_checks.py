@@ -53,7 +53,6 @@ def test_the_base_settings_have_no_problem(problems, entry):
             "code_reward.allow_processes",
             "bubble",
         ),
-        (["code_reward.max_timeouts=2"], 1, "code_reward.max_timeouts", "code_reward.score=hard"),
         (["code_reward.warm_modules=[no-module]"], 1, "code_reward.warm_modules", "'no-module' is no name of a module"),
         (["code_reward.extra_paths=[nowhere]"], 1, "code_reward.extra_paths", "nowhere is no folder"),
         (["model.attention=flash", "model.dtype=float32"], 1, "model.attention", "bfloat16"),

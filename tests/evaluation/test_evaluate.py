@@ -272,8 +272,8 @@ def test_generations_are_graded_by_the_rules_of_the_evaluation_that_made_them(
     told = capsys.readouterr().err
     assert "--timeout: is given beside --config" in told
     assert "--require-think: is given beside --config" in told
-    assert evaluate.main(["--grade", made, "--config", str(config), "code_reward.max_timeouts=1"]) == 2
-    assert "code_reward.max_timeouts" in capsys.readouterr().err
+    assert evaluate.main(["--grade", made, "--config", str(config), "code_reward.wall_seconds=0.5"]) == 2
+    assert "code_reward.wall_seconds" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         evaluate.main(["--grade", made])
     assert "--problems FILE [FILE ...], --config CONFIG.yaml" in capsys.readouterr().err

@@ -83,7 +83,7 @@ def failed(found: list[LintRow]) -> dict[str, str]:
 def test_sound_rewards_pass_every_check(graders: Graders, chat: ChatTokenizer) -> None:
     found = lint_rewards(SETTINGS, SOUND, graders, chat)
     assert failed(found) == {}
-    assert len(found) == 17
+    assert len(found) == 16
 
 
 def test_what_the_chat_template_opens_is_a_part_of_every_response(
@@ -229,16 +229,6 @@ def test_other_tests_within_a_group_are_found(
     text = failed(lint_rewards(SETTINGS, rows, graders, chat))[check]
     assert "c (has 6 tests" in text
     assert "whose responses met other tests" in text
-
-
-def test_an_early_stop_that_changes_scores_is_found(
-    no_built_in_probes: None, graders: Graders, chat: ChatTokenizer
-) -> None:
-    check = "code: no response is stopped early where that could change its score"
-    for stop, score, found in ((None, "soft", False), (1, "soft", True), (1, "hard", False)):
-        code = replace(SETTINGS.code_reward, max_timeouts=stop, score=score)
-        faults = failed(lint_rewards(replace(SETTINGS, code_reward=code), SOUND[2:], graders, chat))
-        assert (check in faults) is found
 
 
 @pytest.fixture
