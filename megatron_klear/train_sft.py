@@ -40,6 +40,8 @@ def train(session: Session, data: SftData, steps: Steps, heldout: PromptData | N
         SequenceLog(session, data) as sequences,
         told_at_once(),
     ):
+        if session.step:  # fine-tuning has no figures of step 0; an earlier life may have left out later ones
+            evaluation.at_start()
         for step in session.steps():
             plan = steps.next_step()  # (a, s) ~ teacher data
             with session.phase("wait_for_data"):

@@ -43,6 +43,7 @@ class Evaluation:
         self._is_generating = session.settings.generates(session.entry)
         self._rollouts = Rollouts(session) if session.settings.needs_engine(session.entry) else None
         self._last_step: int | None = None
+        self._gave_way = False
 
     @property
     def rollouts(self) -> Rollouts | Recorded:
@@ -67,10 +68,11 @@ class Evaluation:
         """Evaluate the weights that a run starts from, when evaluations during training are on.
 
         Of a resumed run, if they are due at the step that it goes on from and are not in its log: an earlier life was
-        asked to stop before it could.
+        asked to stop before it could. Those of its last step are left to `at_end`, where that evaluates.
         """
         session, every = self.session, self.session.settings.evaluation.every_steps
-        if not every or self.heldout is None or session.was_done or session.step % every:
+        is_left = session.was_done and session.settings.evaluation.at_end
+        if not every or self.heldout is None or is_left or session.step % every:
             return
         if session.step == 0 or agree("read the figures that were logged", self._logged, session.context) is None:
             self._evaluate(session.step)
@@ -89,6 +91,8 @@ class Evaluation:
         Where an earlier start was killed between logging the figures and writing them there, they are taken from the
         log: a step is evaluated and logged once.
         """
+        if self._gave_way:  # in the last step, after which nothing else would end this life
+            self.session.stop_if_asked(before="the last evaluation")
         if not self.session.settings.evaluation.at_end or self.heldout is None:
             return
         figures: dict[str, Any] | None = None
@@ -142,7 +146,7 @@ class Evaluation:
             if not self._is_generating:  # training is next; where an engine generates, that comes first
                 engine.hand_to_trainer()
         if accuracy is None:  # the run is asked to stop: its next life evaluates (`at_start`, `at_end`)
-            self._last_step = None
+            self._last_step, self._gave_way = None, True
             return None
         self._keep_answers(accuracy, step)
         values = {

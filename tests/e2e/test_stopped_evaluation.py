@@ -13,7 +13,8 @@ import pytest
 
 from tests.e2e.served_runs import CONFIG
 
-WORKER = str(Path(__file__).with_name("stand_in_worker.py"))
+HERE = Path(__file__).parent
+SFT_CONFIG = CONFIG.with_name("quickstart_sft.yaml")
 STEPS = 2
 
 
@@ -22,33 +23,52 @@ def evaluated(run: Path) -> list[int]:
     return [row["step"] for row in rows if row["phase"] == "eval"]
 
 
+@pytest.fixture
+def stopped(
+    start: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[str, Path, list[str]], Path]:
+    """Runs a worker, stops it in its first evaluation, and runs it to its end; returns the run's directory."""
+
+    def run(worker: str, config: Path, overrides: list[str]) -> Path:
+        monkeypatch.setenv("STAND_IN_SECONDS", "3600")
+        stopped = start(str(HERE / worker), config, overrides)
+        log, deadline = tmp_path / "run" / "logs" / "engine_0.log", time.monotonic() + 120
+        while not (log.exists() and "TOKENS" in log.read_text()):
+            assert time.monotonic() < deadline, stopped.output()
+            assert all(process.poll() is None for process in stopped.processes), stopped.output()
+            time.sleep(0.2)
+        stopped.processes[1].send_signal(signal.SIGTERM)  # the rank that asks the servers is not the one that is told
+        assert stopped.wait() == [75, 75], stopped.output()
+        assert evaluated(tmp_path / "run") == []
+        monkeypatch.setenv("STAND_IN_SECONDS", "0")
+        resumed = start(str(HERE / worker), config, overrides)
+        assert resumed.wait() == [0, 0], resumed.output()
+        return tmp_path / "run"
+
+    return run
+
+
 def test_responses_of_an_evaluation_give_way_to_a_stop(
-    start: Callable[..., Any],
-    rl_overrides: Callable[[str], list[str]],
-    stand_ins: Callable[..., list[str]],
-    data: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    stopped: Callable[..., Path], rl_overrides: Callable[[str], list[str]], stand_ins: Callable[..., list[str]]
 ) -> None:
-    run = tmp_path / "run"
+    """That before the first step is made by the next life."""
     overrides = [
         *rl_overrides("run"), f"rl.steps={STEPS}", "evaluation.every_steps=1", "reward.require_think=false",
-        f"data.heldout=[{data / 'heldout.jsonl'}]", *stand_ins(),
+        *stand_ins(),
     ]  # fmt: skip
-    monkeypatch.setenv("STAND_IN_SECONDS", "3600")
-    stopped = start(WORKER, CONFIG, overrides)
-    log = run / "logs" / "engine_0.log"
-    deadline = time.monotonic() + 120
-    while not (log.exists() and "TOKENS" in log.read_text()):
-        assert time.monotonic() < deadline, stopped.output()
-        assert all(process.poll() is None for process in stopped.processes), stopped.output()
-        time.sleep(0.2)
-    stopped.processes[1].send_signal(signal.SIGTERM)  # the rank that asks the servers is not the one that is told
-    assert stopped.wait() == [75, 75], stopped.output()
-    assert "stopped before step 1" in stopped.output()
-    assert evaluated(run) == []
+    assert evaluated(stopped("stand_in_worker.py", CONFIG, overrides)) == [0, 1, STEPS]
 
-    monkeypatch.setenv("STAND_IN_SECONDS", "0")
-    resumed = start(WORKER, CONFIG, overrides)
-    assert resumed.wait() == [0, 0], resumed.output()
-    assert evaluated(run) == [0, 1, STEPS]
+
+@pytest.mark.parametrize("every", [2, 3])
+def test_fine_tuning_makes_up_for_the_evaluation_that_gave_way(
+    stopped: Callable[..., Path], sft_overrides: Callable[[str], list[str]], stand_ins: Callable[..., list[str]],
+    every: int,
+) -> None:  # fmt: skip
+    """In the middle of a run of three steps, and in its last one, where nothing comes after it."""
+    overrides = [
+        *sft_overrides("run"), "sft.steps=3", f"evaluation.every_steps={every}",
+        "evaluation.at_end=false", "checkpoint.every_steps=100", *stand_ins(),
+    ]  # fmt: skip
+    run = stopped("stand_in_sft_worker.py", SFT_CONFIG, overrides)
+    assert evaluated(run) == [every]
+    assert [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()][-1] == 3

@@ -201,26 +201,34 @@ def test_no_graded_answer_is_no_accuracy(evaluated, tmp_path):
     assert told(tmp_path)["accuracy"] is None
 
 
-def test_an_evaluation_that_gives_way_to_a_stop_is_neither_logged_nor_held_for_made(tmp_path, context, engines):
+@pytest.mark.parametrize("at_end", [True, False])
+def test_an_evaluation_that_gives_way_to_a_stop_is_neither_logged_nor_held_for_made(tmp_path, context, engines, at_end):
     """As `Rollouts.evaluate` gives None; what a life left out the next one makes."""
-    stops = []
-    every = EvaluationSettings(every_steps=2)
-    session = session_of(tmp_path, context, every, step=2, stopped_before=stops)
-    session.total_steps = 4
-    first = evaluation.Evaluation(session, SimpleNamespace(prompts=()))
+    every = EvaluationSettings(every_steps=2, at_end=at_end)
     engines.is_stopped = True
-    first.when_due(2)  # the step is finished after this, and with it the life
-    assert stops == []
-    session.step = 4
-    first.at_end()
-    assert stops == ["the last evaluation"]
-    session.metrics.close()
+    for step in (2, 4):
+        stops = []
+        session = session_of(tmp_path, context, every, step=step - 1, stopped_before=stops)
+        session.total_steps = 4
+        life = evaluation.Evaluation(session, SimpleNamespace(prompts=()))
+        life.when_due(step)
+        assert stops == []
+        session.step = step
+        if step == 4:  # else the step that is finished now is the last one of this life
+            life.at_end()
+            assert set(stops) == {"the last evaluation"}
+        session.metrics.close()
     assert rows(tmp_path) == []
     assert not (tmp_path / "result.json").exists()
 
     engines.is_stopped = False
     for step in (2, 4):
-        session = session_of(tmp_path, context, every, step=step)
-        evaluation.Evaluation(session, SimpleNamespace(prompts=())).at_start()
+        session = session_of(tmp_path, context, every, step=step, was_done=step == 4)
+        session.total_steps = 4
+        life = evaluation.Evaluation(session, SimpleNamespace(prompts=()))
+        life.at_start()
+        if step == 4:
+            life.at_end()
         session.metrics.close()
     assert [step for step, _ in rows(tmp_path)] == engines.evaluated == [2, 4]
+    assert (tmp_path / "result.json").exists() == at_end

@@ -36,10 +36,12 @@ class Blame:
     Args:
         root_pid: of the sandbox's first process.
         depth: how many parents lie between a test's process and that one.
+        standing: processes of the sandbox that were there before the test (`standing_processes`).
     """
 
-    def __init__(self, root_pid: int, depth: int) -> None:
+    def __init__(self, root_pid: int, depth: int, standing: Iterable[int]) -> None:
         self._root_pid, self._depth = root_pid, depth
+        self._earlier = {(pid, tid): thread.waited_ns for pid in standing for tid, thread in _threads(pid).items()}
         self._before: dict[tuple[int, int], Thread] | None = None
 
     def look(self) -> float | None:
@@ -66,7 +68,14 @@ class Blame:
         for (pid, _), thread in found.items():
             if pid in tests:
                 longest[pid] = max(longest[pid], thread.waited_ns)
-        return sum(longest.values()) / 1e9
+        # A test is begun and ended by the sandbox, whose waiting is not the answer's either.
+        ours = sum(thread.waited_ns - self._earlier.get(key, 0) for key, thread in found.items() if key[0] not in tests)
+        return (sum(longest.values()) + ours) / 1e9
+
+
+def standing_processes(root_pid: int, depth: int) -> list[int]:
+    """The processes of a sandbox in which no answer is open."""
+    return [pid for level in _levels(root_pid)[:depth] for pid in level]
 
 
 def _counts(threads: Iterable[Thread]) -> bool:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from megatron_klear.errors import RewardError
-from megatron_klear.reward.sandbox.blame import Blame
+from megatron_klear.reward.sandbox.blame import Blame, standing_processes
 from megatron_klear.reward.sandbox.inside.channel import LENGTH
 from megatron_klear.reward.sandbox.inside.children import ENDED, NUMBER, OVER_CPU, OVER_OUTPUT, OVER_WALL
 from megatron_klear.reward.sandbox.inside.server import BROKEN, NO_MODULE, REPLY
@@ -140,6 +140,7 @@ class SandboxProcess:
         self._interpreter = find_interpreter(python)
         self._filters: dict[bool, bytes] = {}
         self._number = 0
+        self._standing: list[int] = []
         with ExitStack() as on_failure:
             self._errors = on_failure.enter_context(tempfile.TemporaryFile())
             self._folder = ""
@@ -186,6 +187,7 @@ class SandboxProcess:
                 f"code_reward.warm_modules: {self._interpreter.executable} cannot import {told}; in the sandbox it has "
                 "its own library and code_reward.extra_paths"
             )
+        self._standing = standing_processes(self._process.pid, _TESTS_DEPTH[self.mode])
 
     def open(self, sources: dict[str, str], limits: Limits) -> str:
         """Begin with an answer.
@@ -326,7 +328,7 @@ class SandboxProcess:
         limits, began = self._limits, time.monotonic()
         poller = select.poll()
         poller.register(self._channel, select.POLLIN)
-        blame = Blame(self._process.pid, _TESTS_DEPTH[self.mode])
+        blame = Blame(self._process.pid, _TESTS_DEPTH[self.mode], self._standing)
         pause = limits.wall_seconds
         is_first = True
         while not poller.poll(pause * 1000):
@@ -341,8 +343,9 @@ class SandboxProcess:
                 return ""
             if elapsed >= limits.patience_seconds:
                 return (
-                    f"no verdict within {limits.patience_seconds:g} s by the clock: less than "
-                    f"{limits.cpu_seconds:g} s of CPU time, the machine was busy with other work"
+                    f"no verdict within {limits.patience_seconds:g} s by the clock: at most "
+                    f"{limits.to_message()['cpu_seconds']:g} s of CPU time, the machine was busy with other work "
+                    "(code_reward.cpu_seconds)"
                 )
             pause = max(_LOOK_SECONDS, min(left, limits.patience_seconds - elapsed, _LOOKS_WHILE_HELD_UP))
         return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import marshal
 import os
+import select
 import struct
 import sys
 from typing import Any
@@ -15,6 +16,15 @@ def receive(fd: int) -> Any:
     """The next message; ends the process where the other side is gone."""
     (size,) = LENGTH.unpack(_read(fd, LENGTH.size))
     return marshal.loads(_read(fd, size))
+
+
+def discard(fd: int) -> None:
+    """Read away what is there, and keep nothing of it in memory."""
+    buffer = bytearray(1 << 16)
+    poller = select.poll()
+    poller.register(fd, select.POLLIN)
+    while poller.poll(0) and os.readv(fd, [buffer]):
+        buffer[:] = bytes(len(buffer))
 
 
 def write(fd: int, data: bytes) -> None:

@@ -15,8 +15,8 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 from megatron_klear.reward.sandbox.inside import checks, kernel, programs
-from megatron_klear.reward.sandbox.inside.channel import receive, write
-from megatron_klear.reward.sandbox.inside.children import Box, Ended
+from megatron_klear.reward.sandbox.inside.channel import discard, receive, write
+from megatron_klear.reward.sandbox.inside.children import OVER_WALL, Box, Ended
 
 REPLY = struct.Struct("<BiQQ")
 """Limit, status, bytes of output, bytes of errors; both follow."""
@@ -98,6 +98,8 @@ def _session(channel_fd: int, settings: dict[str, Any]) -> None:
         else:
             body = (lambda: checks.serve_answer(compiled, test["owed"], test["stubs"])) if test["answered"] else None
             ended = _run_checks(box, body, channel_fd)
+            if ended.limit == OVER_WALL:  # perhaps before it had read the test; the other side sends no more until told
+                discard(channel_fd)
         _reply(channel_fd, ended)
 
 
