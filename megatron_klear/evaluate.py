@@ -170,7 +170,11 @@ def _grading_of(options: argparse.Namespace) -> _Grading:
             ks=options.pass_at,
             require_complete=options.require_complete,
         )
-    told = [f"--{name.replace('_', '-')}" for name in _RULES if getattr(options, name) not in (None, False)]
+    told = [
+        f"--{name.replace('_', '-')}"
+        for name in _RULES
+        if getattr(options, name) is not None and getattr(options, name) is not False
+    ]
     if told:
         raise DataError([f"{name}: is given beside --config, whose settings say it" for name in told])
     settings = load_grading(options.config[0], options.config[1:])

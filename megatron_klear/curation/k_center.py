@@ -22,7 +22,7 @@ def k_center_greedy(
 
     One matrix-vector product per choice, on the CPU. Float64, since a squared distance is a difference of products: of
     two points of length 1 that are 1e-4 apart, float32 would leave nothing but rounding. Memory is that of `points`,
-    as much again for a moment, and three numbers per point.
+    as much again for a moment, three numbers per point, and up to twice k times D numbers of what was chosen.
 
     Args:
         points: float64 [N, D], N and D at least 2, all finite; may be mapped from a file.

@@ -59,15 +59,18 @@ def test_a_cluster_that_loses_a_node_makes_what_one_process_makes(
         import ray
 
         (seen / f"{ray.get_runtime_context().get_node_id()} {os.getpid()} {time.monotonic_ns()}").touch()
-        time.sleep(0.5)  # longer than another unit needs to be given to the other node
+        time.sleep(1.0)  # long enough for the node to be lost in the middle of it
         return do_item(item)
 
     monkeypatch.setattr(engines, "_do_item", noted)
 
     def lose() -> None:
-        while len(nodes_seen(seen)) < 2:
+        deadline = time.monotonic() + 240
+        while not (at_work := [node for node in workers if node.node_id in nodes_seen(seen)]):
+            if time.monotonic() > deadline:
+                return
             time.sleep(0.05)
-        cluster.remove_node(workers[0], allow_graceful=False)
+        cluster.remove_node(at_work[0], allow_graceful=False)
 
     losing = threading.Thread(target=lose, daemon=True)
     expected = made(config, tmp_path / "local")

@@ -26,7 +26,7 @@ def rank_main(case: str, rank: int, port: int, results: Any) -> None:
     beats: list[float] = []
     first = FirstRank(
         context,
-        silence_seconds=1.5,
+        silence_seconds=1.5 if case in ("silent", "slow") else 20.0,
         beat=lambda: beats.append(time.monotonic()),
         is_asked_to_stop=lambda: case == "stop" and rank == 2,
     )

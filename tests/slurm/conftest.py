@@ -44,7 +44,7 @@ class Job:
         """What Slurm says of it: JobState, ExitCode, Restarts, ..."""
         return dict(re.findall(r"(\w+)=(\S*)", self.slurm.call("scontrol", "--oneliner", "show", "job", self.number)))
 
-    def until(self, reached: Callable[[dict[str, str]], bool], seconds: float = 90.0) -> dict[str, str]:
+    def until(self, reached: Callable[[dict[str, str]], bool], seconds: float = 240.0) -> dict[str, str]:
         """Wait for something to be so; fails with the job's output after a while, or when the job ends before."""
         deadline = time.monotonic() + seconds
         while not reached(fields := self.fields()):

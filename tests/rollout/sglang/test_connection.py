@@ -70,10 +70,11 @@ def test_a_server_whose_answer_is_in_a_broken_encoding_is_not_ready(stand_in: St
 def test_a_publish_tells_what_is_malformed_or_late_and_the_settings_name(stand_in: StandIn) -> None:
     loop, released = LoopThread("test"), threading.Event()
     try:
-        group = EngineGroup([SglangCaller(loop, Connection("engine 0", stand_in.url))], 0.3)
+        caller = SglangCaller(loop, Connection("engine 0", stand_in.url))
         stand_in.answers["/flush_cache"] = garbled
         with pytest.raises(WeightSyncError, match="engine 0: malformed answer to /flush_cache"):
-            group.call("/flush_cache", {})
+            EngineGroup([caller], 20.0).call("/flush_cache", {})
+        group = EngineGroup([caller], 0.3)
         stand_in.answers["/flush_cache"] = lambda handler, body: released.wait(20)
         text = r"engine 0: /flush_cache: no answer in time \(0\.3 s, weight_sync\.timeout_seconds\)"
         with pytest.raises(WeightSyncError, match=text):
