@@ -309,6 +309,12 @@ def _silence(server: psutil.Process, seconds: float) -> bool:
     return len(added) == len(rules)
 
 
+def _can_silence() -> bool:
+    """Whether packets can be dropped, tried on a port that nobody has."""
+    rule = ["-i", "lo", "-p", "tcp", "--dport", "1", "-j", "DROP"]
+    return _iptables("-I", rule) and _iptables("-D", rule)
+
+
 def _iptables(action: str, rule: list[str]) -> bool:
     try:
         command = ["iptables", "-w", "5", action, "INPUT", *rule]
@@ -416,8 +422,11 @@ def main() -> int:
     parser.add_argument("--venv", type=Path, default=Path(os.environ.get("KLEAR_SGLANG_VENV", ROOT / ".venv-sglang")))
     parser.add_argument("--transport", default="auto", help="weight_sync.transport: auto, disk, distributed, tensor")
     parser.add_argument("--fixed-order", action="store_true", help="repeatable, compared with an undisturbed run")
+    parser.add_argument("--without-network", action="store_true", help="where there is no root, or no iptables")
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
+    if not given.without_network and not _can_silence():
+        parser.error("no packets can be dropped here (iptables, as root); --without-network leaves that fault out")
     out = given.out or RESULTS / ("soak_fixed_order.json" if given.fixed_order else "soak.json")
     work = given.work.resolve()
     if (work / "run").exists():
