@@ -16,7 +16,7 @@ import psutil
 import torch
 
 from megatron_klear import train_rl
-from megatron_klear.session import serving
+from megatron_klear.session import serving, transports
 from megatron_klear.session.launch import leave, run_entry
 from megatron_klear.weight_sync import DistributedTransport
 from megatron_klear.weight_sync.buckets import Bucket
@@ -74,7 +74,7 @@ def server(url: str) -> psutil.Process:
 
 
 if __name__ == "__main__":
-    serving.DistributedTransport = Failing  # type: ignore[misc]
+    transports.DistributedTransport = Failing  # type: ignore[misc]
     from megatron_klear.session import rollouts
 
     rollouts.ServedEngine = Patient  # type: ignore[misc]

@@ -6,7 +6,7 @@ python corrupting_worker.py CONFIG.yaml [section.field=value ...]
 from __future__ import annotations
 
 from megatron_klear import train_rl
-from megatron_klear.session import serving
+from megatron_klear.session import transports
 from megatron_klear.session.launch import leave, run_entry
 from megatron_klear.weight_sync import TensorTransport
 from megatron_klear.weight_sync.buckets import Bucket
@@ -31,5 +31,5 @@ class Damaging(TensorTransport):
 
 
 if __name__ == "__main__":
-    serving.TensorTransport = Damaging  # type: ignore[misc]
+    transports.TensorTransport = Damaging  # type: ignore[misc]
     leave(run_entry("rl", train_rl.main))
