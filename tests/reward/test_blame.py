@@ -113,12 +113,14 @@ def test_a_test_that_is_ended_before_it_was_read_leaves_nothing_for_the_next(
         assert sandbox.open(problem.sources("def f(): return 1"), Limits()) == ""
         monkeypatch.setattr(blame, "_counts", lambda threads: False)  # at the limit by the clock it is over
         monkeypatch.setattr(process, "_LOOK_SECONDS", 0.0)
-        for _ in range(5):
+        ended = 0
+        for _ in range(20):
             with monkeypatch.context() as short:
                 short.setattr(sandbox, "_limits", replace(Limits(), wall_seconds=0.0))
-                assert "by the clock" in sandbox.run(message).problem
+                ended += "by the clock" in sandbox.run(message).problem  # unless it was quicker
             result = sandbox.run(message)
             assert (result.problem, problem.judge(0, result.output)) == ("", "")
+        assert ended > 0
     finally:
         sandbox.discard()
 
