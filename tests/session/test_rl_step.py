@@ -230,7 +230,7 @@ def test_two_steps_give_the_weights_of_the_printed_equations(
 ) -> None:
     groups = {name: make_group(name, rewards) for batch in BATCHES for name, rewards in batch.items()}
     run = Run(context, groups, normalizer)
-    monkeypatch.setattr(evaluation, "Evaluation", lambda session, heldout: run)
+    monkeypatch.setattr(evaluation, "Evaluation", lambda session, *_: run)
     monkeypatch.setattr(step_source, "step_groups", lambda session, prompts, rollouts: run)
     rows = iter([list(groups)[:8], list(groups)[8:]])
     train_rl.train(
@@ -272,7 +272,7 @@ def test_a_batch_without_any_signal_makes_no_update(
     groups = {name: make_group(name, [1, 1] if name < "i" else [None, None]) for name in "abcdefghijklmnop"}
     run = Run(context, groups, "group")
     before = run.weights()
-    monkeypatch.setattr(evaluation, "Evaluation", lambda session, heldout: run)
+    monkeypatch.setattr(evaluation, "Evaluation", lambda session, *_: run)
     monkeypatch.setattr(step_source, "step_groups", lambda session, prompts, rollouts: run)
     rows = iter([list(groups)[:8], list(groups)[8:]])
     train_rl.train(
@@ -308,7 +308,7 @@ def test_an_engine_that_leaves_nothing_to_train_on_is_still_compared(
     groups = {name: make_group(name, [-1, -1]) for name in "abcdefgh"}
     run = Run(context, groups, "group")
     run.settings = replace(run.settings, correction=CorrectionSettings(stop_above_mean=0.5))
-    monkeypatch.setattr(evaluation, "Evaluation", lambda session, heldout: run)
+    monkeypatch.setattr(evaluation, "Evaluation", lambda session, *_: run)
     monkeypatch.setattr(step_source, "step_groups", lambda session, prompts, rollouts: run)
     with pytest.raises(MismatchError, match=r"disagree on 8 responses of groups that are not trained on: mean"):
         train_rl.train(
