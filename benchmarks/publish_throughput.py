@@ -195,7 +195,7 @@ def report(
         }
         rate = f"{median:8.3f} s {size / median / 1e9:8.3f} GB/s {copy / median:8.1%} of a plain copy"
         print(f"{name:24s} {rate}, at most {peaks[name] / 1e9:.2f} GB resident")
-    given = {name: value for name, value in vars(arguments).items() if name != "out"}
+    given = {name: value for name, value in vars(arguments).items() if name not in ("out", "venv")}
     return {"bytes": size, "arguments": given, "threads": torch.get_num_threads(), "rows": rows}
 
 

@@ -462,7 +462,8 @@ def main() -> int:
         compared = compare(trainer.run, peaceful.run)
         told, same = told | {"against_an_undisturbed_run": compared}, is_equal(compared)
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(told, indent=1) + "\n")
+    # What a life said of its files names them in full; a result says nothing of this machine's folders.
+    out.write_text(json.dumps(told, indent=1).replace(f"{work}/", "") + "\n")
     print(json.dumps(told, indent=1))
     sound = told["every_step_has_its_prompts"] and set(told["times_trained"]) == {"1"}  # type: ignore[call-overload]
     sound = sound and is_whole(told["walk"])  # type: ignore[arg-type]
