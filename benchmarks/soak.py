@@ -186,7 +186,9 @@ class Soak:
                 self._start_again()
                 continue
             kinds = [kind for kind in FAULTS if not late or kind.endswith("killed")]
-            kind = self.rng.choices(kinds, [FAULTS[kind] for kind in kinds])[0]
+            # One that has not happened yet comes sooner: a soak is to have met them all.
+            weights = [FAULTS[kind] * (1.0 if self.faults[kind] else 4.0) for kind in kinds]
+            kind = self.rng.choices(kinds, weights)[0]
             print(f"{time.strftime('%H:%M:%S')} step {self.trainer.step()}: {kind}", flush=True)
             self._cause(kind)
 
