@@ -61,7 +61,7 @@ def main(settings: Settings, stop: StopRequest) -> None:
     from megatron_klear.session.grading import require_gradable
     from megatron_klear.session.session import Session
     from megatron_klear.session.sft_balance import warn_of_waiting
-    from megatron_klear.session.sft_rows import open_sft_data, tell_sources
+    from megatron_klear.session.sft_rows import open_sft_data, tell_rows
     from megatron_klear.session.tokenizer import run_tokenizer
     from megatron_klear.trainer import PackLayout
 
@@ -84,7 +84,7 @@ def main(settings: Settings, stop: StopRequest) -> None:
             session.end_at(session.step + steps.steps_for_epochs(settings.sft.epochs))
         session.describe(f"{data.described()}; {steps.described()}")
         if session.is_first:
-            tell_sources(data)
+            tell_rows(data)
             warn_of_waiting(settings, data, steps, PackLayout.of(settings, session.context))
         train(session, data, steps, heldout)
         session.export()

@@ -52,8 +52,9 @@ class DataSettings:
     tokenize_processes: Annotated[int | None, Unit("processes"), Positive] = None
     """Processes that tokenize `data.sft`; null takes the CPUs that this process may use."""
 
-    max_reject_share: Annotated[float, Unit("fraction of rows"), Field(ge=0, le=1)] = 0.01
-    """Largest share of `data.sft` that may be unusable; those rows are listed in the index's rejects.jsonl."""
+    max_reject_share: Annotated[float, Unit("fraction of rows"), Field(ge=0, le=1)] = 1.0
+    """Largest share of `data.sft` that may be unusable; more are refused before training, 1 goes on with all others.
+    Such rows are counted, warned of when they are over 1 %, and listed in the index's rejects.jsonl."""
 
     loader: Literal["auto", "plain", "dali"] = "auto"
     """What reads and packs the microbatches of SFT: NVIDIA DALI (processes of its own), or a plain thread, to the same

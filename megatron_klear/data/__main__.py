@@ -61,6 +61,8 @@ def main(argv: Sequence[str]) -> int:
     except KeyboardInterrupt:
         print("interrupted; start again to go on with the parts that are not finished", file=sys.stderr)
         return EXIT_RESUMABLE
+    for line in rows.many_rejects_described():
+        print(line, file=sys.stderr)
     print(f"{source.directory}: {rows.described()}")
     return EXIT_DONE
 

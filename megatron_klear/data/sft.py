@@ -14,6 +14,7 @@ from megatron_klear.packing import OversizePolicy, fitting_sequences, require_so
 from megatron_klear.records import IntArray
 
 _SHOWN_SOURCES = 5
+_FEW_REJECTS, _SHOWN_REJECTS = 0.01, 5
 
 
 class SftData:
@@ -46,7 +47,7 @@ class SftData:
         multiple: int = 1,
         oversize: OversizePolicy = "refuse",
         max_positions: int | None = None,
-        max_reject_share: float = 0.01,
+        max_reject_share: float = 1.0,
     ) -> None:
         self.index = index
         _require_few_rejects(index, max_reject_share)
@@ -90,6 +91,16 @@ class SftData:
         if self.index.rejected:
             texts.append(f"{self.index.rejected} rows rejected, see {self.index.rejects_file}")
         return ", ".join(texts)
+
+    def many_rejects_described(self) -> list[str]:
+        """Lines that warn of rejected rows, the first of them by file, line and reason; none when they are few."""
+        rows = len(self.index) + self.index.rejected
+        if self.index.rejected <= _FEW_REJECTS * rows:
+            return []
+        return [
+            *_rejects_described(self.index, _SHOWN_REJECTS),
+            "Training goes on without them; data.max_reject_share refuses a run that loses more than it says.",
+        ]
 
     def sources_described(self) -> list[str]:
         """A line for each of the sources with most tokens, and one for all others."""
@@ -136,12 +147,16 @@ def _require_few_rejects(index: SftIndex, allowed: float) -> None:
     rows = len(index) + index.rejected
     if not rows:
         raise DataError(f"data.sft: no rows at all in {', '.join(index.file_names)}; list a file with rows")
-    share = index.rejected / rows
-    if share <= allowed and len(index):
+    if index.rejected / rows <= allowed and len(index):
         return
-    lines = [f"data.sft: {index.rejected} of {rows} rows cannot be used ({share:.1%}):"]
-    lines += [f"  - {file}:{line}: {reason}" for file, line, reason in index.rejects(SHOWN_PROBLEMS)]
-    if index.rejected > SHOWN_PROBLEMS:
-        lines.append(f"  ... and {index.rejected - SHOWN_PROBLEMS} more, all in {index.rejects_file}")
-    lines.append(f"Mend them, or leave them out: data.max_reject_share is {allowed}.")
-    raise DataError("\n".join(lines))
+    advice = f"Mend them, or leave them out: data.max_reject_share is {allowed:g}." if len(index) else "None is left."
+    raise DataError("\n".join([*_rejects_described(index, SHOWN_PROBLEMS), advice]))
+
+
+def _rejects_described(index: SftIndex, shown: int) -> list[str]:
+    rows = len(index) + index.rejected
+    lines = [f"data.sft: {index.rejected} of {rows} rows cannot be used ({index.rejected / rows:.1%}):"]
+    lines += [f"  - {file}:{line}: {reason}" for file, line, reason in index.rejects(shown)]
+    if index.rejected > shown:
+        lines.append(f"  ... and {index.rejected - shown} more, all in {index.rejects_file}")
+    return lines

@@ -67,8 +67,10 @@ def open_sft_data(settings: Settings, stop: StopRequest) -> SftData:
     )
 
 
-def tell_sources(data: SftData) -> None:
-    """Log where the tokens are from, a few lines."""
+def tell_rows(data: SftData) -> None:
+    """Log which rows are left out, when they are many, and where the tokens are from, a few lines each."""
+    for line in data.many_rejects_described():
+        log.warning("%s", line)
     for line in data.sources_described():
         log.info("%s", line)
 

@@ -98,6 +98,25 @@ def test_rejects_are_tolerated_up_to_a_share(write_jsonl: Writer, make_index: Ma
     assert "data.max_reject_share is 0.09" in text
 
 
+def test_a_run_goes_on_without_rejects_and_warns_of_many(write_jsonl: Writer, make_index: Maker) -> None:
+    path = write_jsonl(*(row(f"{n}") for n in range(4)), *["{"] * 7)
+    data = SftData(make_index(path), token_budget=300)
+    assert len(data) == 4
+    told = data.many_rejects_described()
+    assert told[0] == "data.sft: 7 of 11 rows cannot be used (63.6%):"
+    assert told[1].startswith(f"  - {path}:5: is not JSON")
+    assert told[5].startswith(f"  - {path}:9: is not JSON")
+    assert told[6] == f"  ... and 2 more, all in {data.index.rejects_file}"
+    assert "data.max_reject_share" in told[7]
+    assert len(told) == 8
+
+
+def test_few_rejects_are_only_counted(write_jsonl: Writer, make_index: Maker) -> None:
+    data = SftData(make_index(write_jsonl(*(row(f"{n}") for n in range(99)), "{")), token_budget=300)
+    assert data.many_rejects_described() == []
+    assert "1 rows rejected, see " in data.described()
+
+
 def test_of_very_many_rejects_the_first_are_told(write_jsonl: Writer, make_index: Maker) -> None:
     path = write_jsonl(*["{"] * 1000)
     index = make_index(path)

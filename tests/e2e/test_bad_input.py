@@ -74,7 +74,7 @@ def test_malformed_line_is_named_by_file_and_line(start, sft_overrides, data, tm
         start,
         "train_sft",
         SFT,
-        [*sft_overrides("run"), f"data.sft=[{broken}]"],
+        [*sft_overrides("run"), f"data.sft=[{broken}]", "data.max_reject_share=0.01"],
         "2 of 20 rows cannot be used", "broken.jsonl:7", "broken.jsonl:12", "data.max_reject_share",
         ranks=2,
     )  # fmt: skip

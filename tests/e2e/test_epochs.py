@@ -36,3 +36,27 @@ def test_the_last_step_has_what_is_left_of_the_epochs(start, sft_overrides, data
     assert trained == Counter({(epoch, name): 1 for epoch in "01" for name in rows})
     metrics = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in metrics] == [1, 2, 3, 4, 5, 6]
+
+
+def test_rows_that_cannot_be_used_are_counted_and_the_others_trained(start, sft_overrides, data, tmp_path):
+    lines = (data / "sft.jsonl").read_text().splitlines()[:12]
+    rows = {json.loads(line)["id"] for line in lines}
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text("\n".join([*lines[:5], lines[5][:-5], '{"id": "x", "messages": []}', *lines[6:]]) + "\n")
+    launch = start(
+        "train_sft", CONFIG,
+        [*sft_overrides("run"), f"data.sft=[{broken}]", "sft.steps=null", "sft.epochs=1", "sft.batch_sequences=4",
+         "evaluation.at_end=false"],
+    )  # fmt: skip
+    assert launch.wait() == [0, 0], launch.output()
+    text = launch.output()
+    assert "2 of 13 rows cannot be used (15.4%):" in text
+    assert f"  - {broken}:6: is not JSON" in text
+    assert f"  - {broken}:7: " in text
+    assert "11 conversations, " in text
+    assert "2 rows rejected, see " in text
+    _, trained = sizes_and_rows(tmp_path / "run")
+    assert trained == Counter({("0", name): 1 for name in rows - {json.loads(lines[5])["id"]}})
+    rejects = [json.loads(line) for line in next(tmp_path.rglob("rejects.jsonl")).read_text().splitlines()]
+    assert [(row["file"], row["line"]) for row in rejects] == [(str(broken), 6), (str(broken), 7)]
+    assert all(row["reason"] for row in rejects)
