@@ -146,7 +146,8 @@ class Trainer:
             mine = any(str(self.run) in word for word in line) and "sglang.launch_server" in line
             if mine and not any("supervisor.py" in word for word in line):
                 found.append(process)
-        return [p for p in found if not any(p.pid in {c.pid for c in o.children(recursive=True)} for o in found)]
+        children = {child.pid for process in found for child in _with_children(process)[1:]}
+        return [process for process in found if process.pid not in children]
 
 
 class Soak:

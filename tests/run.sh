@@ -42,7 +42,7 @@ if [[ $(nvidia-smi -L 2>/dev/null) == *GPU* ]]; then
     ((status == 0 || status == 5)) || failed+=("pytest -m gpu")  # 5: none among those that were asked for
 fi
 # Last, so that its own summary closes the output.
-"$bin/python" -m pytest --durations=15 --durations-min=2 "$@" || failed+=("pytest")
+"$bin/python" -m pytest --durations=60 --durations-min=4 "$@" || failed+=("pytest")
 
 if ((${#failed[@]})); then
     printf 'failed: %s\n' "${failed[@]}" >&2

@@ -53,6 +53,6 @@ if $has_gpu; then
 fi
 # Last, so that its own summary closes the output.
 "$python" -m pytest "${tests[@]}" \
-    --durations=15 --durations-min=2 "$@" || status=$?
+    --durations=60 --durations-min=4 "$@" || status=$?
 if ((status)); then echo "tests/run_sglang.sh: FAILED" >&2; fi
 exit "$status"
