@@ -101,8 +101,8 @@ class Trainer:
         return self.work / f"{self.run.name}_life{self.lives:03d}_rank{rank}.log"
 
     def output(self) -> str:
-        """What rank 0 has printed in this life."""
-        return self._log(0).read_text(errors="replace")
+        """What rank 0 has printed in this life, without the name of this machine's folder."""
+        return self._log(0).read_text(errors="replace").replace(f"{self.work}/", "")
 
     def is_alive(self) -> bool:
         """Whether all ranks run."""
@@ -465,8 +465,7 @@ def main() -> int:
         compared = compare(trainer.run, peaceful.run)
         told, same = told | {"against_an_undisturbed_run": compared}, is_equal(compared)
     out.parent.mkdir(parents=True, exist_ok=True)
-    # What a life said of its files names them in full; a result says nothing of this machine's folders.
-    out.write_text(json.dumps(told, indent=1).replace(f"{work}/", "") + "\n")
+    out.write_text(json.dumps(told, indent=1) + "\n")
     print(json.dumps(told, indent=1))
     sound = told["every_step_has_its_prompts"] and set(told["times_trained"]) == {"1"}  # type: ignore[call-overload]
     sound = sound and is_whole(told["walk"])  # type: ignore[arg-type]
