@@ -15,8 +15,7 @@ from megatron_klear.observe.flops import FlopCount, projection_parameters
 from megatron_klear.planning.activations import LayerKind, layer_kind
 from megatron_klear.planning.devices import DEVICES, Device
 from megatron_klear.planning.evenness import Evenness, evenness, filled_share, scoring_evenness
-from megatron_klear.planning.fp8 import copies
-from megatron_klear.planning.lengths import StoredLengths
+from megatron_klear.planning.lengths import StoredLengths, lengths_in_words
 from megatron_klear.planning.memory import StageMemory, stage_memory, trainer_state
 from megatron_klear.planning.publishing import Publishing, publishing
 from megatron_klear.planning.traffic import (
@@ -31,7 +30,7 @@ from megatron_klear.planning.traffic import (
     stage_traffic,
     together,
 )
-from megatron_klear.planning.workload import SPREAD, Workload, stored_workload, workload
+from megatron_klear.planning.workload import Workload, stored_workload, workload
 
 _UPDATE_BYTES = 30
 """Bytes moved per number that a rank updates: gradient read, weight and two moments read and written, copy written."""
@@ -386,95 +385,3 @@ def _exposed_data(settings: Settings, stage: int, dp: int, rate: float, microbat
     if settings.parallel.overlap_param_gather:
         weights = max(0.0, weights - 1 / 3 * microbatch_seconds)
     return gradients + weights
-
-
-def assumptions_in_words(plan: Plan) -> list[str]:
-    """What the figures rest on, a sentence each."""
-    assumed, device = plan.assumptions, plan.device
-    option = " (--mean-tokens)" if plan.stored is None else ""
-    kinds = {
-        "te": "Transformer Engine's layers (model.layer_spec)",
-        "local": "Megatron's local layers with flash-attn",
-        "cpu": "Megatron's local layers on a CPU",
-    }
-    lines = [
-        f"{device.title}: {device.flops / 1e12:,.4g} TFLOP/s dense bfloat16 ({device.source})",
-        f"links {device.link_rate / 1e9:,.0f} GB/s in a node of {device.per_node}, "
-        f"{device.network_rate / 1e9:,.0f} GB/s between nodes, one way; {assumed.link_efficiency:.0%} of that and of "
-        f"memory's {device.memory_rate / 1e12:,.2f} TB/s is reached",
-        *([_memory_in_words(device.memory_bytes)] if device.memory_bytes is not None else []),
-        f"products run at {assumed.efficiency:.0%} of the data sheet's rate (--efficiency), which no run has shown yet",
-        f"{lengths_in_words(plan.work, plan.stored, assumed.why_assumed)}{option}, packed as the run packs them: "
-        f"{plan.even.microbatches:.3g} microbatches an update, {plan.even.slots_used:.1%} full, the slowest "
-        f"data-parallel rank has {plan.even.slowest - 1:.1%} more to do than the mean",
-        kinds[plan.kind],
-        *([_adapters_in_words(plan)] if plan.gpus > device.per_node else []),
-        "tensor parallel, pipeline and, unless parallel.overlap_* says otherwise, data parallel traffic is not hidden",
-    ]
-    if plan.settings.fp8.on and device.fp8_flops is not None:
-        lines.append(
-            f"products of the layers in FP8 run at {assumed.fp8_efficiency:.0%} of {device.fp8_flops / 1e12:,.4g} "
-            f"TFLOP/s, scaling included; attention, head{_bf16_layers(plan.settings)} in bfloat16"
-        )
-        lines.append(_fp8_in_words(plan))
-        lines.append("MFU is a share of the bfloat16 rate, of products in FP8 too, whose own rate is twice that")
-    if plan.scoring is not None:
-        lines.append(
-            f"old logprobs are computed over the whole step at once: {plan.scoring.microbatches:.3g} microbatches, "
-            f"{plan.scoring.slots_used:.1%} full, the slowest data-parallel rank has {plan.scoring.slowest - 1:.1%} "
-            "more to do than the mean"
-        )
-    if plan.entry == "rl":
-        lines.append("every group of a step is trained on; the time to generate responses is not predicted")
-    asked = assumed.mean_tokens
-    if plan.stored is None and asked is not None and asked > plan.work.longest:
-        lines.append(
-            f"--mean-tokens {asked:,.0f} is more than the longest sequence has, so that all have {plan.work.longest:,}"
-        )
-    if plan.publishing is not None:
-        lines.append(plan.publishing.told(device, assumed.link_efficiency))
-    return lines
-
-
-def lengths_in_words(work: Workload, stored: StoredLengths | None, why_assumed: str) -> str:
-    """Which lengths were planned with, and where they are from."""
-    mean = f"sequences of {work.mean_tokens:,.0f} tokens on average"
-    if stored is None:
-        spread = f"log-normal with a spread of {SPREAD:g}, cut off at {work.longest:,}"
-        return f"{mean}, {spread}, which is assumed since {why_assumed}"
-    out = f", {stored.left_out:,} left out for their length" if stored.left_out else ""
-    return f"{mean}, the {len(stored.lengths):,} of data.sft{out}, by the index {stored.told}"
-
-
-def _memory_in_words(memory: float) -> str:
-    return (
-        f"a device has the {memory / 1e9:,.0f} x 10^9 bytes of its name, which is conservative: drivers report a few "
-        "percent more"
-    )
-
-
-def _fp8_in_words(plan: Plan) -> str:
-    fp8 = plan.settings.fp8
-    twice = copies(fp8.recipe, transposes=plan.device.fp8_transposes) == 2
-    held = "along rows and along columns" if twice else "once"
-    beside = "" if fp8.parameters else ", beside bfloat16"
-    sent = "one byte each, all others two" if fp8.parameters else "in bfloat16"
-    return (
-        f"{fp8.recipe}: weights in FP8 lie in memory {held}{beside}, and are gathered {sent}; products keep their "
-        "inputs in FP8 for the backward pass, norms, attention and gate and up theirs in bfloat16 (read from "
-        "Transformer Engine 2.14.1 and Megatron-Core 0.16.1; no run has shown any of it yet)"
-    )
-
-
-def _adapters_in_words(plan: Plan) -> str:
-    adapters = max(1, plan.device.per_node // plan.settings.parallel.tp)
-    each = "1 adapter" if adapters == 1 else f"{adapters} adapters"
-    return (
-        f"between nodes gradients and weights of data parallelism go over {each} of a node at a time, one for each "
-        "rank that a group has there (NCCL's rings, not measured); keys and values and pipeline stages over one"
-    )
-
-
-def _bf16_layers(settings: Settings) -> str:
-    kept = settings.fp8.first_layers_bf16 + settings.fp8.last_layers_bf16
-    return f" and {kept} layers" if kept else ""

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from megatron_klear.config import BIN_MULTIPLE, Settings
 from megatron_klear.data import indexed_lengths, sft_steps
 from megatron_klear.packing import STEPS_AHEAD, bins_of, fitting_sequences, plan_bins, require_some, sequence_multiple
-from megatron_klear.planning.workload import lognormal_lengths
+from megatron_klear.planning.workload import SPREAD, Workload, lognormal_lengths
 from megatron_klear.records import IntArray
 
 _MOST_SEQUENCES = 40_000
@@ -99,3 +99,13 @@ def drawn_updates(mean: float, longest: int, sequences: int, bins: int | None, b
 def _draw(quantiles: NDArray[np.float64], count: int) -> IntArray:
     rng = np.random.default_rng(0)
     return np.maximum(1, rng.choice(quantiles, size=count)).astype(np.int64)
+
+
+def lengths_in_words(work: Workload, stored: StoredLengths | None, why_assumed: str) -> str:
+    """Which lengths were planned with, and where they are from."""
+    mean = f"sequences of {work.mean_tokens:,.0f} tokens on average"
+    if stored is None:
+        spread = f"log-normal with a spread of {SPREAD:g}, cut off at {work.longest:,}"
+        return f"{mean}, {spread}, which is assumed since {why_assumed}"
+    out = f", {stored.left_out:,} left out for their length" if stored.left_out else ""
+    return f"{mean}, the {len(stored.lengths):,} of data.sft{out}, by the index {stored.told}"

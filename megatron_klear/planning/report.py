@@ -11,7 +11,8 @@ from rich.table import Table
 from rich.text import Text
 
 from megatron_klear.config.architecture import RecomputePolicy
-from megatron_klear.planning.estimate import Plan, assumptions_in_words
+from megatron_klear.planning.assumptions import assumptions_in_words
+from megatron_klear.planning.estimate import Plan
 from megatron_klear.planning.memory import StageMemory, kept_activations
 from megatron_klear.planning.search import Candidate
 

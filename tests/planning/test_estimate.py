@@ -13,7 +13,8 @@ from megatron_klear.observe.datasheets import datasheet_fp8_rate, datasheet_rate
 from megatron_klear.observe.flops import forward_flops, training_flops
 from megatron_klear.packing import attention_share, plan_packs
 from megatron_klear.planning import DEVICES, Assumptions, best_layouts, make_plan, memory
-from megatron_klear.planning.estimate import assumptions_in_words, step_flops
+from megatron_klear.planning.assumptions import assumptions_in_words
+from megatron_klear.planning.estimate import step_flops
 from megatron_klear.planning.evenness import scoring_evenness
 from megatron_klear.planning.memory import kv_bytes_per_token, whole_model_bytes
 from megatron_klear.planning.traffic import spread_rate

@@ -8,7 +8,7 @@ import pytest
 
 from megatron_klear.config import Settings
 from megatron_klear.planning import make_plan
-from megatron_klear.planning.estimate import assumptions_in_words
+from megatron_klear.planning.assumptions import assumptions_in_words
 
 Make = Callable[..., Settings]
 MODEL = 2 * 8_190_735_360
