@@ -1,0 +1,64 @@
+"""Checks of what serves the rollouts: addresses, ports, and proofs of a publish that fit together."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
+
+from megatron_klear.config.serving import ENGINE_FREE_SECONDS
+
+if TYPE_CHECKING:
+    from megatron_klear.config.architecture import Architecture
+    from megatron_klear.config.checks import Problems
+    from megatron_klear.config.schema import Settings
+
+
+def check_serving(settings: Settings, architecture: Architecture | None, problems: Problems) -> None:
+    """Check that SGLang can be started or reached, and that a publish can be proved as it is asked for."""
+    sglang, verify = settings.sglang, settings.weight_sync.verify
+    for url in sglang.urls:
+        if not _is_server(url):
+            problems.add("sglang.urls", f"got {url!r}, must be http://HOST:PORT")
+    for url in sorted({url for url in sglang.urls if sglang.urls.count(url) > 1}):
+        problems.add("sglang.urls", f"{url} is named more than once")
+    if sglang.router_url is not None:
+        if not _is_server(sglang.router_url):
+            problems.add("sglang.router_url", f"got {sglang.router_url!r}, must be http://HOST:PORT")
+        if not sglang.urls:
+            text = f"got {sglang.router_url} without sglang.urls; name the servers behind the router, which get weights"
+            problems.add("sglang.router_url", text, "sglang.urls")
+        if settings.scheduling.min_engines > 1:
+            text = f"got {settings.scheduling.min_engines}, and servers behind sglang.router_url count as one: set 1"
+            problems.add("scheduling.min_engines", text, "sglang.router_url")
+    if sglang.connect_seconds and not sglang.urls:
+        text = f"got {sglang.connect_seconds:g} without sglang.urls; servers of ours have sglang.start_seconds"
+        problems.add("sglang.connect_seconds", text, "sglang.urls")
+    if not sglang.urls:
+        if architecture is not None:
+            problems.divides(
+                "model.num_attention_heads", architecture.num_attention_heads, sglang.server_tp, "sglang.server_tp"
+            )
+        last = (sglang.port or 1) + sglang.servers - 1
+        if last > 65535:
+            problems.add("sglang.port", f"got {sglang.port}; {sglang.servers} servers need ports up to {last}")
+    if sglang.quantization != "none" and verify == "checksum":
+        problems.add(
+            "weight_sync.verify",
+            f"got checksum, but with sglang.quantization = {sglang.quantization} an engine's weights are no longer the "
+            "trainer's; set logprobs or checksum_or_logprobs",
+            "sglang.quantization",
+        )
+    longest, limit = settings.weight_sync.timeout_seconds, settings.parallel.timeout_seconds
+    if longest + 2 * min(longest, ENGINE_FREE_SECONDS) >= limit:
+        text = (
+            f"got {longest:g}; an engine that hangs is given up after that and up to twice {ENGINE_FREE_SECONDS:g} s, "
+            f"while other ranks wait in an exchange, which must end before parallel.timeout_seconds = {limit:g}"
+        )
+        problems.add("weight_sync.timeout_seconds", text, "parallel.timeout_seconds")
+    if sglang.quantization == "fp8" and settings.run.device == "cpu":
+        problems.add("sglang.quantization", "got fp8, which needs a GPU, and run.device is cpu")
+
+
+def _is_server(url: str) -> bool:
+    parts = urlsplit(url)
+    return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.path in ("", "/")
