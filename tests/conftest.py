@@ -37,6 +37,8 @@ def pytest_configure(config: pytest.Config) -> None:
     """
     if config.getoption("markexpr") != "gpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        # As session/launch.py does on a CPU, for the many processes that import Megatron-Core without it.
+        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -16,6 +16,8 @@ if (($# == 0)) || [[ $* == *slurm* ]]; then
 fi
 # The code reward runs programs in bubblewrap. Where it is not installed and cannot be, the tests that need it are skipped.
 bash tests/reward/bubblewrap.sh || echo "the tests of the code sandbox will be skipped"
+# Every test of a whole run starts processes that read all of the source, compiled or not.
+"$bin/python" -m compileall -q megatron_klear kernels tests
 failed=()
 
 # All checks run even when one fails, so that one run shows everything there is to mend.

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import subprocess
+import sys
 
 import pytest
 
@@ -85,3 +88,15 @@ def test_wrong_input_is_said_once_per_machine(status):
 
 def test_what_one_rank_alone_meets_it_says_itself(status):
     assert status(RolloutError("stuck"), rank=9, local_rank=1) == (1, "[rank 9] stuck\n")
+
+
+def test_on_a_cpu_no_compiler_is_imported() -> None:
+    script = (
+        "import sys; from megatron_klear.session import launch; launch._leave_the_compiler_out('auto')\n"
+        "import megatron_klear.trainer, megatron_klear.session.session\n"
+        "assert 'megatron.core.fusions.fused_bias_swiglu' in sys.modules\n"
+        "assert 'torch._inductor.compile_fx' not in sys.modules"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "TORCHDYNAMO_DISABLE"}
+    environment["CUDA_VISIBLE_DEVICES"] = ""
+    subprocess.run([sys.executable, "-c", script], check=True, env=environment, timeout=120)

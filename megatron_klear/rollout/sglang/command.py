@@ -159,6 +159,7 @@ def _is_the_trainers(name: str) -> bool:
     return name.startswith(("TORCHELASTIC_", "PYTHON")) or name in (
         *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_RANK"),
         *("ROLE_NAME", "ROLE_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "VIRTUAL_ENV", "CUDA_VISIBLE_DEVICES"),
+        "TORCHDYNAMO_DISABLE",  # set on a CPU by session/launch.py, where servers do compile
         # Set by launchers, and by us for as long as a group for weights is made, beside which a server may start.
         "TORCH_NCCL_ASYNC_ERROR_HANDLING",
     )

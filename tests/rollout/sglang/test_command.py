@@ -107,7 +107,7 @@ def test_ranks_of_a_cpu_server_share_its_cores(monkeypatch: pytest.MonkeyPatch) 
 
 def test_the_trainers_process_group_is_not_the_servers(monkeypatch: pytest.MonkeyPatch) -> None:
     names = {"RANK", "MASTER_ADDR", "WORLD_SIZE", "PYTHONPATH", "TORCHELASTIC_RUN_ID"}
-    names.add("TORCH_NCCL_ASYNC_ERROR_HANDLING")
+    names |= {"TORCH_NCCL_ASYNC_ERROR_HANDLING", "TORCHDYNAMO_DISABLE"}
     for name in names:
         monkeypatch.setenv(name, "1")
     found = server_environment(SglangSettings(), 0, on_cpu=True)
