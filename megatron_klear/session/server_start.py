@@ -85,11 +85,17 @@ class ServerStart:
 
     def layout_of(self, engine: ConnectedEngine) -> EngineLayout:
         """How a server holds weights."""
-        facts = engine.facts
+        facts, ours = engine.facts, self._session.settings.model.dtype
+        if facts.dtype == "auto":
+            log.warning(
+                "%s: nothing here tells the data type of its weights (--dtype auto, and its model's config.json cannot "
+                "be read); %s is assumed (model.dtype), and the first publish stops the run where that is wrong",
+                engine.endpoint.name, ours,
+            )  # fmt: skip
         return EngineLayout(
             tp=facts.tp,
             device="cuda" if facts.device == "cuda" else "cpu",
-            dtype=self._session.settings.model.dtype if facts.dtype == "auto" else facts.dtype,
+            dtype=ours if facts.dtype == "auto" else facts.dtype,
             quantized=facts.quantization is not None,
         )
 

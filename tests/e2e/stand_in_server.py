@@ -4,7 +4,8 @@ stand_in_server.py --port PORT --context-length LENGTH ...
 
 The directory named by STAND_IN_FAULTS counts over all servers how often memory for weights was given up; a file in it
 named `N.die` has the server end after the N-th answer, `N.hang` has it never give that answer, and `N.drop` has it
-break the connection when it is told to generate again after that. STAND_IN_SECONDS is how long a response takes.
+break the connection when it is told to generate again after that. So it counts the responses that are asked for, and a
+file named `N.end` has the server end that is asked for the N-th. STAND_IN_SECONDS is how long a response takes.
 """
 
 from __future__ import annotations
@@ -55,6 +56,7 @@ class Handler(BaseHTTPRequestHandler):
             return None
         if self.path == "/generate" and body.get("stream"):
             print("TOKENS", flush=True)
+            count_response()
             return self.reply(200, b"data: " + json.dumps(generated(body)).encode() + b"\n\ndata: [DONE]\n\n")
         status, value = 200, known(self.path, body)
         if self.path == "/generate":
@@ -108,6 +110,19 @@ def release(tags: list[str]) -> None:
     State.drops = (FAULTS / f"{number}.drop").exists()
     if (FAULTS / f"{number}.die").exists():
         threading.Timer(0.02, os._exit, [9]).start()
+
+
+def count_response() -> None:
+    """Of all servers; ends this one where it is told to at that number."""
+    number = 1
+    while True:
+        try:
+            (FAULTS / f"{number}.asked").touch(exist_ok=False)
+            break
+        except FileExistsError:
+            number += 1
+    if (FAULTS / f"{number}.end").exists():
+        os._exit(9)
 
 
 def generated(body: dict[str, Any]) -> dict[str, Any]:

@@ -101,7 +101,10 @@ class EngineCare:
         self._settled.clear()
 
     def share(self) -> None:
-        """Others use the engines, too, until `unshare`: silence may only mean that they are served first."""
+        """Others use the engines, too, until `unshare`: to bring no token may only mean that they are served first.
+
+        That an engine answers nothing at all still counts.
+        """
         self._others += 1
 
     def unshare(self) -> None:
@@ -218,7 +221,8 @@ class EngineCare:
                     continue
                 if engine.status == "serving" and engine.requests:
                     self._watch_engine(engine, now)
-                elif engine.status == "serving" and self._settled.is_set() and not engine.is_asked and not self._others:
+                elif engine.status == "serving" and self._settled.is_set() and not engine.is_asked:
+                    # Also while others use it: only what watches it here would have it started anew.
                     self._spawn(self._check_idle(engine))
                 elif engine.status == "down" and self._restart is None:
                     self._spawn(self._ask_whether_back(engine))

@@ -9,9 +9,13 @@ import numpy as np
 
 from megatron_klear.records import FinishReason
 from megatron_klear.rollout.endpoint import EndpointError, GeneratedPart
+from megatron_klear.rollout.sglang.connection import Refused
 
 NO_VERSION = -1
 """Version of weights that no trainer has sent."""
+
+_REFUSED = 400
+"""Status of a request that is wrong, wherever it is sent."""
 
 _LEAST_LOGPROB = -float(np.finfo(np.float32).max)
 """What a response holds of one; a request for the least likely token of all does not come near it."""
@@ -46,8 +50,12 @@ class AnswerReader:
 
         Raises:
             EndpointError: it reports an error or is not what the engine should send.
+            Refused: it says that the request is wrong. A stream has begun by then, with status 200.
         """
         if "error" in chunk:
+            told = chunk["error"]
+            if isinstance(told, Mapping) and told.get("code") == _REFUSED:
+                raise Refused(_REFUSED, str(told.get("message")))
             raise EndpointError(f"{self._engine}: failed while generating: {chunk['error']}", retry=True)
         try:
             meta = chunk["meta_info"]
@@ -88,6 +96,7 @@ class AnswerReader:
 
         Raises:
             EndpointError: it ended without saying why, or for a fault of the engine.
+            Refused: it says that the request is wrong.
         """
         reason = None if self._last is None else self._last.get("finish_reason")
         if self._last is None or not isinstance(reason, Mapping):
@@ -97,6 +106,8 @@ class AnswerReader:
             raise self._malformed(f"finish_reason {dict(reason)}")
         if kind == "abort" and reason.get("status_code"):
             status = reason["status_code"]
+            if status == _REFUSED:
+                raise Refused(_REFUSED, str(reason.get("message")))
             raise EndpointError(f"{self._engine}: gave a request up: {reason.get('message')} ({status})", retry=True)
         return GeneratedPart(
             token_ids=np.array(self._tokens, dtype=np.int64),

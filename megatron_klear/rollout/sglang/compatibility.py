@@ -12,6 +12,7 @@ from megatron_klear.errors import ConfigError
 from megatron_klear.rollout.endpoint import EndpointError
 from megatron_klear.rollout.sglang.command import CONTEXT_MARGIN
 from megatron_klear.rollout.sglang.connection import Connection, Refused
+from megatron_klear.rollout.sglang.dtypes import served_dtype
 from megatron_klear.rollout.sglang.ends import ends_problem
 from megatron_klear.rollout.sglang.rotary import rotary_problem
 from megatron_klear.rollout.sglang.vocabulary import vocab_size
@@ -61,7 +62,7 @@ class EngineFacts:
         version: SGLang's version.
         device: `cpu`, `cuda`, ...; decides how it computes checksums.
         tp: tensor parallel size.
-        dtype: data type as it was asked for, `auto` included.
+        dtype: data type of its weights; `auto` where nothing tells.
         quantization: None, or the kind.
         incremental: whether its streams hold new tokens only.
         context_length: longest sequence, in tokens.
@@ -135,7 +136,7 @@ async def examine(connection: Connection, expected: Expected) -> EngineFacts:
         version=version,
         device=str(server.get("device", "cuda")),
         tp=int(server.get("tp_size", 1)),
-        dtype=str(server.get("dtype", "auto")),
+        dtype=served_dtype(server, model),
         quantization=server.get("quantization") or None,
         incremental=bool(server.get("incremental_streaming_output")),
         context_length=needed if context_length is None else context_length,

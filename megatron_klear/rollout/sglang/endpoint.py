@@ -100,6 +100,7 @@ class SglangEndpoint:
                         if on_tokens is not None:
                             on_tokens(reader.num_tokens)
             finished = True
+            part = reader.finish()
         except TimeoutError as error:
             raise EndpointError(
                 f"{self.name}: no new token of request {request.request_id} for {self._idle_seconds:g} s or more "
@@ -120,7 +121,6 @@ class SglangEndpoint:
             self._in_flight.discard(request.request_id)
             if not finished:
                 await self._abandon(request.request_id)
-        part = reader.finish()
         if part.finish_reason == "length" and len(part.token_ids) < request.max_new_tokens:
             raise EndpointError(
                 f"{self.name}: ended request {request.request_id} at {len(part.token_ids)} of "

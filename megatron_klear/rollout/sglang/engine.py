@@ -38,6 +38,7 @@ class EndpointPool:
         self.endpoints = list(endpoints)
         self._slots = [asyncio.Semaphore(in_flight) for _ in endpoints]
         self._outstanding = [0] * len(endpoints)
+        self._failing: set[int] = set()
         self._retries = retries
         self.failures = 0
         self.version: int | None = None
@@ -116,9 +117,11 @@ class EndpointPool:
                     if not error.retry or failures > self._retries:
                         raise
                     log.warning("%s; asking again (%d of %d, sglang.retries)", error, failures, self._retries)
+                    self._failing.add(place)
                     await asyncio.sleep(_RETRY_PAUSE_SECONDS * failures)
                     place = self._moved(place)
                     continue
+                self._failing.discard(place)
                 parts.append(part)
                 length = done + len(part.token_ids)
                 if part.finish_reason != "abort":
@@ -163,9 +166,12 @@ class EndpointPool:
         return places
 
     def _moved(self, place: int) -> int:
-        """Another endpoint than `place` where there is one; keeps the count of what each has."""
+        """Another endpoint than `place` where there is one, rather one that works; keeps the count of what each has.
+
+        One that fails at once has few outstanding, and would draw all tries.
+        """
         others = [i for i in self._in_use() if i != place] or [place]
-        chosen = min(others, key=self._outstanding.__getitem__)
+        chosen = min(others, key=lambda i: (i in self._failing, self._outstanding[i]))
         self._outstanding[place] -= 1
         self._outstanding[chosen] += 1
         return chosen

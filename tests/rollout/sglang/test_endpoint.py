@@ -224,8 +224,15 @@ def test_a_status_that_may_pass_is_retried(status: int, retry: bool, stand_in: S
     assert error.value.retry is retry
 
 
-def test_a_refused_request_is_wrong_everywhere(stand_in: StandIn, make_request: Request) -> None:
-    stand_in.answers["/generate"] = lambda handler, body: handler.reply(400, {"error": {"message": "too long"}})
+@pytest.mark.parametrize("how", ["status", "event", "end"])
+def test_a_refused_request_is_wrong_everywhere(how: str, stand_in: StandIn, make_request: Request) -> None:
+    """A server says so before its stream, in it (what its tokenizer manager finds), or as the end of it."""
+    if how == "status":
+        stand_in.answers["/generate"] = lambda handler, body: handler.reply(400, {"error": {"message": "too long"}})
+    elif how == "event":
+        answer_with(stand_in, {"error": {"message": "too long", "code": 400, "retryable": False}})
+    else:
+        answer_with(stand_in, chunk([], 0, finish={"type": "abort", "message": "too long", "status_code": 400}))
     with pytest.raises(RolloutError, match=r"refuses request r1 of 3 tokens: too long\. .*look at") as error:
         generate(stand_in.url, make_request())
     for setting in ("sglang.max_total_tokens", "data.max_prompt_tokens", "rollout.max_response_tokens"):

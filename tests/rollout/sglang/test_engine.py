@@ -157,6 +157,15 @@ def test_a_failed_request_goes_to_the_other_server_under_a_new_name() -> None:
     assert first.token_ids.tolist() == second.token_ids.tolist()
 
 
+def test_two_dead_servers_do_not_draw_all_tries_from_one_that_lives() -> None:
+    """They fail at once and so have the fewest outstanding."""
+    dead = [Fake(name, script=[fail() for _ in range(200)]) for name in "ab"]
+    living = Fake("c")
+    groups = run([dead[0], living, dead[1]], 12, responses=4, retries=2)
+    assert all(len(g.rollouts[i].response_ids) == LIMIT for g in groups for i in range(4))
+    assert len(living.seen) == 48
+
+
 def test_a_request_that_keeps_failing_is_an_error() -> None:
     endpoint = Fake("a", script=[fail()] * 3)
     with pytest.raises(EndpointError, match="failed"):

@@ -16,14 +16,16 @@ from megatron_klear.config.yarn import Yarn
 from megatron_klear.conformance.compare import architecture
 from megatron_klear.conformance.matrix import SLACK
 from megatron_klear.conformance.reference import reference_model
-from megatron_klear.errors import ConfigError
+from megatron_klear.errors import ConfigError, RolloutError
 from megatron_klear.records import Prompt, RolloutGroup
 from megatron_klear.rollout import ProgressCallback, RolloutProgress, SamplingParams
 from megatron_klear.rollout.cached import CachedSampler
-from megatron_klear.rollout.endpoint import GenerationRequest
+from megatron_klear.rollout.endpoint import EndpointError, GenerationRequest
 from megatron_klear.rollout.response_cache import ResponseCache
 from megatron_klear.rollout.sglang import Expected, SglangEngine
 from megatron_klear.rollout.sglang.answers import AnswerReader
+from megatron_klear.rollout.sglang.connection import Connection
+from megatron_klear.rollout.sglang.endpoint import SglangEndpoint
 from megatron_klear.weight_sync import EngineGroup, TensorTransport
 from megatron_klear.weight_sync.buckets import bucketed, converted
 
@@ -220,3 +222,23 @@ def test_responses_of_a_server_are_kept_one_by_one_and_drawn_once(
     assert [r.response_ids.tolist() for g in groups for r in g.rollouts] == [
         r.response_ids.tolist() for g in again for r in g.rollouts
     ]
+
+
+def test_what_a_real_server_refuses_is_wrong_everywhere(sglang_urls: dict[str, str]) -> None:
+    """It answers with status 200 and refuses in the stream."""
+
+    async def ask() -> None:
+        connection = Connection("engine 0", sglang_urls["float32"])
+        endpoint = SglangEndpoint(connection, vocab_size=VOCAB, context_length=10_000, incremental=True)
+        sampling = SamplingParams(temperature=1.0, top_p=1.0, max_response_tokens=8, stop_token_ids=(7,))
+        ids = np.ones(4000, dtype=np.int64)
+        try:
+            await endpoint.generate(
+                GenerationRequest(request_id="r1", token_ids=ids, max_new_tokens=8, sampling=sampling, seed=1)
+            )
+        finally:
+            await endpoint.close()
+
+    with pytest.raises(RolloutError, match=r"engine 0 refuses request r1 of 4000 tokens: .*look at") as error:
+        asyncio.run(ask())
+    assert not isinstance(error.value, EndpointError)

@@ -1,0 +1,35 @@
+"""The only server ends while it answers an evaluation: it is started anew, and the evaluation goes on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.e2e.served_runs import CONFIG
+
+WORKER = str(Path(__file__).with_name("stand_in_worker.py"))
+TRAINED = 8 * 4
+"""Responses of the step that comes first."""
+
+
+@pytest.mark.parametrize("mode", ["sync", "async"])
+def test_a_server_that_is_lost_in_the_last_evaluation_comes_back(
+    start: Callable[..., Any], rl_overrides: Callable[[str], list[str]], stand_ins: Callable[..., list[str]],
+    tmp_path: Path, mode: str,
+) -> None:  # fmt: skip
+    """Nothing else is asked of it then, so that nothing else would tell."""
+    overrides = [
+        *rl_overrides("run"), "rl.steps=1", "evaluation.every_steps=0", "reward.require_think=false",
+        f"scheduling.mode={mode}", "scheduling.stall_seconds=4", *stand_ins(f"{TRAINED + 5}.end"),
+    ]  # fmt: skip
+    launch = start(WORKER, CONFIG, overrides)
+    assert launch.wait(180) == [0, 0], launch.output()
+    assert "does not answer, idle" in launch.output()
+    assert "is back with the current weights" in launch.output()
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    (evaluated,) = (row for row in rows if row["phase"] == "eval")
+    assert (evaluated["step"], evaluated["accuracy/heldout_count"]) == (1, 8)
