@@ -50,6 +50,7 @@ from benchmarks.run_comparison import compare, is_equal  # noqa: E402
 from benchmarks.small_disk import nearly_full  # noqa: E402
 from benchmarks.soak_kills import Kills, number_of  # noqa: E402
 from benchmarks.soak_ledger import NOT_ONCE, TIMES, is_whole, walk_of_ledger  # noqa: E402
+from megatron_klear.rollout.ledger import LedgerReader  # noqa: E402
 
 RESULTS = Path(__file__).with_name("results")
 FAULTS = {
@@ -355,6 +356,9 @@ def report(soak: Soak, minutes: float, seed: int, servers: int, statuses: list[i
         times = {str(number): count for number, count in ledger.execute(TIMES)}
         per_step = ledger.execute("SELECT step, COUNT(*) FROM groups WHERE state = 'trained' GROUP BY step").fetchall()
         rolled_back = ledger.execute("SELECT COUNT(*) FROM events WHERE event = 'rolled back'").fetchone()[0]
+    with LedgerReader(trainer.run / "ledger.sqlite") as reader:
+        groups = [group for step in range(1, trainer.step() + 1) for group in reader.groups_of_step(step)]
+        versions = [len(rollout.policy_versions) for group in groups for rollout in group.rollouts.values()]
     whole = sorted(per_step) == [(step, PER_STEP) for step in range(1, trainer.step() + 1)]
     return {
         "minutes": minutes,
@@ -374,6 +378,9 @@ def report(soak: Soak, minutes: float, seed: int, servers: int, statuses: list[i
         "prompts_trained": sum(times.values()),
         "times_trained": times,
         "rolled_back_and_trained_again": rolled_back,
+        "responses_trained": len(versions),
+        "of_several_versions": sum(count > 1 for count in versions),
+        "most_versions_of_a_response": max(versions, default=0),
         "not_trained_exactly_once": not_once,
         "walk": walk(trainer),
         "server_processes_left": len(trainer.servers()),

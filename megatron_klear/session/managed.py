@@ -100,7 +100,8 @@ class ManagedGroups:
         while self._ahead < steps * settings.rl.prompts_per_step:
             wanted += next_prompts(cursor, self._prompts)
             self._ahead += settings.rl.prompts_per_step
-        with self.session.phase("generate"):
+        with self.session.phase("generate", settings.rl.prompts_per_step) as advance:
+            shown = 0
             together("reserve prompts", lambda: self._running.submit(wanted), context, only_first=True)
             found = None
             while found is None:
@@ -108,6 +109,10 @@ class ManagedGroups:
                 self.session.heartbeat.renew()
                 if found is None:
                     self.session.stop_if_asked()
+                    if self._manager is not None:  # on the first rank, which shows progress
+                        ready = min(max(shown, self._manager.num_ready(step)), settings.rl.prompts_per_step)
+                        advance(ready - shown)
+                        shown = ready
         self._ahead -= len(found)
         std = settings.algorithm.advantage_std
         return [scored_group(group, grades, normalize_std=std) for group, grades in found]

@@ -49,6 +49,11 @@ def test_async_a_killed_server_comes_back_with_current_weights_and_a_killed_trai
     launch = start("train_rl", CONFIG, overrides)
     assert launch.wait(900) == [0, 0], launch.output()
     check_ledger(run, steps=steps, per_step=PER_STEP, staleness=2)
+    with LedgerReader(run / "ledger.sqlite") as reader:
+        groups = [group for step in range(1, steps + 1) for group in reader.groups_of_step(step)]
+    drawn = [rollout.policy_versions for group in groups for rollout in group.rollouts.values()]
+    assert any(len(versions) > 1 for versions in drawn), "no response was continued under new weights"
+    assert all(later == sorted(later) for later in ([version for version, _ in versions] for versions in drawn))
     assert not servers_of(run)
 
 

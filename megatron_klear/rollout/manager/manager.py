@@ -132,6 +132,10 @@ class RolloutManager:
         """
         return self._call(self._scheduler.take(step, count, timeout))
 
+    def num_ready(self, step: int) -> int:
+        """Groups that are generated and graded and no other step's; there may be more than the step needs."""
+        return self._call(self._made(lambda: self._scheduler.num_ready(step)))
+
     def trained(self, step: int) -> None:
         """Note that a step has been trained: durable on return, so call it before the checkpoint."""
         self._ledger.trained(step)

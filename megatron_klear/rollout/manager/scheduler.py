@@ -124,6 +124,10 @@ class Scheduler:
         stored: list[StoredGroup] = await self._run_blocking(self._ledger.load, ids)
         return stored
 
+    def num_ready(self, step: int) -> int:
+        """Groups that are generated and graded, and no other step's."""
+        return sum(group.is_graded and group.step in (None, step) for group in self._groups.values())
+
     def trained(self, step: int) -> None:
         """Forget the groups of a step that the ledger has as trained."""
         for group in [g for g in self._groups.values() if g.step == step]:
