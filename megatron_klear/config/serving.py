@@ -111,8 +111,10 @@ class WeightSyncSettings:
     distributed otherwise."""
 
     pause_mode: Literal["abort", "in_place", "retract"] = "abort"
-    """What a publish does to unfinished responses of others who use the same servers: end them, keep them with their KV
-    cache, or recompute that. The run's own are interrupted or waited for before (`scheduling.partial_rollouts`)."""
+    """What a publish does to unfinished responses: end them, the run's own to be continued from where they were; hold
+    them in the server with their KV cache, which the old weights computed; or hold them and have the new weights
+    compute it again. The run's own are in flight during a publish with `scheduling.mode=async` and
+    `scheduling.partial_rollouts` only, and otherwise waited for before."""
 
     bucket_bytes: Annotated[int, Unit("bytes"), Field(ge=2**10)] = 512 * 2**20
     """Weights are sent in buckets of about this size, a larger tensor in one of its own; two of them are in memory at a

@@ -197,6 +197,7 @@ class ManagedGroups:
                 version=version,
                 next_step=self.session.step + 1,
                 restart=self._restart,
+                holds_in_flight=settings.weight_sync.pause_mode != "abort",
             )
         )
 

@@ -57,6 +57,30 @@ def test_async_a_killed_server_comes_back_with_current_weights_and_a_killed_trai
     assert not servers_of(run)
 
 
+@pytest.mark.parametrize("pause_mode", ["retract", "in_place"])
+def test_async_a_publish_holds_unfinished_responses_in_the_server(
+    start: Callable[..., Any], rl_overrides: Overrides, tmp_path: Path, sglang_settings: SglangSettings, pause_mode: str
+) -> None:
+    """None is interrupted, and those that were in flight go on under the new weights."""
+    steps, run = 5, tmp_path / pause_mode
+    launch = start(
+        "train_rl", CONFIG,
+        [*rl_overrides(pause_mode), *VARIED, f"rl.steps={steps}", "rollout.engine=sglang",
+         f"sglang.venv={sglang_settings.venv}", "scheduling.mode=async", "scheduling.max_staleness=2",
+         "scheduling.order=completion", f"weight_sync.pause_mode={pause_mode}"],
+    )  # fmt: skip
+    assert launch.wait(900) == [0, 0], launch.output()
+    assert published(launch) == list(range(steps + 1))
+    check_ledger(run, steps=steps, per_step=PER_STEP, staleness=2)
+    with LedgerReader(run / "ledger.sqlite") as reader:
+        groups = [group for step in range(1, steps + 1) for group in reader.groups_of_step(step)]
+    drawn = [rollout.policy_versions for group in groups for rollout in group.rollouts.values()]
+    assert any(len(versions) > 1 for versions in drawn), "no response went on under new weights"
+    rows = step_rows(run)
+    assert sum(row[names.REQUESTS_INTERRUPTED] + row[names.REQUESTS_FAILED] for row in rows) == 0
+    assert sum(row[names.REQUESTS_SENT] for row in rows) == steps * PER_STEP * 4, "one request a response"
+
+
 def test_one_step_off_by_broadcast_to_a_server_that_was_lost_and_is_proved_by_logprobs(
     start: Callable[..., Any], rl_overrides: Overrides, tmp_path: Path, sglang_settings: SglangSettings
 ) -> None:

@@ -64,6 +64,7 @@ class EngineCare:
         self.tick_seconds = min(settings.stall_seconds / 4, 15.0)
         self.version = -1
         self._settled = asyncio.Event()
+        self._holds = False
         self._others = 0
         self._pool, self._settings, self._restart = pool, settings, restart
         self._on_lost, self._on_ready, self._on_failure, self._move = on_lost, on_ready, on_failure, move
@@ -96,9 +97,14 @@ class EngineCare:
             engine.status = "checked"
             self._spawn(self._check(engine))
 
-    def expect_publish(self) -> None:
-        """Engines change their weights from now until `check_versions`: nobody is judged by them meanwhile."""
+    def expect_publish(self, *, holding: bool = False) -> None:
+        """Engines change their weights from now until `check_versions`: nobody is judged by them meanwhile.
+
+        Args:
+            holding: they keep requests in flight, for which they bring no tokens before that.
+        """
         self._settled.clear()
+        self._holds = holding
 
     def share(self) -> None:
         """Others use the engines, too, until `unshare`: to bring no token may only mean that they are served first.
@@ -110,6 +116,9 @@ class EngineCare:
     def unshare(self) -> None:
         """The engines are ours again; what they did meanwhile is not held against them."""
         self._others -= 1
+        self._judge_anew()
+
+    def _judge_anew(self) -> None:
         now = self._measured_at = asyncio.get_running_loop().time()
         for engine in self._pool:
             engine.last_progress, engine.measured_tokens = now, engine.tokens
@@ -119,6 +128,9 @@ class EngineCare:
     async def check_versions(self, version: int) -> None:
         """Ask all engines in use which weights they have; those with others than `version` are lost."""
         self.version = version
+        if self._holds:
+            self._holds = False
+            self._judge_anew()
         self._settled.set()
         asked = [engine for engine in self._pool if engine.status in ("serving", "checked")]
         answers = await asyncio.gather(*(self._version_of(engine) for engine in asked), return_exceptions=True)
@@ -217,7 +229,7 @@ class EngineCare:
             await asyncio.sleep(self.tick_seconds)
             now = asyncio.get_running_loop().time()
             for engine in self._pool:
-                if engine.status == "serving" and engine.requests and self._others:
+                if engine.status == "serving" and engine.requests and (self._others or self._holds):
                     continue
                 if engine.status == "serving" and engine.requests:
                     self._watch_engine(engine, now)

@@ -54,6 +54,7 @@ class RolloutManager:
         version: of the engines' weights.
         next_step: first step to train.
         restart: makes a new engine of a lost one; None waits for the old one to come back.
+        holds_in_flight: whether a publish leaves requests in flight in the engines (weight_sync.pause_mode).
 
     Raises:
         RolloutError: there are fewer engines than `scheduling.min_engines`.
@@ -71,6 +72,7 @@ class RolloutManager:
         version: int,
         next_step: int,
         restart: Restart | None = None,
+        holds_in_flight: bool = False,
     ) -> None:
         if len(endpoints) < settings.min_engines:
             raise RolloutError(
@@ -92,6 +94,7 @@ class RolloutManager:
                     groups_per_step=groups_per_step,
                     grade=grade,
                     restart=restart,
+                    holds_in_flight=holds_in_flight,
                 )
             )
         )
@@ -145,6 +148,8 @@ class RolloutManager:
 
     def pause_for_publish(self, timeout: float | None = None) -> bool:
         """Wait until no request is in flight: by interrupting them (partial rollouts) or by waiting for them.
+
+        Where engines hold requests during a publish, those stay in flight, and there is nothing to wait for.
 
         Nothing is sent from the first call on. Asked again after one that timed out, it goes on waiting.
 

@@ -36,6 +36,8 @@ class Scheduler:
         groups_per_step: rl.prompts_per_step.
         grade: judges finished groups.
         restart: makes a new engine of a lost one, with current weights; None waits for the old one to come back.
+        holds_in_flight: whether a publish leaves requests in flight in the engines, which go on with them under the new
+            weights (async mode with partial rollouts; weight_sync.pause_mode).
         run_blocking: keeps disk and grader out of the loop.
     """
 
@@ -49,8 +51,11 @@ class Scheduler:
         groups_per_step: int,
         grade: Grader,
         restart: Restart | None = None,
+        holds_in_flight: bool = False,
         run_blocking: RunBlocking = asyncio.to_thread,
     ) -> None:
+        self._interrupts = settings.mode == "async" and settings.partial_rollouts
+        self._holds_in_flight = self._interrupts and holds_in_flight
         self.staleness = settings.staleness
         self.error: RolloutError | None = None
         self.drawn_again = 0
@@ -140,13 +145,14 @@ class Scheduler:
     async def pause(self) -> None:
         """Stop sending, and return when no request is in flight and all they brought is in the ledger.
 
-        With partial rollouts (async mode) requests are interrupted; otherwise they are waited for.
+        With partial rollouts (async mode) requests are interrupted, or stay in flight where engines hold them during a
+        publish; otherwise they are waited for.
         """
         dispatcher = self.dispatcher
         dispatcher.paused = True
-        dispatcher.care.expect_publish()
-        interrupt = self._settings.mode == "async" and self._settings.partial_rollouts
-        while dispatcher.num_flying:
+        dispatcher.care.expect_publish(holding=self._holds_in_flight)
+        interrupt = self._interrupts
+        while dispatcher.num_flying and not self._holds_in_flight:
             self.raise_error()
             if interrupt:
                 await dispatcher.interrupt_all()
