@@ -48,7 +48,7 @@ def train(session: Session, data: SftData, steps: Steps, heldout: PromptData | N
                 batch = loader.next_step()
             with session.phase("train"):
                 report = session.trainer.update_packed(batch.minibatch, unused, step=step)  # Eq. 8
-            sequences.note(step, plan)
+            sequences.note(step, plan, trained=batch.plan)
             evaluation.when_due(step)
             session.finish_step(step, update_metrics([report]))
         evaluation.at_end()

@@ -56,13 +56,17 @@ plan "$rl_ranks" "${code[@]}"
 # after JOB: a job that cannot start any more, since JOB failed, is cancelled.
 after() { printf '%s\n' "--dependency=afterok:$1" --kill-on-invalid-dep=yes; }
 export KLEAR_ENGINE_NODES=$engine_nodes
+# Seconds before the time limit at which Slurm warns a job: the longest step (by plan 8 minutes, of math on 8 GPUs), and
+# a save of 115 GB that two ranks write and read back, at 0.1 GB/s each. What a job that is warned too
+# late has done since its last checkpoint is lost, and the jobs behind it are cancelled.
+lead=1800
 submit() { # submit SCRIPT RANKS_PER_NODE [OPTIONS...] -- FILES...
     local script=$1 options=()
     export KLEAR_RANKS_PER_NODE=$2
     shift 2
     while [[ $1 != -- ]]; do options+=("$1") && shift; done
     shift
-    sbatch --parsable --nodes="$nodes" --gpus-per-node=8 "${options[@]}" "$script" "$@"
+    sbatch --parsable --nodes="$nodes" --gpus-per-node=8 --signal=B:USR1@"$lead" "${options[@]}" "$script" "$@"
 }
 first=$(KLEAR_ENGINE_NODES=0 submit tools/sft.slurm 8 "$@" -- "${sft[@]}")
 mapfile -t dependency < <(after "${first%%;*}")

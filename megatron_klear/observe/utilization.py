@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from megatron_klear.observe import names
 from megatron_klear.observe.flops import FlopCount
 
-MODEL_PHASES = ("train", "old logprobs")
+MODEL_PHASES = ("train", "old logprobs", "left out logprobs")
 """The phases in which the trainer computes the model; operations are counted there, so rates are taken over these."""
 
 

@@ -6,6 +6,7 @@ import json
 import logging
 from typing import Self
 
+import numpy as np
 import torch.distributed as dist
 
 from megatron_klear import parallel
@@ -18,6 +19,7 @@ from megatron_klear.data import (
     prepare_index,
 )
 from megatron_klear.data.trained import SEQUENCES_FILE
+from megatron_klear.errors import TrainingError
 from megatron_klear.observe.jsonl import JsonLinesFile, keep_through_step, set_aside
 from megatron_klear.observe.replace import replace_file
 from megatron_klear.packing import sequence_multiple
@@ -101,12 +103,26 @@ class SequenceLog:
             rows = "".join(json.dumps(row) + "\n" for row in data.dropped_rows())
             replace_file(session.root / DROPPED_FILE, rows)
 
-    def note(self, step: int, plan: StepPlan) -> None:
-        """Log a trained step; on the disk when this returns."""
+    def note(self, step: int, plan: StepPlan, *, trained: StepPlan) -> None:
+        """Log a trained step; on the disk when this returns.
+
+        Args:
+            step: that was trained.
+            plan: of the walk that checkpoints hold.
+            trained: of what the loader has read, which is logged.
+
+        Raises:
+            TrainingError: the two are not the same sequences, so that a resume would skip or repeat some.
+        """
+        if not (np.array_equal(plan.rows, trained.rows) and np.array_equal(plan.epochs, trained.epochs)):
+            raise TrainingError(
+                f"step {step} was trained on other sequences than the walk over data.sft has for it; the loader "
+                "(data.loader) has fallen out of step. Start again from the last checkpoint, with data.loader=plain"
+            )
         if self._file is None:
             return
         ids: dict[str, list[str]] = {}
-        for row, epoch in zip(plan.rows.tolist(), plan.epochs.tolist(), strict=True):
+        for row, epoch in zip(trained.rows.tolist(), trained.epochs.tolist(), strict=True):
             ids.setdefault(str(epoch), []).append(self._data.row_id(row))
         self._file.append({"step": step, "ids": ids})
         self._file.sync()

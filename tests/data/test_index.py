@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Never
 
 import numpy as np
 import pyarrow as pa
@@ -23,7 +23,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron_klear.data import SftIndex, describe_source, load_chat_tokenizer, prepare_index
 from megatron_klear.data.__main__ import main
 from megatron_klear.data.chat import ChatTokenizer
-from megatron_klear.data.index import build, merge, tokenize
+from megatron_klear.data.index import build, merge, parts, tokenize
 from megatron_klear.data.index.parts import Part, plan_parts, read_part
 from megatron_klear.errors import DataError
 
@@ -193,6 +193,30 @@ def test_a_bad_text_or_a_damaged_row_group_of_a_parquet_file_costs_its_rows_only
     assert [line for _, line, _ in found] == [3, 5, 6, 7, 8]
     assert found[0][2] == "is not UTF-8"
     assert all("row group 1 cannot be read" in reason for _, _, reason in found[1:])
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_what_the_system_cannot_read_is_named_and_no_row_of_it_rejected(
+    kind: str, make_index: Maker, write_jsonl: Writer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A network file system that fails now has all rows later."""
+    rows = [row(n) for n in range(8)]
+    path = tmp_path / f"a.{kind}"
+    if kind == "jsonl":
+        write_jsonl(*rows, name=path.name)
+    else:
+        write_parquet(path, rows)
+
+    def failing(*_: object, **__: object) -> Never:
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(parts, "open", failing, raising=False)
+        broken.setattr(pq.ParquetFile, "iter_batches", failing)
+        with pytest.raises(DataError, match=rf"data\.sft: {path} cannot be read: Input/output error\. Start again"):
+            make_index(path)
+    index = make_index(path)
+    assert (len(index), index.rejected) == (8, 0)
 
 
 def test_files_that_are_no_parquet_or_lack_a_column_are_refused_together(make_index: Maker, tmp_path: Path) -> None:

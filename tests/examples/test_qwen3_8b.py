@@ -17,6 +17,8 @@ from megatron_klear.planning import best_layouts, make_plan
 ROOT = Path(__file__).parents[2]
 RECIPE = ROOT / "examples" / "qwen3_8b"
 STAGES: dict[str, Entry] = {"sft": "sft", "math": "rl", "code": "rl"}
+LEAD = 1800
+"""Seconds before its end at which run.sh has a job warned."""
 TRAINERS = {"sft": {8: 8, 64: 64, 256: 256}, "rl": {8: 4, 64: 32, 256: 128}}
 """Ranks that train, by entry and by GPUs in all: with RL half of them serve."""
 BASE = {
@@ -123,6 +125,9 @@ def test_the_layout_fits_an_h100_and_is_near_the_best(
     plan = make_plan(settings, **shared)  # type: ignore[arg-type]
     best = best_layouts(settings, **shared)  # type: ignore[arg-type]
     assert plan.fits
+    # A job that is warned has a step to finish and a save to make: all that a checkpoint holds, at 0.2 GB/s together.
+    saved = (2 + 12) * 8.2e9
+    assert plan.time.total + saved / 0.2e9 < LEAD
     room = 70e9  # of 80e9, for what the plan does not know
     assert plan.peak < room
     best = [candidate for candidate in best if candidate.plan.peak < room]
@@ -168,7 +173,7 @@ def test_the_chain_is_three_jobs_one_after_another(tmp_path: Path) -> None:
     done, jobs = submit(tmp_path, "64", "--time=12:00:00")
     assert done.returncode == 0, done.stderr
     here = "examples/qwen3_8b"
-    tail = "--parsable --nodes=8 --gpus-per-node=8 --time=12:00:00"
+    tail = f"--parsable --nodes=8 --gpus-per-node=8 --signal=B:USR1@{LEAD} --time=12:00:00"
     chained = "--dependency=afterok:{} --kill-on-invalid-dep=yes"
     assert jobs == [
         f"0 8 {tail} tools/sft.slurm {here}/sft.yaml {here}/layouts/sft-64.yaml",

@@ -14,7 +14,7 @@ FLOPS = FlopCount(projections=6e12, attention=3e12, head=1e12)
 
 
 def test_a_step_by_hand() -> None:
-    seconds = {"generate": 100.0, "train": 4.0, "old logprobs": 1.0, "publish": 7.0}
+    seconds = {"generate": 100.0, "train": 4.0, "old logprobs": 0.75, "left out logprobs": 0.25, "publish": 7.0}
     rates = DeviceRates(count=4, measured=2e12, datasheet=4e12)
     found = utilization_metrics(FLOPS, seconds, rates)
     # 10 TFLOP in the 5 seconds in which the model was computed, on 4 devices: half a TFLOP/s each.

@@ -74,9 +74,9 @@ def batches(loader: PlainLoader | DaliLoader) -> Iterator[SftBatch]:
             return
 
 
-@pytest.mark.parametrize("make", [sequence_steps, bin_steps])
+@pytest.mark.parametrize(("make", "processes"), [(sequence_steps, 2), (bin_steps, 1), (bin_steps, 2)])
 def test_dali_gives_the_bytes_of_the_plain_loader_also_after_a_resume(
-    data: SftData, make: Callable[[SftData], Steps]
+    data: SftData, make: Callable[[SftData], Steps], processes: int
 ) -> None:
     layout = PackLayout(token_budget=BUDGET, dp_rank=1, dp_size=2, cp_rank=1, cp_size=2)
     steps = make(data)
@@ -87,7 +87,7 @@ def test_dali_gives_the_bytes_of_the_plain_loader_also_after_a_resume(
     kinds, count = set(), 3
     with (
         PlainLoader(readers[0], CPU, prefetch=2) as plain,
-        DaliLoader(readers[1], CPU, processes=1, prefetch=2) as dali,
+        DaliLoader(readers[1], CPU, processes=processes, prefetch=2) as dali,
     ):
         for one, other in zip(batches(plain), batches(dali), strict=True):
             np.testing.assert_array_equal(one.plan.rows, other.plan.rows)
@@ -190,7 +190,7 @@ def test_microbatches_on_the_gpu_have_the_same_bytes(data: SftData, loader: str)
     layout = PackLayout(token_budget=BUDGET)
     device = torch.device("cuda", 0)
     readers = [SftReader(data, sequence_steps(data), layout, num_steps=8) for _ in range(2)]
-    settings = DataSettings(loader=loader, loader_processes=1)  # type: ignore[arg-type]
+    settings = DataSettings(loader=loader)  # type: ignore[arg-type]
     with PlainLoader(readers[0], CPU) as wanted, open_loader(readers[1], settings, device) as found:
         for one, other in zip(batches(wanted), batches(found), strict=True):
             torch.cuda.synchronize()

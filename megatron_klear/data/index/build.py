@@ -21,7 +21,7 @@ from megatron_klear.data.index import files
 from megatron_klear.data.index.files import IndexSource
 from megatron_klear.data.index.merge import merge_parts
 from megatron_klear.data.index.parts import LINE_BYTES, PART_BYTES, Part, plan_parts
-from megatron_klear.data.index.tokenize import PartCounts, PartJob, do_part
+from megatron_klear.data.index.tokenize import PartCounts, PartJob, do_part, unreadable
 from megatron_klear.data.jsonl import JsonObject
 from megatron_klear.errors import DataError
 
@@ -74,6 +74,8 @@ def prepare_index(
     except OSError as error:
         if manifest.is_file():  # another maker was first, and has removed the parts
             return
+        if error.filename in source.files:
+            raise unreadable(str(error.filename), error) from error
         raise DataError(
             f"data.index_dir: the tokens of data.sft cannot be written to {source.directory}: "
             f"{error.strerror or error}. Make room, or set data.index_dir; what is finished is kept."

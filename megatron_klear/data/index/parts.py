@@ -140,6 +140,8 @@ def _parquet_rows(part: Part, name: str, wanted: Sequence[str]) -> Iterator[Json
                     yield from _batch_rows(batch)
                     left -= batch.num_rows
             except (OSError, ValueError) as error:  # pyarrow's own errors are ValueErrors
+                if isinstance(error, OSError) and error.errno is not None:
+                    raise  # the system could not read it, which says nothing of its rows
                 reason = f"row group {group} cannot be read: {' '.join(str(error).split())}"
                 yield from [reason] * left
 

@@ -23,6 +23,7 @@ from megatron_klear.data.index.files import IndexSource, digest_of, index_prefix
 from megatron_klear.data.index.parts import LINE_BYTES, Part, read_part
 from megatron_klear.data.overlap import text_key
 from megatron_klear.data.rows import SftRow, parse_sft_row
+from megatron_klear.errors import DataError
 
 DONE = "done.json"
 
@@ -58,7 +59,8 @@ def do_part(job: PartJob) -> PartCounts:
     """Make a part unless it is there and whole.
 
     Raises:
-        OSError: input cannot be read, or the part cannot be written.
+        DataError: the input cannot be read.
+        OSError: the part cannot be written.
     """
     return finished_part(job.directory) or _make_part(job)
 
@@ -120,15 +122,27 @@ class _Lines:
         self.count = 0
 
     def __iter__(self) -> Iterator[tuple[int, SftRow]]:
-        for value in read_part(self._job.part, self._name, self._job.line_bytes):
-            self.count += 1
-            if value is None:
-                continue
-            row = [value] if isinstance(value, str) else parse_sft_row("", value)
-            if isinstance(row, list):
-                self._rejects.append((self._name, self.count, "; ".join(row)))
-            else:
-                yield self.count, row
+        try:
+            for value in read_part(self._job.part, self._name, self._job.line_bytes):
+                self.count += 1
+                if value is None:
+                    continue
+                row = [value] if isinstance(value, str) else parse_sft_row("", value)
+                if isinstance(row, list):
+                    self._rejects.append((self._name, self.count, "; ".join(row)))
+                else:
+                    yield self.count, row
+        except OSError as error:
+            raise unreadable(self._name, error) from error
+
+
+def unreadable(name: str, error: OSError) -> DataError:
+    """What is told of an input that the system cannot read."""
+    why = error.strerror or error
+    return DataError(
+        f"data.sft: {name} cannot be read: {why}. Start again when it can; what is finished is kept, and no row of it "
+        "was rejected for this"
+    )
 
 
 def _encoded(
