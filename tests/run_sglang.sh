@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Sets up (once) the trainer's and SGLang's environments, and runs the tests that need a real SGLang server. They take
-# 22 to 27 minutes on two cores. Arguments go to pytest. tests/run.sh runs these tests too where SGLang's environment
+# 22 to 33 minutes on two cores. Arguments go to pytest. tests/run.sh runs these tests too where SGLang's environment
 # is there, and skips them, saying so, where it is not. `--files` only names them.
 #
 #   KLEAR_SGLANG_VENV=DIR        environment of the tests on a CPU, which is made for a CPU whatever it was made for

@@ -159,9 +159,13 @@ def test_weights_in_fp8_are_stored_and_published_so_and_the_optimizer_keeps_all_
     assert torch.equal(masters.sort().values, loaded.sort().values)
 
 
+@pytest.mark.parametrize("parameters", [False, True])
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_a_checkpoint_carries_the_state_of_fp8(recipe: Any, make_trainer: MakeTrainer, tmp_path: Path) -> None:
-    fp8 = Fp8Settings(recipe=recipe, amax_history=16)
+def test_a_checkpoint_carries_the_state_of_fp8(
+    recipe: Any, parameters: bool, make_trainer: MakeTrainer, tmp_path: Path
+) -> None:
+    """Also where weights are kept in FP8, which the project's own writer then meets."""
+    fp8 = Fp8Settings(recipe=recipe, amax_history=16, parameters=parameters)
 
     def store(trainer: Trainer) -> CheckpointStore:
         one = trainer.trainable
