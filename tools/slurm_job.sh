@@ -144,6 +144,7 @@ check_settings() {
     fi
     run_dir=$(sed -n 's/^run\.dir: //p' <<<"$found")
     hf_dir=$(sed -n 's/^model\.hf_dir: //p' <<<"$found")
+    read -ra engine_options < <(sed -n 's/^engine options: //p' <<<"$found") || true
     mkdir -p "$run_dir/logs" || exit $BAD_INPUT
     logs=$run_dir/logs
     printf '%s\n' "$found" >"$logs/check-$job-$attempt.log"
@@ -158,8 +159,11 @@ start_engines() {
     local log=$logs/engines-$job-$attempt.log python=${KLEAR_SGLANG_VENV:-$PWD/.venv-sglang}/bin/python options
     engines_log=$log
     read -ra options <<<"${KLEAR_ENGINE_OPTIONS:-}"
-    run_step engines "${engine_nodes[@]}" -- bash tools/slurm_engines.sh "$engines_per_node" "$engine_tp" "$engine_port" \
-        "$python" -m sglang.launch_server --model-path "${KLEAR_ENGINE_MODEL:-$hf_dir}" "${options[@]}" &
+    # Those that make a server fit the run come first, so that KLEAR_ENGINE_OPTIONS may say otherwise. Prompt and response
+    # together may be longer than the model's positions by the length of the prompt; SGLang wants to be told.
+    SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN=1 run_step engines "${engine_nodes[@]}" -- bash tools/slurm_engines.sh "$engines_per_node" "$engine_tp" "$engine_port" \
+        "$python" -m sglang.launch_server --model-path "${KLEAR_ENGINE_MODEL:-$hf_dir}" "${engine_options[@]}" \
+        "${options[@]}" &
     engines=$!
     say "engines start on ${engine_nodes[*]}: ${engine_settings[1]}"
 }

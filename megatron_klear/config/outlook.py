@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from megatron_klear.config.schema import Entry, Settings
+from megatron_klear.config.server_options import server_options
 
 _CHECKPOINTS = "checkpoints/step_*/manifest.json"
 
@@ -12,7 +13,8 @@ _CHECKPOINTS = "checkpoints/step_*/manifest.json"
 def outlook(settings: Settings, *, entry: Entry, world_size: int) -> str:
     """Describe the run that these settings would start.
 
-    The lines `run.dir`, `model.hf_dir` and `profile` are read by scripts in `tools/`; the rest is for people.
+    The lines `run.dir`, `model.hf_dir`, `engine options` and `profile` are read by scripts in `tools/`; the rest is for
+    people.
 
     Args:
         settings: settings that were found good.
@@ -33,6 +35,8 @@ def outlook(settings: Settings, *, entry: Entry, world_size: int) -> str:
         f"{settings.model.dtype}",
         "training": _training(settings, entry, dp),
     }
+    if settings.rollout.engine == "sglang" and settings.needs_engine(entry):
+        lines["engine options"] = " ".join(server_options(settings, entry))
     if settings.fp8.on:
         stored = ", weights stored in FP8" if settings.fp8.parameters else ""
         lines["fp8"] = f"{settings.fp8.recipe} scaling{stored}"

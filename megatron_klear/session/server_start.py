@@ -8,6 +8,7 @@ from contextlib import ExitStack
 from dataclasses import asdict
 from typing import Any
 
+from megatron_klear.config.server_options import longest_sequence
 from megatron_klear.config.yarn import Yarn
 from megatron_klear.errors import ConfigError
 from megatron_klear.model import hf_config
@@ -119,7 +120,7 @@ class ServerStart:
             samples = [(text, encode(text, add_special_tokens=False)["input_ids"]) for text in _SAMPLE_TEXTS]
             expected = Expected(
                 vocab_size=arch.vocab_size,
-                longest_sequence=longest_sequence(self._session),
+                longest_sequence=longest_sequence(settings, self._session.entry),
                 deterministic=settings.sglang.deterministic,
                 tokenizer_samples=samples,
                 yarn=_yarn(self._session),
@@ -164,21 +165,13 @@ class ServerStart:
             dtype=settings.model.dtype,
             on_cpu=self._session.context.device.type == "cpu",
             batch_responses=settings.rollout.batch_responses,
-            longest_sequence=longest_sequence(self._session),
+            longest_sequence=longest_sequence(settings, self._session.entry),
             place=FleetPlace(
                 first_number=machines.number * settings.sglang.servers,
                 address=machines.address if machines.count > 1 else "127.0.0.1",
                 companions=machines.pids,
             ),
         )
-
-
-def longest_sequence(session: Session) -> int:
-    """Most tokens of a prompt and its response, in training and evaluations."""
-    settings = session.settings
-    evaluated = settings.evaluation.max_response_tokens or settings.rollout.max_response_tokens
-    trained = settings.rollout.max_response_tokens if session.entry == "rl" else 0
-    return settings.data.max_prompt_tokens + max(evaluated if settings.data.heldout else 0, trained)
 
 
 def served_config(session: Session, dtype: str) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from megatron_klear.config.server_options import longest_sequence
 from megatron_klear.errors import WeightSyncError
 from megatron_klear.parallel import FirstRank, Machines
 from megatron_klear.records import FloatArray, IntArray, Prompt, RolloutGroup, TrainSequence
@@ -26,7 +27,7 @@ from megatron_klear.session.handover import Handover
 from megatron_klear.session.others import ServersOfOthers
 from megatron_klear.session.probe import Probe
 from megatron_klear.session.restarting import EngineRestarts
-from megatron_klear.session.server_start import AskedToStop, ServerStart, longest_sequence
+from megatron_klear.session.server_start import AskedToStop, ServerStart
 from megatron_klear.session.session import Session
 from megatron_klear.session.sharing import choose_sharing
 from megatron_klear.session.transports import choose_transport
@@ -335,7 +336,7 @@ class ServedEngine:
 
     def _check_logprobs(self) -> None:
         """Compare the engines' log-probabilities of a probe sequence with the trainer's (a collective)."""
-        length = min(_PROBE_TOKENS, longest_sequence(self.session))
+        length = min(_PROBE_TOKENS, longest_sequence(self.session.settings, self.session.entry))
         rng = np.random.default_rng(self.session.settings.run.seed)
         tokens = rng.integers(0, self.session.arch.vocab_size, length)
         ours = self.session.trainer.token_logprobs([_to_score(tokens)], temperature=1.0)[0]

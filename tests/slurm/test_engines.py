@@ -9,7 +9,8 @@ from pathlib import Path
 TRAINER = """#!/bin/bash
 # As python in the trainer's environment: the settings check, then torchrun, which asks both engines for a page.
 case " $* " in
-    *" --check "*) echo "run.dir: $RUN"; echo "model.hf_dir: /models/a b" ;;
+    *" --check "*) echo "run.dir: $RUN"; echo "model.hf_dir: /models/a b"
+        echo "engine options: --context-length 99 --dtype bfloat16" ;;
     *" torch.distributed.run "*)
         echo "$SLURMD_NODENAME" "$@" >>"$CALLS.trainer"
         for url in $(grep -o 'http://[0-9.:]*' <<<"$*"); do
@@ -22,6 +23,7 @@ esac
 ENGINE = """#!/bin/bash
 # As python in SGLang's environment: the first one fails, all others serve pages.
 echo "$SLURMD_NODENAME" "$@" >>"$CALLS.engine"
+[[ ${SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN:-} == 1 ]] || exit 4
 mkdir "$CALLS.failed" 2>/dev/null && { echo "out of luck"; exit 3; }
 for port in "$@"; do :; done
 exec $PYTHON -m http.server --bind 127.0.0.1 "$port"
@@ -77,7 +79,8 @@ def test_engines_run_beside_the_trainer_and_end_with_it(slurm, tmp_path):
     assert trainer.endswith(f" -m megatron_klear.train_rl config.yaml rl.steps=3 rollout.engine=sglang {urls} {waits}")
 
     engines = (tmp_path / "calls.engine").read_text().splitlines()
-    served = "n2 -m sglang.launch_server --model-path /models/a b --mem-fraction-static 0.8 --tp-size 1 --host 0.0.0.0"
+    served = "n2 -m sglang.launch_server --model-path /models/a b --context-length 99 --dtype bfloat16 "
+    served += "--mem-fraction-static 0.8 --tp-size 1 --host 0.0.0.0"
     assert len(engines) == 3, "one of the two was started again"
     assert set(engines) == {f"{served} --port {port}", f"{served} --port {port + 1}"}
     log = (run / "logs" / f"engines-{job.number}-0.log").read_text()

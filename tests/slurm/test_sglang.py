@@ -30,9 +30,8 @@ TINY = [
     "observe.report=false",
 ]
 ON_A_CPU = (
-    "--device cpu --attention-backend torch_native --max-total-tokens 4096 --max-running-requests 16 --dtype float32 "
-    "--context-length 128 --load-format dummy --skip-tokenizer-init --skip-server-warmup --sleep-on-idle "
-    "--incremental-streaming-output"
+    "--device cpu --attention-backend torch_native --max-total-tokens 4096 --max-running-requests 16 "
+    "--load-format dummy --skip-tokenizer-init --skip-server-warmup --sleep-on-idle"
 )
 
 

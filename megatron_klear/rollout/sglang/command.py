@@ -8,11 +8,9 @@ from pathlib import Path
 
 import torch
 
+from megatron_klear.config.server_options import CONTEXT_MARGIN
 from megatron_klear.config.serving import SglangSettings
 from megatron_klear.errors import ConfigError
-
-CONTEXT_MARGIN = 8
-"""Tokens of its context that SGLang does not fill: it refuses or cuts short what comes closer (6 in 0.5.23)."""
 
 CPU_ARGUMENTS = ("--device", "cpu", "--attention-backend", "torch_native")
 CPU_PLUGIN, CPU_PLUGIN_NAME = Path(__file__).with_name("cpu_plugin"), "klear_repeatable"

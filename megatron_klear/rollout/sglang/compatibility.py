@@ -7,10 +7,10 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from megatron_klear.config.server_options import CONTEXT_MARGIN
 from megatron_klear.config.yarn import Yarn
 from megatron_klear.errors import ConfigError
 from megatron_klear.rollout.endpoint import EndpointError
-from megatron_klear.rollout.sglang.command import CONTEXT_MARGIN
 from megatron_klear.rollout.sglang.connection import Connection, Refused
 from megatron_klear.rollout.sglang.dtypes import served_dtype
 from megatron_klear.rollout.sglang.ends import ends_problem

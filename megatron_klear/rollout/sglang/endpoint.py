@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
+from megatron_klear.config.server_options import CONTEXT_MARGIN
 from megatron_klear.errors import RolloutError
 from megatron_klear.records import FloatArray, IntArray
 from megatron_klear.rollout.endpoint import EndpointError, GeneratedPart, GenerationRequest, TokensCallback
 from megatron_klear.rollout.sglang.answers import NO_VERSION, AnswerReader, parse_version
-from megatron_klear.rollout.sglang.command import CONTEXT_MARGIN
 from megatron_klear.rollout.sglang.connection import Connection, Refused
 from megatron_klear.rollout.sglang.progress import Progress
 

@@ -1,0 +1,34 @@
+"""What servers at `sglang.urls` are started with, as the settings check tells it to the Slurm jobs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from megatron_klear.config import Settings
+from megatron_klear.config.outlook import outlook
+
+Load = Callable[..., Settings]
+SERVED = ("rollout.engine=sglang", "sglang.urls=[http://10.0.0.1:30000]")
+
+
+def options(settings: Settings) -> list[str]:
+    lines = dict(line.split(": ", 1) for line in outlook(settings, entry="rl", world_size=1).splitlines())
+    return lines.get("engine options", "").split()
+
+
+def test_a_server_gets_the_longest_sequence_and_the_runs_data_type(load: Load) -> None:
+    found = options(load(*SERVED, "model.dtype=bfloat16", "rollout.batch_responses=64"))
+    # 64 tokens of prompt, 128 of response and 8 that SGLang keeps.
+    assert found == [
+        "--context-length", "200", "--incremental-streaming-output", "--dtype", "bfloat16",
+        "--max-running-requests", "64",
+    ]  # fmt: skip
+    longer = options(load(*SERVED, "evaluation.max_response_tokens=256"))
+    assert longer[:2] == ["--context-length", "328"]
+    deterministic = options(load(*SERVED, "sglang.deterministic=true", "sglang.dtype=float32"))
+    assert deterministic[-1] == "--enable-deterministic-inference"
+    assert deterministic[deterministic.index("--dtype") + 1] == "float32"
+
+
+def test_the_engine_inside_the_trainer_needs_none(load: Load) -> None:
+    assert options(load()) == []
