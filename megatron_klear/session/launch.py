@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import resource
 import signal
 import sys
 import traceback
@@ -29,6 +31,7 @@ from megatron_klear.session.resuming import changes_at_resume
 log = logging.getLogger(__name__)
 
 _SHOWN_RANKS = 16
+_MOST_FILES = 2**20
 
 STATUS_FILE = "KLEAR_STATUS_FILE"
 """Environment variable: a file that rank 0 writes its exit status to. torchrun turns every status but 0 into 1; whoever
@@ -122,6 +125,7 @@ def _run(
     stop = StopRequest()
     try:
         _leave_the_compiler_out(settings.run.device)
+        _raise_file_limit()
         for change in changes_at_resume(settings, entry):
             log.info("the run goes on with another %s", change)
         body(settings, stop)
@@ -166,6 +170,19 @@ def _leave_the_compiler_out(device: str) -> None:
 
     if device == "cpu" or not torch.cuda.is_available():
         os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+
+
+def _raise_file_limit() -> None:
+    """As many open files as the system allows: each response in flight is a connection of the first rank.
+
+    The usual soft limit is 1,024, for programs that use `select`; engines would seem to be gone beyond it.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    # Not beyond: a container's limit may be 10^9, and there are programs that close as many when they start another.
+    wanted = _MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, _MOST_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with contextlib.suppress(ValueError, OSError):  # a sandbox may refuse what it names
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def leave(status: int) -> None:

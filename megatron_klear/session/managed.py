@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import resource
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -11,6 +12,7 @@ from typing import Any, Self
 
 from megatron_klear.checkpoint.collective import agree, together
 from megatron_klear.data import DataCursor, PromptData
+from megatron_klear.errors import RolloutError
 from megatron_klear.records import Grade, Prompt, RolloutGroup, ScoredGroup
 from megatron_klear.rollout import SamplingParams
 from megatron_klear.rollout.endpoint import Endpoint
@@ -30,6 +32,9 @@ from megatron_klear.session.session import Session
 from megatron_klear.session.walk import caught_up, next_prompts
 
 log = logging.getLogger(__name__)
+
+_OTHER_FILES = 256
+"""Files that a rank has open beside its connections to engines, with room to spare."""
 
 _POLL_SECONDS = 5.0
 """Longest time that other ranks wait in an exchange for rank 0, however long generation takes."""
@@ -181,11 +186,12 @@ class ManagedGroups:
             max_response_tokens=rollout.max_response_tokens,
             stop_token_ids=self._rollouts.stop_token_ids,
         )
+        endpoints = self._endpoints()
         self._manager = self._close.enter_context(
             RolloutManager(
-                self._endpoints(),
+                endpoints,
                 ledger,
-                settings=replace(settings.scheduling, in_flight=self._in_flight()),
+                settings=replace(settings.scheduling, in_flight=self._in_flight(len(endpoints))),
                 sampling=Sampling(
                     params=params,
                     num_responses=rollout.responses_per_prompt,
@@ -206,16 +212,37 @@ class ManagedGroups:
         before, self._counts = self._counts, self._running.counts()
         return since(before, self._counts)
 
-    def _in_flight(self) -> int:
+    def _in_flight(self, engines: int) -> int:
         """Requests for one engine at a time: none that would only wait in it.
 
         One that waits there is bound to it, while another may have room; and how long it waits says nothing of it.
         """
         wanted, most = self.session.settings.scheduling.in_flight, self._most_requests()
-        if most is None or most >= wanted:
+        if most is not None and most < wanted:
+            log.info(
+                "an engine gets %d requests at a time: more would wait in it (scheduling.in_flight %d)", most, wanted
+            )
+            wanted = most
+        return self._connections_each(wanted, engines)
+
+    @staticmethod
+    def _connections_each(wanted: int, engines: int) -> int:
+        """Requests for an engine that the system's limit of open files leaves, each of which is a connection.
+
+        Raises:
+            RolloutError: not even one.
+        """
+        limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if limit == resource.RLIM_INFINITY:
             return wanted
-        log.info("an engine gets %d requests at a time: more would wait in it (scheduling.in_flight %d)", most, wanted)
-        return most
+        each = (limit - _OTHER_FILES) // engines
+        if each >= wanted:
+            return wanted
+        text = f"{engines} engines with {wanted} requests each need more than the {limit} files that may be open here"
+        if each < 1:
+            raise RolloutError(f"{text} (ulimit -Hn); raise that limit, or use fewer engines")
+        log.warning("%s (ulimit -Hn), so each gets %d at a time (scheduling.in_flight)", text, each)
+        return each
 
     def _take(self, step: int) -> list[tuple[RolloutGroup, tuple[Grade, ...]]] | None:
         groups = self._running.take(step, self.session.settings.rl.prompts_per_step, _POLL_SECONDS)
