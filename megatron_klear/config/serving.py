@@ -174,7 +174,8 @@ class SchedulingSettings:
     """How long fewer than `scheduling.min_engines` may serve, none of them starting, before the run ends."""
 
     slow_factor: Annotated[float, Field(gt=1)] = 5.0
-    """An engine so many times slower per response than the median of the others hands its responses to others."""
+    """An engine so many times slower per response than the median of the others hands its responses to others, and is
+    started anew; one that is slow after three such starts gets one response at a time until it is quick again."""
 
     max_failures: Annotated[int, Unit("requests"), Positive] = 8
     """Requests for one response that may fail on engines that are well, before the run ends."""

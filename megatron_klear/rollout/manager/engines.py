@@ -35,7 +35,10 @@ class Engine:
         tokens: brought in all.
         slow_windows: measurements in a row in which it was slow.
         is_slow: it gets one request at a time until it is quick again.
+        is_leaving: it is slow, gets no more requests, and is started anew when it has handed over those that it has.
+        slow_restarts: how often in a row it was started anew for being slow.
         measured_tokens, measured_rate: tokens at the last measurement; tokens per second and request then.
+        known_rate: the newest `measured_rate` of a time when it had requests.
     """
 
     number: int
@@ -53,8 +56,11 @@ class Engine:
     tokens: int = 0
     slow_windows: int = 0
     is_slow: bool = False
+    is_leaving: bool = False
+    slow_restarts: int = 0
     measured_tokens: int = 0
     measured_rate: float | None = None
+    known_rate: float | None = None
 
     @property
     def name(self) -> str:
@@ -93,7 +99,7 @@ class EnginePool:
 
     def room(self, engine: Engine) -> int:
         """Requests that an engine can still take."""
-        if engine.status != "serving":
+        if engine.status != "serving" or engine.is_leaving:
             return 0
         return (1 if engine.is_slow else self._most) - engine.outstanding
 

@@ -14,7 +14,6 @@ from megatron_klear.errors import RolloutError
 from megatron_klear.rollout.endpoint import Endpoint
 from megatron_klear.rollout.manager.engines import Engine, EnginePool
 from megatron_klear.rollout.manager.start_limit import StartLimit
-from megatron_klear.rollout.manager.work import Request
 
 log = logging.getLogger(__name__)
 
@@ -217,7 +216,8 @@ class EngineCare:
         self.rejoined += 1
         engine.status, engine.has_answered, engine.failures = "serving", False, 0
         engine.unanswered = 0
-        engine.slow_windows, engine.is_slow, engine.measured_rate = 0, False, None
+        engine.slow_windows, engine.is_slow, engine.is_leaving = 0, False, False
+        engine.measured_rate = engine.known_rate = None
         engine.last_progress = asyncio.get_running_loop().time()
         log.info("%s serves again, with version %d", engine.name, self.version)
         self._pool.offer(engine)
@@ -229,9 +229,12 @@ class EngineCare:
             await asyncio.sleep(self.tick_seconds)
             now = asyncio.get_running_loop().time()
             for engine in self._pool:
-                if engine.status == "serving" and engine.requests and (self._others or self._holds):
+                if engine.status == "serving" and engine.is_leaving and not engine.requests and self._settled.is_set():
+                    engine.slow_restarts += 1
+                    self.lose(engine, engine.last_error)
+                elif engine.status == "serving" and engine.requests and (self._others or self._holds):
                     continue
-                if engine.status == "serving" and engine.requests:
+                elif engine.status == "serving" and engine.requests:
                     self._watch_engine(engine, now)
                 elif engine.status == "serving" and self._settled.is_set() and not engine.is_asked:
                     # Also while others use it: only what watches it here would have it started anew.
@@ -269,7 +272,9 @@ class EngineCare:
             brought, engine.measured_tokens = engine.tokens - engine.measured_tokens, engine.tokens
             busy = engine.status == "serving" and engine.has_answered and engine.outstanding > 0
             engine.measured_rate = brought / seconds / engine.outstanding if busy else None
-        rates = {engine.number: engine.measured_rate for engine in self._pool if engine.measured_rate is not None}
+            engine.known_rate = engine.known_rate if engine.measured_rate is None else engine.measured_rate
+        # Of those that are idle the last one counts: at the end of a step the slow one may be the only one at work.
+        rates = {e.number: e.known_rate for e in self._pool if e.known_rate is not None and e.status == "serving"}
         for engine in self._pool:
             rate = engine.measured_rate
             others = [theirs for number, theirs in rates.items() if number != engine.number]
@@ -280,13 +285,16 @@ class EngineCare:
                 engine.slow_windows += 1
                 if engine.slow_windows >= _SLOW_WINDOWS and not engine.is_slow:
                     engine.is_slow = True
+                    engine.is_leaving = self._restart is not None and engine.slow_restarts < MOST_RESTARTS
                     engine.last_error = f"{usual / max(rate, 1e-9):.0f} times slower than the median of the others"
-                    requests: list[Request] = list(engine.requests.values())
-                    for request in requests[1:]:
+                    # What no start mends gets one at a time from now on, which tells when it is quick again.
+                    for request in list(engine.requests.values()):
                         self._move(request, hung=False)
             else:
                 engine.slow_windows = 0
-                if engine.is_slow and rate * 2 >= usual:
+                if rate * 2 >= usual and not engine.is_leaving:
+                    engine.slow_restarts = 0
+                if engine.is_slow and not engine.is_leaving and rate * 2 >= usual:
                     engine.is_slow = False
                     self._pool.offer(engine)
                     self._on_ready()

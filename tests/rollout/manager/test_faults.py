@@ -132,15 +132,69 @@ def test_an_engine_that_starts_slowly_is_not_given_up(make_world, undisturbed):
 
 
 def test_a_slow_engine_hands_its_responses_over_and_is_used_again_when_quick(make_world):
+    """One that nobody can start anew keeps one request, by which it is seen to be quick again."""
+    seen = []
+
+    def look(world):
+        seen.append(world.scheduler.dispatcher.pool.engines[0].is_slow)
+
     def slow(world):
-        later(1.0, world.engines[0].change_speed, 50.0)
+        later(1.0, world.engines[0].change_speed, 0.5)
+        later(80.0, look, world)
+        later(81.0, world.engines[0].change_speed, 0.05)
 
     settings = {"mode": "async", "max_staleness": 2, "order": "completion", "stall_seconds": 20.0}
-    world = make_world(engines=4, before_step=once(2, slow), per_step=16, slots=8, **settings)
-    world.run(4, num_prompts=100)
+    world = make_world(
+        engines=4, before_step=once(2, slow), per_step=16, slots=8, train_seconds=20.0, **settings
+    ).run(12, num_prompts=300)  # fmt: skip
     dispatcher = world.scheduler.dispatcher
-    assert dispatcher.counts["moved requests"] + dispatcher.counts["abandoned requests"] > 0
-    assert dispatcher.pool.engines[0].is_slow or dispatcher.care.lost == 1
+    assert dispatcher.counts["moved requests"] > 0
+    assert dispatcher.care.lost == 0
+    assert seen == [True]
+    assert not dispatcher.pool.engines[0].is_slow
+
+
+def test_a_slow_engine_is_started_anew_when_others_have_its_responses(make_world, undisturbed):
+    """Also where it alone is still at work, at the end of a synchronous step."""
+    restarts = []
+
+    async def restart(endpoint, why, limit):
+        restarts.append((endpoint, why, len(endpoint._runs)))
+        endpoint.change_speed(0.05)
+        return endpoint
+
+    def slow(world):
+        later(1.0, world.engines[0].change_speed, 5.0)
+
+    world = make_world(engines=4, restart=restart, before_step=once(2, slow), stall_seconds=20.0).run(STEPS)
+    [(endpoint, why, left)] = restarts
+    assert endpoint is world.engines[0]
+    assert "times slower than the median of the others" in why
+    assert left == 0
+    assert world.scheduler.dispatcher.pool.engines[0].status == "serving"
+    assert not world.scheduler.dispatcher.pool.engines[0].is_slow
+    assert world.trace == undisturbed
+
+
+def test_one_that_no_start_mends_is_not_started_for_ever(make_world):
+    restarts = []
+
+    async def restart(endpoint, why, limit):
+        restarts.append(why)
+        return endpoint
+
+    def slow(world):
+        later(1.0, world.engines[0].change_speed, 0.5)
+
+    settings = {"mode": "async", "max_staleness": 2, "order": "completion", "stall_seconds": 20.0}
+    world = make_world(
+        engines=4, restart=restart, before_step=once(2, slow), per_step=16, slots=8, train_seconds=20.0, **settings
+    ).run(30, num_prompts=600)  # fmt: skip
+    assert len(restarts) == 3
+    engine = world.scheduler.dispatcher.pool.engines[0]
+    assert (engine.status, engine.is_slow, engine.is_leaving) == ("serving", True, False)
+    with LedgerReader(world.ledger.file) as reader:
+        assert reader.trained_not_once() == []
 
 
 @pytest.mark.parametrize(("times", "is_slow"), [(6.5, True), (3.5, False)])
