@@ -162,7 +162,7 @@ class Run:
             step=0 if self.checkpoint is None else self.checkpoint["step"], arch=SimpleNamespace(vocab_size=1000),
             noted={},
             chat=SimpleNamespace(stop_ids=(7,), opening=""), heartbeat=SimpleNamespace(renew=lambda: None),
-            phase=lambda name: contextlib.nullcontext(),
+            phase=lambda name, total=None: contextlib.nullcontext(lambda count=1: None),
             stop_if_asked=lambda: None,
         )  # fmt: skip
 
