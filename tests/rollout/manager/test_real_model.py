@@ -68,7 +68,9 @@ class LocalEndpoint:
             prompt_id=f"{request.seed}+{len(so_far)}", domain="math", reference="",
             token_ids=np.concatenate([request.token_ids, so_far]),
         )  # fmt: skip
-        few = replace(request.sampling, max_response_tokens=min(4, request.max_new_tokens - len(so_far)))
+        # One, where it is to be interrupted: of four the last may be the end.
+        most = 1 if self.gate.closed else 4
+        few = replace(request.sampling, max_response_tokens=min(most, request.max_new_tokens - len(so_far)))
         [group] = self.engine.generate([prompt], num_responses=1, sampling=few, seed=request.seed)
         return group.rollouts[0]
 
