@@ -16,7 +16,7 @@ if (($# == 0)) || [[ $* == *slurm* ]]; then
 fi
 # The code reward runs programs in bubblewrap. Where it is not installed and cannot be, the tests that need it are skipped.
 bash tests/reward/bubblewrap.sh || echo "the tests of the code sandbox will be skipped"
-# Every test of a whole run starts processes that read all of the source, compiled or not.
+# Tests start many processes that read all of the source, compiled or not.
 "$bin/python" -m compileall -q megatron_klear kernels tests
 failed=()
 

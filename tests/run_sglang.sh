@@ -39,7 +39,6 @@ KLEAR_SGLANG_DEVICE=cpu bash tools/setup_sglang.sh
 bash tests/slurm/cluster.sh install || echo "tests/slurm will be skipped"
 bash tests/reward/bubblewrap.sh || echo "the tests that need a sandbox will be skipped"
 python=${KLEAR_VENV:-$root/.venv}/bin/python
-"$python" -m compileall -q megatron_klear kernels tests # which every process of the tests reads
 status=0
 # A run of their own, with SGLang's own kernels; the servers of all other tests compute on the CPU, GPU or not.
 if $has_gpu; then
