@@ -107,9 +107,8 @@ def run(case: str, answering: int = SIZE) -> dict[int, tuple[Any, int]]:
     found = {}
     try:
         for _ in range(answering):
-            rank, outcome, beats = results.get(
-                timeout=180
-            )  # three processes that import torch, maybe on a busy machine
+            # Three processes import torch first, maybe on a busy machine.
+            rank, outcome, beats = results.get(timeout=180)
             found[rank] = (outcome, beats)
     except queue.Empty:
         pytest.fail(f"only ranks {sorted(found)} answered")
