@@ -17,7 +17,8 @@ from megatron_klear.rollout.ledger import LEDGER_FILE, STATES, GroupFilter, Ledg
 
 _ABOUT = """\
 Look into a run's rollout ledger: every prompt group that was reserved, how far it has come, its responses with their
-grades, lengths and the versions of the weights that sampled them. It only reads, and may be used while the run goes on.
+grades, lengths and the versions of the weights that sampled them. It only reads, and may be used while the run goes on,
+on the machine of the run's first rank; when the run has ended, on any that sees the directory.
 
 A group goes through these states:
   reserved    its responses are being generated

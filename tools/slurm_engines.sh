@@ -1,15 +1,19 @@
 #!/usr/bin/env bash
 # The engines of one node, as a task of the job step that tools/slurm_job.sh starts:
 #   slurm_engines.sh COUNT TP PORT COMMAND...     COUNT servers of TP GPUs each, listening on PORT, PORT + 1, ...
-# A server that ends is started again, KLEAR_ENGINE_RESTARTS times at most: the trainer generates and publishes meanwhile
-# with the others, and sends it the weights of the last publish when it answers again (weight_sync.keep_on_disk). When
-# one ends in the middle of a broadcast (weight_sync.transport=distributed), the others are sent the weights again.
+# A server that ends is started again, KLEAR_ENGINE_RESTARTS times at most, starts that went well for ten minutes not
+# counted: the trainer generates and publishes meanwhile with the others, and sends it the weights of the last publish
+# when it answers again (weight_sync.keep_on_disk). When one ends in the middle of a broadcast
+# (weight_sync.transport=distributed), the others are sent the weights again. One that hangs is ended when the trainer
+# asks for it by a file ADDRESS_PORT in KLEAR_ENGINE_REQUESTS (sglang.restart_requests).
 # What no restart mends, a command that is not there or a port that others keep, ends them before they have begun.
 # SIGTERM ends them all.
 set -uo pipefail
 count=$1 tp=$2 port=$3
 shift 3
 restarts=${KLEAR_ENGINE_RESTARTS:-10}
+readonly WELL_SECONDS=600 # of a start that is not held against a server
+readonly END_SECONDS=5    # that a server gets to end by itself
 
 refuse() {
     echo "$1 on ${SLURMD_NODENAME:-this node}: $2"
@@ -26,19 +30,43 @@ require_free() {
     refuse KLEAR_ENGINE_PORT "port $1 is in use, by another job or an engine that was left behind; choose another"
 }
 
+# end_group PID: a server and all processes that it started, which would keep its port and its GPUs.
+end_group() {
+    local deadline=$((SECONDS + END_SECONDS))
+    kill -TERM -- "-$1" 2>/dev/null || return 0
+    while kill -0 -- "-$1" 2>/dev/null && ((SECONDS < deadline)); do sleep 0.2; done
+    kill -KILL -- "-$1" 2>/dev/null
+}
+
 # serve INDEX COMMAND...: one server and its restarts.
 serve() {
-    local index=$1 left=$restarts server='' place=()
+    local index=$1 left=$restarts server='' began status place=() name request=''
     shift
-    trap '[[ -z $server ]] || kill "$server" 2>/dev/null; exit 0' TERM
+    name="engine of port $((port + index)) on ${SLURMD_NODENAME:-this node}"
+    [[ -z ${KLEAR_ENGINE_REQUESTS:-} ]] || request=$KLEAR_ENGINE_REQUESTS/${address}_$((port + index))
+    trap '[[ -z $server ]] || end_group "$server"; exit 0' TERM
     # Without GPUs the variable must stay unset.
     [[ -z ${SLURM_GPUS_ON_NODE:-} ]] ||
         place=("CUDA_VISIBLE_DEVICES=$(seq -s, $((index * tp)) $((index * tp + tp - 1)))")
     while :; do
-        env "${place[@]}" "$@" --tp-size "$tp" --host 0.0.0.0 --port $((port + index)) &
+        began=$SECONDS
+        # A session of its own makes it the leader of a group of processes.
+        setsid env "${place[@]}" "$@" --tp-size "$tp" --host 0.0.0.0 --port $((port + index)) &
         server=$!
+        while kill -0 "$server" 2>/dev/null; do
+            if [[ -n $request && -e $request ]]; then
+                echo "$name is ended: the trainer asks for it"
+                end_group "$server"
+            fi
+            sleep 1 &
+            wait -n # for the sleep or the server
+        done
         wait "$server"
-        echo "engine of port $((port + index)) on ${SLURMD_NODENAME:-this node} ended with status $?; $left restarts left"
+        status=$?
+        end_group "$server"
+        [[ -z $request ]] || rm -f "$request"
+        ((SECONDS - began < WELL_SECONDS)) || left=$restarts
+        echo "$name ended with status $status; $left restarts left"
         ((left-- > 0)) || exit 1
         sleep 5
     done
@@ -46,6 +74,8 @@ serve() {
 
 trap 'kill $(jobs -p) 2>/dev/null; wait; exit 0' TERM
 [[ -x $(command -v "$1") ]] || refuse KLEAR_SGLANG_VENV "there is no $1 (tools/setup_sglang.sh makes it)"
+# As the trainer knows this node.
+address=$(scontrol --oneliner show node "${SLURMD_NODENAME:-}" 2>/dev/null | sed -n 's/.* NodeAddr=\([^ ]*\).*/\1/p')
 for ((index = 0; index < count; index++)); do require_free $((port + index)); done
 for ((index = 0; index < count; index++)); do serve "$index" "$@" & done
 wait

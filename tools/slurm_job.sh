@@ -158,6 +158,10 @@ start_engines() {
     ((${#engine_nodes[@]})) || return 0
     local log=$logs/engines-$job-$attempt.log python=${KLEAR_SGLANG_VENV:-$PWD/.venv-sglang}/bin/python options
     engines_log=$log
+    # Where the trainer asks for the end of an engine that hangs.
+    engine_settings+=("sglang.restart_requests=$logs/.restart-engines-$job-$attempt")
+    export KLEAR_ENGINE_REQUESTS=$logs/.restart-engines-$job-$attempt
+    mkdir -p "$KLEAR_ENGINE_REQUESTS"
     read -ra options <<<"${KLEAR_ENGINE_OPTIONS:-}"
     # Those that make a server fit the run come first, so that KLEAR_ENGINE_OPTIONS may say otherwise. Prompt and response
     # together may be longer than the model's positions by the length of the prompt; SGLang wants to be told.
@@ -247,6 +251,7 @@ finish() {
         status=$(<"$status_file")
     fi
     rm -f "$status_file" "$pid_file"
+    [[ -z $engines ]] || rm -rf "$KLEAR_ENGINE_REQUESTS"
     if [[ -n $ended ]] && ((status == 1)); then
         say "Slurm ended the job; the run goes on from its last checkpoint when the job is started again"
         exit "$status"

@@ -153,6 +153,15 @@ class CheckpointStore:
             log.info("first weights from %s" if weights_only else "resuming from %s", directory)
         return None if weights_only else state
 
+    def take_over(self, directory: Path) -> None:
+        """Restore a checkpoint of another run in place: weights, optimizer, learning rate, random state.
+
+        Raises:
+            CheckpointError: it does not fit the model.
+        """
+        self._load(directory)
+        self._take_hf_files(directory)
+
     def _newest_whole(self, steps: Sequence[int]) -> Path | None:
         for step in steps:
             directory = layout.step_directory(self.root, step)

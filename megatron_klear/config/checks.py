@@ -322,6 +322,26 @@ def _check_scheduling(settings: Settings, problems: Problems) -> None:
         problems.add("scheduling.rollout_only", text + ": set sync", "scheduling.mode")
     if scheduling.rollout_only and scheduling.replay_from is not None:
         problems.add("scheduling.rollout_only", "got true beside scheduling.replay_from, which generates nothing")
+    _check_replay(settings, problems)
+
+
+def _check_replay(settings: Settings, problems: Problems) -> None:
+    """Check which steps of another run are replayed."""
+    scheduling, steps = settings.scheduling, settings.rl.steps
+    first, last = scheduling.replay_first_step, scheduling.replay_last_step
+    if scheduling.replay_from is None:
+        for name, value in (("first", first if first > 1 else None), ("last", last)):
+            if value is not None:
+                text = f"got {value}, and nothing is replayed: set scheduling.replay_from"
+                problems.add(f"scheduling.replay_{name}_step", text, "scheduling.replay_from")
+        return
+    if last is not None and last < first:
+        text = f"got {last}, below scheduling.replay_first_step = {first}"
+        problems.add("scheduling.replay_last_step", text, "scheduling.replay_first_step")
+    for name, value in (("first", first), ("last", last)):
+        if value is not None and value > steps:
+            text = f"got {value}, beyond rl.steps = {steps}: set rl.steps as the recorded run had it"
+            problems.add(f"scheduling.replay_{name}_step", text, "rl.steps")
 
 
 def _check_environment(settings: Settings, entry: Entry, problems: Problems) -> None:

@@ -10,6 +10,10 @@ from megatron_klear.config.server_options import server_options
 _CHECKPOINTS = "checkpoints/step_*/manifest.json"
 
 
+def _checkpoint_of(step: int) -> str:
+    return _CHECKPOINTS.replace("*", f"{step:08d}")
+
+
 def outlook(settings: Settings, *, entry: Entry, world_size: int) -> str:
     """Describe the run that these settings would start.
 
@@ -29,7 +33,7 @@ def outlook(settings: Settings, *, entry: Entry, world_size: int) -> str:
     lines = {
         "run.dir": settings.run.dir,
         "model.hf_dir": settings.model.hf_dir or "",
-        "start": _start(settings),
+        "start": _start(settings, entry),
         "layout": f"{world_size} ranks: tp {parallel.tp}, pp {parallel.pp}, cp {parallel.cp}, dp {dp}",
         "model": f"{arch.num_layers} layers, hidden {arch.hidden_size}, vocabulary {arch.vocab_size}, "
         f"{settings.model.dtype}",
@@ -50,10 +54,13 @@ def outlook(settings: Settings, *, entry: Entry, world_size: int) -> str:
     return "".join(f"{name}: {value}\n" for name, value in lines.items())
 
 
-def _start(settings: Settings) -> str:
+def _start(settings: Settings, entry: Entry) -> str:
     saved = sorted(Path(settings.run.dir).glob(_CHECKPOINTS))
     if saved:
         return f"resume {saved[-1].parent.name}"
+    replayed, before = settings.scheduling.replay_from, settings.scheduling.replay_first_step - 1
+    if entry == "rl" and replayed is not None and (Path(replayed) / _checkpoint_of(before)).exists():
+        return f"new, from step {before} of {replayed}"
     origin = settings.checkpoint.start_from or settings.model.hf_dir
     return f"new, weights from {origin}" if origin else f"new, random weights of run.seed {settings.run.seed}"
 
@@ -67,8 +74,12 @@ def _training(settings: Settings, entry: Entry, dp: int) -> str:
     rl, rollout = settings.rl, settings.rollout
     replayed = settings.scheduling.replay_from
     source = f"{rollout.engine} engine" if replayed is None else f"recorded in {replayed}"
+    steps = f"{rl.steps} steps"
+    if replayed is not None:
+        first, last = settings.scheduling.replay_first_step, settings.scheduling.replay_last_step or rl.steps
+        steps = f"steps {first} to {last}"
     return (
-        f"{rl.steps} steps of {rl.prompts_per_step} prompts x {rollout.responses_per_prompt} responses "
+        f"{steps} of {rl.prompts_per_step} prompts x {rollout.responses_per_prompt} responses "
         f"({source}), {rl.minibatch_prompts} prompts per update, from {', '.join(settings.data.prompts)}"
     )
 

@@ -30,6 +30,9 @@ def check_serving(settings: Settings, architecture: Architecture | None, problem
         if settings.scheduling.min_engines > 1:
             text = f"got {settings.scheduling.min_engines}, and servers behind sglang.router_url count as one: set 1"
             problems.add("scheduling.min_engines", text, "sglang.router_url")
+    if sglang.restart_requests is not None and not sglang.urls:
+        text = f"got {sglang.restart_requests} without sglang.urls; servers of ours are restarted without being asked"
+        problems.add("sglang.restart_requests", text, "sglang.urls")
     if sglang.connect_seconds and not sglang.urls:
         text = f"got {sglang.connect_seconds:g} without sglang.urls; servers of ours have sglang.start_seconds"
         problems.add("sglang.connect_seconds", text, "sglang.urls")

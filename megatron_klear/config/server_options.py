@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -22,9 +23,9 @@ def server_options(settings: Settings, entry: Entry) -> list[str]:
     """Options of `sglang.launch_server` by which a server at `sglang.urls` fits the run.
 
     By default it has no more context than the model's positions, repeats all tokens of a response in every chunk of its
-    stream, and chooses a data type by itself.
+    stream, and takes data type and rotary embedding from its model's config.json. No option has a space in it.
     """
-    sglang = settings.sglang
+    sglang, arch = settings.sglang, settings.architecture
     options = [
         *("--context-length", str(longest_sequence(settings, entry) + CONTEXT_MARGIN)),
         "--incremental-streaming-output",
@@ -35,4 +36,8 @@ def server_options(settings: Settings, entry: Entry) -> list[str]:
         options.append("--enable-deterministic-inference")
     if sglang.quantization != "none":
         options += ["--quantization", sglang.quantization]
+    yarn = settings.yarn.in_servers(arch, entry)
+    if yarn is not None:
+        laid_over = json.dumps({"rope_scaling": yarn.hf_scaling()}, separators=(",", ":"))
+        options += ["--json-model-override-args", laid_over]
     return options

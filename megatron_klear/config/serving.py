@@ -38,6 +38,10 @@ class SglangSettings:
     connect_seconds: Annotated[float, Unit("seconds"), Field(ge=0)] = 0.0
     """How long servers at `sglang.urls` may take until they answer, because they are being started at the same time."""
 
+    restart_requests: str | None = None
+    """Directory in which a file HOST_PORT asks whoever runs the server at that URL to end and restart it, as one that
+    hangs; they remove the file when it has ended. tools/gppo.slurm does so; null only waits until it answers."""
+
     servers: Annotated[int, Unit("servers"), Positive] = 1
     """Servers to start on each machine of the trainer, each on `sglang.server_tp` GPUs of its own where it has any."""
 
@@ -186,6 +190,14 @@ class SchedulingSettings:
     replay_from: str | None = None
     """Run directory whose recorded responses are trained on, step by step, in place of generating any; there is an
     engine for evaluations only."""
+
+    replay_first_step: Annotated[int, Unit("number"), Positive] = 1
+    """First step of `scheduling.replay_from` to train on, under its own number. A fresh run then starts from that run's
+    checkpoint of the step before (weights, optimizer, learning rate), or from its first weights where there is none."""
+
+    replay_last_step: Annotated[int | None, Unit("number"), Field(ge=1)] = None
+    """Last step of `scheduling.replay_from` to train on, where the run then ends; null goes on to `rl.steps`, by which
+    the learning rate goes in any case."""
 
     rollout_only: bool = False
     """Generate and grade, but never update: the ledger then holds steps of one set of weights, ready to be replayed."""

@@ -70,6 +70,10 @@ class YarnSettings:
         """What trainer and rollouts compute with."""
         return self.scaling(arch) if self.apply_to == "everything" else None
 
+    def in_servers(self, arch: Architecture, entry: Entry) -> Yarn | None:
+        """What servers compute with, who have one rotary embedding: in RL the trainer's, after SFT evaluation's."""
+        return self.in_training(arch) if entry == "rl" else self.scaling(arch)
+
     def training_positions(self, arch: Architecture) -> int:
         """Longest sequence that can be trained on."""
         yarn = self.in_training(arch)

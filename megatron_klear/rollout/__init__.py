@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from megatron_klear.rollout.engine import ProgressCallback, RolloutEngine, RolloutProgress, SamplingParams
+from megatron_klear.rollout.engine import (
+    ProgressCallback,
+    RolloutCallback,
+    RolloutEngine,
+    RolloutProgress,
+    SamplingParams,
+)
 from megatron_klear.rollout.sharding import merge_groups, shard_prompts
 
 if TYPE_CHECKING:
@@ -13,6 +19,7 @@ if TYPE_CHECKING:
 __all__ = [
     "LocalEngine",
     "ProgressCallback",
+    "RolloutCallback",
     "RolloutEngine",
     "RolloutProgress",
     "SamplingParams",

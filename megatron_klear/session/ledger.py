@@ -12,7 +12,8 @@ from typing import Any, Self
 
 from megatron_klear.checkpoint.collective import agree, together
 from megatron_klear.data import DataCursor, PromptData
-from megatron_klear.records import Grade, Prompt, RolloutGroup, ScoredGroup
+from megatron_klear.records import Grade, Prompt, Rollout, RolloutGroup, ScoredGroup
+from megatron_klear.rollout import RolloutCallback
 from megatron_klear.rollout.ledger import (
     LEDGER_FILE,
     Ledger,
@@ -23,8 +24,10 @@ from megatron_klear.rollout.ledger import (
     position,
     reconcile,
     replay_step,
+    require_steps,
     scored_group,
 )
+from megatron_klear.session.finished_groups import FinishedGroups, enter_left_behind
 from megatron_klear.session.recorded import Recorded
 from megatron_klear.session.rollouts import Rollouts
 from megatron_klear.session.session import Session
@@ -90,6 +93,7 @@ class RunLedger:
 
     def __init__(self, session: Session, prompts: PromptData) -> None:
         self.session, self._prompts = session, prompts
+        self._finished = FinishedGroups(session.root, session.context.world.rank)
         self._close = ExitStack()
         self._ledger: Ledger | None = None
         self._reader: LedgerReader | None = None
@@ -130,12 +134,25 @@ class RunLedger:
         fresh = rollouts.score_stored(ungraded) if ungraded else []
         known.update({group.group.prompt.prompt_id: group for group in fresh})
         missing = [prompt for prompt in batch if prompt.prompt_id not in known]
-        fresh += rollouts.score(missing, rollouts.generate(missing, step=step)) if missing else []
+        if missing:
+            mine = rollouts.generate(missing, step=step, on_rollout=self._keeper(keyed))
+            fresh += rollouts.score(missing, mine)
         together(
             "write the rollout ledger", lambda: self._record(step, keyed, fresh), self.session.context, only_first=True
         )
+        self._finished.forget()
         known.update({group.group.prompt.prompt_id: group for group in fresh})
         return [known[prompt.prompt_id] for prompt in batch]
+
+    def _keeper(self, keyed: Sequence[tuple[int, Prompt]]) -> RolloutCallback:
+        """What keeps the responses of a step on this rank until rank 0 has written all of them down."""
+        epochs = {prompt.prompt_id: epoch for epoch, prompt in keyed}
+        num_responses = self.session.settings.rollout.responses_per_prompt
+
+        def keep(prompt: Prompt, index: int, rollout: Rollout) -> None:
+            self._finished.add(epochs[prompt.prompt_id], prompt, index, rollout, num_responses=num_responses)
+
+        return keep
 
     def _next(self, cursor: DataCursor) -> tuple[list[tuple[int, Prompt]], list[tuple[int, Prompt]]]:
         """(epoch, prompt) of what the cursor has passed now, and of the next step: the oldest, and no prompt twice."""
@@ -182,11 +199,15 @@ class RunLedger:
         source = settings.scheduling.replay_from
         if source is not None:
             self._reader = self._close.enter_context(LedgerReader(Path(source) / LEDGER_FILE))
+            require_steps(self._reader, session.step + 1, session.total_steps)
             other = check_replay(self._reader, run_terms(settings, session.chat))
             if other:
                 log.warning("replaying responses and grades that were made under other settings: %s", other)
             return
         self._ledger = self._close.enter_context(Ledger(session.root / LEDGER_FILE))
+        kept = enter_left_behind(self._ledger, session.root)
+        if kept:
+            log.info("%d prompt groups were finished when the run was ended; they are not drawn again", kept)
         # The order of the data alone says which groups a step has.
         found = reconcile_with_checkpoint(self._ledger, session, self._prompts, keep_next_step=False)
         self._open_groups = [] if settings.scheduling.rollout_only else found  # there they are recorded steps

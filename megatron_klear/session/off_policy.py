@@ -179,7 +179,7 @@ def require_agreement(
 
     Three causes look alike in the mean. Tokens of the published version that differ are numerics, when the engine's
     weights are known to be the trainer's bit by bit; else they may be of other weights than the engine reports. Where
-    only tokens of older versions differ, it is their age.
+    only tokens of older versions differ, it is their age; where there are no others, nothing tells age from numerics.
 
     Raises:
         MismatchError: past a limit, or a log-probability is not a number.
@@ -202,7 +202,8 @@ def require_agreement(
         lines.append(_AT_PUBLISHED_VERSION[proof].format(version=published))
     else:
         first, last = int(tokens.versions[older].min()), int(tokens.versions[older].max())
-        lines.append(_STALENESS.format(first=first, last=last, version=published))
+        text = _STALENESS if current.any() else _ALL_ARE_OLD
+        lines.append(text.format(first=first, last=last, version=published))
     raise MismatchError("\n".join(lines))
 
 
@@ -229,6 +230,12 @@ _AT_PUBLISHED_VERSION: Mapping[WeightProof, str] = {
 _STALENESS = (
     "Cause: staleness. These tokens were sampled by versions {first} to {last}, and version {version} is published: "
     "allow less staleness, or lower optimizer.lr; a correction.kind makes up for some of it, under a higher limit."
+)
+_ALL_ARE_OLD = (
+    "Cause: staleness, or numerics. All tokens were sampled by versions {first} to {last}, and version {version} is "
+    "published, so that none tells one from the other. weight_sync.verify=logprobs compares engine and trainer with "
+    "the same weights at every publish, and so does every step with scheduling.mode=sync: where these agree it is "
+    "staleness, and less of it, a lower optimizer.lr, or a correction.kind under a higher limit helps."
 )
 
 

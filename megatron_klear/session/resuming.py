@@ -23,7 +23,7 @@ _FIXED = {
 }
 """Settings that a run keeps for its whole life, and why."""
 
-_NO_NEWS = ("run.dir", "run.resume", "run.device", "observe.", "profile.")
+_NO_NEWS = ("run.dir", "run.resume", "run.device", "observe.", "profile.", "sglang.restart_requests")
 """Settings whose change says nothing about what is trained."""
 
 

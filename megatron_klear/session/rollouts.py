@@ -20,7 +20,7 @@ from megatron_klear.config import EvaluationSettings
 from megatron_klear.model import HfWeights, hf_config
 from megatron_klear.parallel import AllRanks, Machines
 from megatron_klear.records import Grade, Prompt, RolloutGroup, ScoredGroup
-from megatron_klear.rollout import LocalEngine, SamplingParams, merge_groups, shard_prompts
+from megatron_klear.rollout import LocalEngine, RolloutCallback, SamplingParams, merge_groups, shard_prompts
 from megatron_klear.rollout.ledger import scored_group
 from megatron_klear.session.closing import STOPPED_SECONDS, closed_within
 from megatron_klear.session.examples import example_rows
@@ -122,8 +122,16 @@ class Rollouts:
             with self.session.phase("hand over"):
                 self.engine.hand_to_trainer()
 
-    def generate(self, prompts: Sequence[Prompt], *, step: int) -> list[RolloutGroup]:
-        """M responses to each of a step's prompts at the training temperature; of a local engine this rank's share."""
+    def generate(
+        self, prompts: Sequence[Prompt], *, step: int, on_rollout: RolloutCallback | None = None
+    ) -> list[RolloutGroup]:
+        """M responses to each of a step's prompts at the training temperature; of a local engine this rank's share.
+
+        Args:
+            prompts: of the step.
+            step: to train; decides the seed.
+            on_rollout: called with every response that this rank gets, soon after it is complete.
+        """
         rollout = self.session.settings.rollout
         sampling = SamplingParams(
             temperature=rollout.temperature,
@@ -131,7 +139,9 @@ class Rollouts:
             max_response_tokens=rollout.max_response_tokens,
             stop_token_ids=self.stop_token_ids,
         )
-        made = self._generate(prompts, sampling, rollout.responses_per_prompt, seed=_seed(self.session, step, 0))
+        made = self._generate(
+            prompts, sampling, rollout.responses_per_prompt, seed=_seed(self.session, step, 0), on_rollout=on_rollout
+        )
         assert made is not None
         return made
 
@@ -209,6 +219,7 @@ class Rollouts:
         *,
         seed: int,
         gives_way: bool = False,
+        on_rollout: RolloutCallback | None = None,
     ) -> list[RolloutGroup] | None:
         """Responses; None where they give way to a request to stop, which only those of servers do."""
         world = self.session.context.world
@@ -225,8 +236,12 @@ class Rollouts:
                 self._all_ranks.alive()
 
             engine = self.engine
-            draw = engine.generate_unless_stopped if gives_way and isinstance(engine, ServedEngine) else engine.generate
-            return draw(mine, num_responses=num_responses, sampling=sampling, seed=seed, on_progress=show)
+            how: dict[str, Any] = {
+                "num_responses": num_responses, "sampling": sampling, "seed": seed, "on_progress": show,
+            }  # fmt: skip
+            if gives_way and isinstance(engine, ServedEngine):
+                return engine.generate_unless_stopped(mine, **how)
+            return engine.generate(mine, **how, on_rollout=on_rollout)
 
     def grade(self, groups: Sequence[RolloutGroup]) -> list[tuple[Grade, ...]]:
         """Grades of each group's responses."""

@@ -9,7 +9,6 @@ from dataclasses import asdict
 from typing import Any
 
 from megatron_klear.config.server_options import longest_sequence
-from megatron_klear.config.yarn import Yarn
 from megatron_klear.errors import ConfigError
 from megatron_klear.model import hf_config
 from megatron_klear.parallel import FirstRank, Machines
@@ -123,7 +122,7 @@ class ServerStart:
                 longest_sequence=longest_sequence(settings, self._session.entry),
                 deterministic=settings.sglang.deterministic,
                 tokenizer_samples=samples,
-                yarn=_yarn(self._session),
+                yarn=settings.yarn.in_servers(self._session.arch, self._session.entry),
                 stop_ids=chat.stop_ids,
                 setting="sglang.urls" if self.fleets is None else "sglang.*",
             )
@@ -176,10 +175,4 @@ class ServerStart:
 
 def served_config(session: Session, dtype: str) -> dict[str, Any]:
     """The config.json of the model that servers are started with, and of weights for them."""
-    return hf_config(session.arch, dtype=dtype, yarn=_yarn(session))
-
-
-def _yarn(session: Session) -> Yarn | None:
-    """Servers have one rotary embedding: after SFT that of evaluation, in RL the trainer's (see config/yarn.py)."""
-    yarn, arch = session.settings.yarn, session.arch
-    return yarn.in_training(arch) if session.entry == "rl" else yarn.scaling(arch)
+    return hf_config(session.arch, dtype=dtype, yarn=session.settings.yarn.in_servers(session.arch, session.entry))

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack, nullcontext
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
 
 import numpy as np
@@ -17,7 +18,7 @@ from megatron_klear.config.server_options import longest_sequence
 from megatron_klear.errors import WeightSyncError
 from megatron_klear.parallel import FirstRank, Machines
 from megatron_klear.records import FloatArray, IntArray, Prompt, RolloutGroup, TrainSequence
-from megatron_klear.rollout import ProgressCallback, SamplingParams
+from megatron_klear.rollout import ProgressCallback, RolloutCallback, SamplingParams
 from megatron_klear.rollout.endpoint import Endpoint, EndpointError
 from megatron_klear.rollout.manager import Restart
 from megatron_klear.rollout.sglang import ConnectedEngine
@@ -116,7 +117,9 @@ class ServedEngine:
                 memory = EngineMemory(group, self._first_rank.alive, lambda: session.stop.received)
             if self._files is not None:
                 turn = None if memory is None else memory.turn
-                fleet = self._fleets or ServersOfOthers(settings.sglang.urls)
+                asked = settings.sglang.restart_requests
+                others = ServersOfOthers(settings.sglang.urls, None if asked is None else Path(asked))
+                fleet = self._fleets or others
                 self._restarts = EngineRestarts(fleet, self._engine, group, self._bring_up, turn)
                 self._resources.callback(self._restarts.close)
         if self._handover is not None:
@@ -214,15 +217,19 @@ class ServedEngine:
         sampling: SamplingParams,
         seed: int,
         on_progress: ProgressCallback | None = None,
+        on_rollout: RolloutCallback | None = None,
     ) -> list[RolloutGroup]:
         """Draw `num_responses` responses to each prompt; every rank gets all groups, in the order of `prompts`.
+
+        The first rank's `on_progress` and `on_rollout` are called.
 
         Raises:
             RolloutError: on every rank; see `SglangEngine.generate`.
         """
         draw = partial(
-            self._drawn, prompts, num_responses=num_responses, sampling=sampling, seed=seed, on_progress=on_progress
-        )
+            self._drawn, prompts, num_responses=num_responses, sampling=sampling, seed=seed, on_progress=on_progress,
+            on_rollout=on_rollout,
+        )  # fmt: skip
         return self.for_all("generate", lambda: draw(waiting=self._first_rank.alive))
 
     def generate_unless_stopped(

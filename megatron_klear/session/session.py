@@ -40,6 +40,7 @@ from megatron_klear.observe.replace import replace_file
 from megatron_klear.session.device_rates import device_rates
 from megatron_klear.session.launch import Preempted, StopRequest
 from megatron_klear.session.profiling import ProfileWindow
+from megatron_klear.session.replaying import checkpoint_before, last_step, steps_before
 from megatron_klear.session.run_lock import RunLock
 from megatron_klear.trainer import Trainer, make_trainable
 
@@ -59,7 +60,7 @@ class Session:
         settings: the run's settings.
         stop: set when the run is asked to stop.
         chat: the tokenizer, checked already; the model's vocabulary must cover it.
-        total_steps: steps of the whole run.
+        total_steps: steps of the whole run, also by the learning rate; `scheduling.replay_last_step` may end it before.
         updates_per_step: optimizer updates of a full step; the learning rate schedule counts these.
 
     Raises:
@@ -100,7 +101,9 @@ class Session:
             fp8=settings.fp8,
         )
         checkpoints = self.root / "checkpoints"
-        hf_files = None if self._prepare_directory(checkpoints) else self._first_weights()
+        is_fresh = not self._prepare_directory(checkpoints)
+        replayed = checkpoint_before(settings, entry, self.context) if is_fresh else None
+        hf_files = self._first_weights() if is_fresh and replayed is None else None
         trainable = make_trainable(
             self.model, settings.optimizer, settings.parallel, total_updates=total_steps * updates_per_step
         )
@@ -116,7 +119,14 @@ class Session:
         )
         self.store.hf_files = hf_files
         self.resumed = self.store.resume()
-        self.step = 0 if self.resumed is None else int(self.resumed["step"])
+        self.step = steps_before(settings, entry) if self.resumed is None else int(self.resumed["step"])
+        self.total_steps = total_steps = last_step(settings, entry, total_steps)
+        if replayed is not None:
+            self.store.take_over(replayed)
+            if self.is_first:
+                log.info("as before step %d of the recorded run: %s", self.step + 1, replayed)
+        elif self.resumed is None:
+            self.trainer.advance_schedule_to(self.step * updates_per_step)
         self._saved_step = self.step
         self.was_done = self.step >= total_steps
         self.phases = Phases(synchronize=torch.cuda.synchronize if self.context.device.type == "cuda" else None)

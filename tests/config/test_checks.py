@@ -71,6 +71,8 @@ def test_the_base_settings_have_no_problem(problems, entry):
         (["scheduling.start_seconds=5"], 1, "scheduling.start_seconds", "scheduling.stall_seconds = 120"),
         (["scheduling.rollout_only=true", "scheduling.mode=async"], 1, "scheduling.rollout_only", "mode is async"),
         (["scheduling.rollout_only=true", "scheduling.replay_from=x"], 1, "scheduling.rollout_only", "replay_from"),
+        (["scheduling.replay_first_step=2"], 1, "scheduling.replay_first_step", "set scheduling.replay_from"),
+        (["scheduling.replay_last_step=2"], 1, "scheduling.replay_last_step", "set scheduling.replay_from"),
         (["scheduling.replay_from=nowhere"], 1, "scheduling.replay_from", "no ledger.sqlite"),
         (["checkpoint.start_from=nowhere"], 1, "checkpoint.start_from", "no directory"),
         (["checkpoint.start_from=/"], 1, "checkpoint.start_from", "no checkpoint in /"),
@@ -82,6 +84,7 @@ def test_the_base_settings_have_no_problem(problems, entry):
         ([*ROUTED, "sglang.router_url=r:1"], 1, "sglang.router_url", "'r:1', must be http://HOST:PORT"),
         ([*ROUTED, "scheduling.min_engines=2"], 1, "scheduling.min_engines", "behind sglang.router_url count as one"),
         ([*SGLANG, "sglang.connect_seconds=9"], 1, "sglang.connect_seconds", "got 9 without sglang.urls"),
+        ([*SGLANG, "sglang.restart_requests=r"], 1, "sglang.restart_requests", "got r without sglang.urls"),
         ([*SGLANG, "sglang.server_tp=3"], 1, "model.num_attention_heads", "a multiple of sglang.server_tp = 3"),
         ([*SGLANG, "sglang.port=65535", "sglang.servers=2"], 1, "sglang.port", "2 servers need ports up to 65536"),
         ([*SGLANG, "sglang.quantization=fp8"], 1, "weight_sync.verify", "set logprobs or checksum_or_logprobs"),
@@ -212,6 +215,21 @@ def test_sglang_is_asked_for_only_where_something_is_generated_or_evaluated(prob
         assert problems(*bad, *settings, *without, entry=entry) == []
         assert problems(*bad, *settings, "data.heldout=[]", entry=entry) == []
     assert problems(*replay) == [], "an asynchronous run can be replayed by any engine's settings"
+
+
+def test_steps_of_a_replay_are_in_order_and_of_the_run(problems, tmp_path):
+    (tmp_path / "ledger.sqlite").touch()
+    replay = [f"scheduling.replay_from={tmp_path}", "rl.steps=5"]
+
+    def told(first: int, last: int) -> list[str]:
+        return problems(*replay, f"scheduling.replay_first_step={first}", f"scheduling.replay_last_step={last}")
+
+    assert told(3, 3) == told(1, 5) == []
+    (below,) = told(4, 3)
+    assert below.startswith("scheduling.replay_last_step: got 3, below scheduling.replay_first_step = 4")
+    first, last = sorted(told(6, 7))
+    assert first.startswith("scheduling.replay_first_step: got 6, beyond rl.steps = 5")
+    assert last.startswith("scheduling.replay_last_step: got 7, beyond rl.steps = 5")
 
 
 def test_sglangs_settings_are_judged_only_when_it_is_the_engine(problems):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 
 from megatron_klear.config import Settings
@@ -28,6 +29,16 @@ def test_a_server_gets_the_longest_sequence_and_the_runs_data_type(load: Load) -
     deterministic = options(load(*SERVED, "sglang.deterministic=true", "sglang.dtype=float32"))
     assert deterministic[-1] == "--enable-deterministic-inference"
     assert deterministic[deterministic.index("--dtype") + 1] == "float32"
+
+
+def test_a_server_has_the_rotary_embedding_of_the_run(load: Load) -> None:
+    stretched = (*SERVED, "yarn.factor=4", "yarn.original_positions=100")
+    everything = options(load(*stretched, "yarn.apply_to=everything"))
+    laid_over = {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 100}}
+    assert everything[-2] == "--json-model-override-args"
+    assert json.loads(everything[-1]) == laid_over, "one word, as a shell takes it"
+    evaluated = load(*stretched, "yarn.apply_to=evaluation", "evaluation.at_end=false")
+    assert "--json-model-override-args" not in options(evaluated), "in RL servers compute what the trainer computes"
 
 
 def test_the_engine_inside_the_trainer_needs_none(load: Load) -> None:

@@ -39,8 +39,8 @@ def tensors_of(run: Path, step: int = STEPS) -> dict[str, torch.Tensor]:
     return state
 
 
-def differing(first: Path, second: Path) -> list[str]:
-    mine, theirs = tensors_of(first), tensors_of(second)
+def differing(first: Path, second: Path, step: int = STEPS) -> list[str]:
+    mine, theirs = tensors_of(first, step), tensors_of(second, step)
     assert mine.keys() == theirs.keys()
     return [name for name, tensor in mine.items() if not torch.equal(tensor, theirs[name])]
 
@@ -116,6 +116,22 @@ def test_every_prompt_once_and_the_same_bits_when_replayed_cut_back_or_robbed_of
     assert differing(whole, replayed) == []
     assert not (replayed / "ledger.sqlite").exists()
     assert not list((replayed / "logs").glob("engine_*"))
+
+    # One past step by itself, from what the run was before it.
+    alone = [f"scheduling.replay_from={whole}", "scheduling.replay_first_step=5", "scheduling.replay_last_step=5"]
+    fifth = run("fifth", *alone)
+    assert [step.name for step in (fifth / "checkpoints").glob("step_*")] == ["step_00000005"]
+    rows_of = [
+        [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+        for run_dir in (whole, fifth)
+    ]
+    (recorded,) = [row for row in rows_of[0] if (row["phase"], row["step"]) == ("rl", 5)]
+    (again,) = [row for row in rows_of[1] if row["phase"] == "rl"]
+    same = [name for name in recorded if name.startswith(("rl/", "loss/", "optimizer/", "reward/", "mismatch/"))]
+    assert len(same) > 10
+    assert {name: again[name] for name in same} == {name: recorded[name] for name in same}
+    sixth = run("fifth", alone[0], alone[1], "scheduling.replay_last_step=6")  # and goes on, as any run does
+    assert differing(whole, sixth, step=6) == []
 
 
 def test_generated_first_and_trained_later(run, start, rl_overrides, tmp_path):

@@ -24,9 +24,12 @@ from megatron_klear.config import (
     TokenizerSettings,
 )
 from megatron_klear.data import DataCursor
+from megatron_klear.errors import RolloutError
 from megatron_klear.records import Grade, ParallelContext, Prompt, RolloutGroup, ScoredGroup
+from megatron_klear.rollout import RolloutCallback
 from megatron_klear.rollout.ledger import LEDGER_FILE, Ledger, LedgerReader
 from megatron_klear.rollout.ledger.terms import enforce
+from megatron_klear.session.finished_groups import DIRECTORY, FinishedGroups
 from megatron_klear.session.ledger import RunLedger
 from megatron_klear.session.terms import run_terms
 
@@ -114,7 +117,7 @@ def test_only_responses_of_the_weights_before_the_step_are_recalled(
     prompts = Data([group.group.prompt for group in groups.values()])
     drawn: list[str] = []
 
-    def generate(missing: list[Prompt], *, step: int) -> list[Prompt]:
+    def generate(missing: list[Prompt], *, step: int, on_rollout: object) -> list[Prompt]:
         assert step == STEP
         drawn.extend(prompt.prompt_id for prompt in missing)
         return missing
@@ -194,7 +197,9 @@ def test_a_step_has_responses_and_grades_of_one_set_of_settings(
                         grades=(Grade(outcome="correct", reward=1.0), Grade(outcome="wrong", reward=-0.5)))
                 for g in stored]  # fmt: skip
 
-    rollouts = SimpleNamespace(generate=lambda missing, *, step: missing, score=score, score_stored=score_stored)
+    rollouts = SimpleNamespace(
+        generate=lambda missing, *, step, on_rollout: missing, score=score, score_stored=score_stored
+    )
     with caplog.at_level("WARNING"), RunLedger(session, prompts) as source:  # type: ignore[arg-type]
         step = source.groups(STEP, cursor, rollouts)  # type: ignore[arg-type]
     assert calls == {"drawn": drawn, "graded": graded}
@@ -239,6 +244,74 @@ def test_what_servers_had_promised_to_a_step_by_completion_is_free_for_any_again
     with LedgerReader(tmp_path / LEDGER_FILE) as reader:
         assert [group.group_id for group in reader.groups_of_step(1)] == [1, 2]
         assert reader.states() == {"trained": 2, "graded": 2}
+
+
+def test_groups_that_were_finished_when_the_run_was_killed_are_not_drawn_again(
+    context: ParallelContext, make_group: Callable[..., ScoredGroup], tmp_path: Path
+) -> None:
+    """Two of three groups are whole when the engine is killed; the third has one response of two."""
+    names = ("one", "two", "three")
+    groups = {name: make_group(name, [1, -1], lengths=[4, 4]) for name in names}
+    settings = settings_of(tmp_path, rl=RlSettings(prompts_per_step=3, minibatch_prompts=3))
+    session = SimpleNamespace(chat=CHAT, settings=settings, context=context, root=tmp_path, resumed=None, step=0)
+    prompts = Data([group.group.prompt for group in groups.values()])
+
+    def drawn(name: str, shift: float) -> RolloutGroup:
+        """With log-probabilities that tell one life's from the other's."""
+        rollouts = groups[name].group.rollouts
+        return RolloutGroup(
+            prompt=groups[name].group.prompt,
+            rollouts=tuple(
+                replace(r, policy_versions=((0, 4),), rollout_logprobs=r.rollout_logprobs - shift) for r in rollouts
+            ),
+        )
+
+    def killed(missing: list[Prompt], *, step: int, on_rollout: RolloutCallback) -> list[RolloutGroup]:
+        for name, indices in (("two", (1, 0)), ("three", (0,)), ("one", (0, 1))):
+            for index in indices:
+                on_rollout(groups[name].group.prompt, index, drawn(name, 1.0).rollouts[index])
+        raise RolloutError("as a kill")
+
+    with RunLedger(session, prompts) as source, pytest.raises(RolloutError, match="as a kill"):  # type: ignore[arg-type]
+        source.groups(1, DataCursor(3, 3, seed=0, shuffle=False), SimpleNamespace(generate=killed))  # type: ignore[arg-type]
+    (kept,) = (tmp_path / DIRECTORY).iterdir()
+    whole = kept.read_text()
+    # Another rank's, whose last line a full disk has cut off.
+    (tmp_path / DIRECTORY / "rank_00001.jsonl").write_text(whole.replace("two", "gone") + whole[: len(whole) // 3])
+
+    asked: list[str] = []
+
+    def generate(missing: list[Prompt], *, step: int, on_rollout: RolloutCallback) -> list[RolloutGroup]:
+        asked.extend(prompt.prompt_id for prompt in missing)
+        return [drawn(prompt.prompt_id, 2.0) for prompt in missing]
+
+    def scored(found: list[RolloutGroup]) -> list[ScoredGroup]:
+        return [replace(groups[group.prompt.prompt_id], group=group) for group in found]
+
+    rollouts = SimpleNamespace(generate=generate, score=lambda _, mine: scored(mine), score_stored=scored)
+    with RunLedger(session, prompts) as source:  # type: ignore[arg-type]
+        step = source.groups(1, DataCursor(3, 3, seed=0, shuffle=False), rollouts)  # type: ignore[arg-type]
+    assert asked == ["three"]
+    assert [group.group.prompt.prompt_id for group in step] == list(names)
+    for group, shift in zip(step, (1.0, 1.0, 2.0), strict=True):
+        wanted = drawn(group.group.prompt.prompt_id, shift)
+        for found, rollout in zip(group.group.rollouts, wanted.rollouts, strict=True):
+            assert found.rollout_logprobs.tobytes() == rollout.rollout_logprobs.tobytes()
+            assert found.response_ids.tolist() == rollout.response_ids.tolist()
+            assert (found.finish_reason, found.policy_versions) == (rollout.finish_reason, rollout.policy_versions)
+    assert list((tmp_path / DIRECTORY).iterdir()) == [], "what is in the ledger is not kept twice"
+    with LedgerReader(tmp_path / LEDGER_FILE) as reader:
+        assert reader.states() == {"committed": 3}
+
+
+def test_groups_that_cannot_be_kept_cost_one_warning(tmp_path: Path, make_group, caplog) -> None:
+    (tmp_path / DIRECTORY).touch()
+    finished = FinishedGroups(tmp_path, 0)
+    for name in ("one", "two"):
+        group = make_group(name, [1], lengths=[4]).group
+        finished.add(0, group.prompt, 0, group.rollouts[0], num_responses=1)
+    (warning,) = caplog.messages
+    assert warning.startswith("a kill in this step would have its responses drawn again: they cannot be kept (")
 
 
 def test_another_tokenizer_counts_by_what_it_holds(tmp_path: Path) -> None:

@@ -109,7 +109,7 @@ class Run:
         ]  # fmt: skip
         rollouts: Any = SimpleNamespace(
             stop_token_ids=(7,), grade=lambda groups: [[RIGHT] * len(g.rollouts) for g in groups],
-            generate=lambda missing, step: [drawn(prompt, step) for prompt in missing],
+            generate=lambda missing, step, on_rollout: [drawn(prompt, step) for prompt in missing],
             score=lambda missing, groups: [graded(group) for group in groups],
             score_stored=lambda groups: [graded(group) for group in groups],
         )  # fmt: skip

@@ -119,6 +119,16 @@ def test_staleness_is_told_by_version():
     assert "numerics" not in told
 
 
+def test_where_all_tokens_are_old_neither_cause_is_claimed():
+    """As in every step but the first with scheduling.mode=one_step_off."""
+    session = SimpleNamespace(settings=SimpleNamespace(correction=CorrectionSettings()), step=PUBLISHED + 1)
+    with pytest.raises(MismatchError) as caught:
+        off_policy(session, GROUPS, trainer(p0=[9.0, -3.0, 3.0]), published=PUBLISHED + 1, proof="checksum")
+    told = str(caught.value)
+    assert "Cause: staleness, or numerics. All tokens were sampled by versions 5 to 7, and version 8 is" in told
+    assert "scheduling.mode=sync" in told
+
+
 def test_limits_and_no_limits():
     differing = trainer(p0=[3.0, -3.0, 3.0])
     compare(differing, stop_above_mean=None)

@@ -10,7 +10,7 @@ TRAINER = """#!/bin/bash
 # As python in the trainer's environment: the settings check, then torchrun, which asks both engines for a page.
 case " $* " in
     *" --check "*) echo "run.dir: $RUN"; echo "model.hf_dir: /models/a b"
-        echo "engine options: --context-length 99 --dtype bfloat16" ;;
+        echo 'engine options: --context-length 99 --json-model-override-args {"a":{"b":4.0}}' ;;
     *" torch.distributed.run "*)
         echo "$SLURMD_NODENAME" "$@" >>"$CALLS.trainer"
         for url in $(grep -o 'http://[0-9.:]*' <<<"$*"); do
@@ -76,13 +76,18 @@ def test_engines_run_beside_the_trainer_and_end_with_it(slurm, tmp_path):
     (trainer,) = (tmp_path / "calls.trainer").read_text().splitlines()
     assert trainer.startswith("n1 -m torch.distributed.run --nnodes 1 --nproc-per-node 1 --node-rank 0 ")
     waits = "sglang.connect_seconds=1800"  # engines start when it does, and take longer
-    assert trainer.endswith(f" -m megatron_klear.train_rl config.yaml rl.steps=3 rollout.engine=sglang {urls} {waits}")
+    asks = f"sglang.restart_requests={run}/logs/.restart-engines-{job.number}-0"
+    assert trainer.endswith(
+        f" -m megatron_klear.train_rl config.yaml rl.steps=3 rollout.engine=sglang {urls} {waits} {asks}"
+    )
 
     engines = (tmp_path / "calls.engine").read_text().splitlines()
-    served = "n2 -m sglang.launch_server --model-path /models/a b --context-length 99 --dtype bfloat16 "
+    served = "n2 -m sglang.launch_server --model-path /models/a b --context-length 99 "
+    served += '--json-model-override-args {"a":{"b":4.0}} '
     served += "--mem-fraction-static 0.8 --tp-size 1 --host 0.0.0.0"
     assert len(engines) == 3, "one of the two was started again"
     assert set(engines) == {f"{served} --port {port}", f"{served} --port {port + 1}"}
+    assert not list((run / "logs").glob(".*")), "nothing is left of what trainer and engines told each other"
     log = (run / "logs" / f"engines-{job.number}-0.log").read_text()
     assert "out of luck" in log
     assert "on n2 ended with status 3; 10 restarts left" in log

@@ -6,9 +6,14 @@ import os
 import shutil
 import socket
 import subprocess
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+from megatron_klear.session.others import ServersOfOthers
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = ("sft.slurm", "gppo.slurm")
@@ -118,6 +123,74 @@ def test_engines_that_give_up_end_the_step(tmp_path):
     assert sorted(done.stdout.splitlines()) == [
         f"engine of port {port + i} on this node ended with status 1; 0 restarts left" for i in range(2)
     ]
+
+
+HANGS = """
+import os, signal, socket, sys, time
+lives = int(open(sys.argv[1]).read()) + 1
+with socket.create_server(("127.0.0.1", int(sys.argv[-1]))) as port:
+    if os.fork() == 0:  # a worker, which has the port, too, and does not heed SIGTERM
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        time.sleep(100)
+    open(sys.argv[1], "w").write(str(lives))
+    if lives == 1:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    time.sleep(100)
+"""
+
+
+def test_an_engine_that_hangs_is_ended_with_all_its_processes_when_the_trainer_asks_and_starts_again(tmp_path):
+    (tmp_path / "scontrol").write_text("#!/bin/sh\necho NodeName=n1 NodeAddr=127.0.0.1 Port=1\n")
+    (tmp_path / "scontrol").chmod(0o755)
+    (tmp_path / "hangs.py").write_text(HANGS)
+    lives = tmp_path / "lives"
+    lives.write_text("0")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    requests = tmp_path / "requests"
+    with subprocess.Popen(
+        ["bash", str(ROOT / "tools" / "slurm_engines.sh"), "1", "1", str(port),
+         sys.executable, str(tmp_path / "hangs.py"), str(lives)],
+        env={**OUTSIDE, "PATH": f"{tmp_path}:{OUTSIDE['PATH']}", "KLEAR_ENGINE_REQUESTS": str(requests)},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    ) as step:  # fmt: skip
+        try:
+            others = ServersOfOthers([f"http://127.0.0.1:{port}"], requests)
+            others.stop(0)
+            assert not requests.exists(), "one that does not listen has ended, or is being started"
+            until(lambda: lives.read_text() == "1")
+            others.stop(0)  # returns when it has ended
+            assert list(requests.iterdir()) == []
+            until(lambda: lives.read_text() == "2")  # on the same port, which no process of its first life keeps
+        finally:
+            step.terminate()
+            output, _ = step.communicate(timeout=30)
+    assert step.returncode == 0
+    ended = f"engine of port {port} on this node ended with status 137; 10 restarts left"
+    told = [line for line in output.splitlines() if line.startswith("engine ")]
+    assert told == [f"engine of port {port} on this node is ended: the trainer asks for it", ended], output
+    with socket.socket() as probe:
+        assert probe.connect_ex(("127.0.0.1", port)) != 0, "a process outlived its step"
+
+
+def test_a_request_that_nobody_hears_is_taken_back(tmp_path, caplog):
+    with socket.create_server(("127.0.0.1", 0)) as hung:
+        url = f"http://127.0.0.1:{hung.getsockname()[1]}"
+        ServersOfOthers([url], tmp_path, unheard_seconds=0.5).stop(0)
+        ServersOfOthers([url]).stop(0)
+        (tmp_path / "file").touch()
+        ServersOfOthers([url], tmp_path / "file").stop(0)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    unheard, unwritable = caplog.messages
+    assert unheard.startswith(f"{url}: nobody ended it within 0 s of being asked to by {tmp_path}/127.0.0.1_")
+    assert unwritable.startswith(f"{url}: cannot be asked to end (sglang.restart_requests): ")
+
+
+def until(reached: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not reached():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from megatron_klear.rollout.ledger.entries import STATES, GroupState, StoredGroup
 from megatron_klear.rollout.ledger.reading import GroupFilter, LedgerReader, ResponseRow
-from megatron_klear.rollout.ledger.replay import replay_step, scored_group, with_names_of_their_own
+from megatron_klear.rollout.ledger.replay import replay_step, require_steps, scored_group, with_names_of_their_own
 from megatron_klear.rollout.ledger.resuming import LedgerPosition, Reconciled, open_groups, position, reconcile
 from megatron_klear.rollout.ledger.terms import OPENING, Terms, UnderOtherTerms, check_replay
 from megatron_klear.rollout.ledger.writing import Ledger
@@ -35,6 +35,7 @@ __all__ = [
     "position",
     "reconcile",
     "replay_step",
+    "require_steps",
     "scored_group",
     "with_names_of_their_own",
 ]

@@ -7,6 +7,7 @@ import fcntl
 import os
 import socket
 import sqlite3
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import quote
@@ -16,6 +17,8 @@ from megatron_klear.rollout.ledger import schema
 
 _BUSY_SECONDS = 30.0
 """How long a statement waits for a lock; readers never block the writer, only a second writer or a backup does."""
+
+_LOCK_TRIES, _LOCK_PAUSE_SECONDS = 5, 0.1
 
 
 class WriterLock:
@@ -33,7 +36,7 @@ class WriterLock:
         path = file.with_name(file.name + ".lock")
         self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
-            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._lock()
         except OSError as error:
             holder = os.pread(self._descriptor, 200, 0).decode(errors="replace").strip() or "another process"
             os.close(self._descriptor)
@@ -43,6 +46,13 @@ class WriterLock:
         with contextlib.suppress(OSError):  # who holds it is a courtesy; a full disk must be met where it matters
             os.ftruncate(self._descriptor, 0)
             os.pwrite(self._descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+
+    def _lock(self) -> None:
+        for _ in range(_LOCK_TRIES):
+            with contextlib.suppress(BlockingIOError):
+                return fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            time.sleep(_LOCK_PAUSE_SECONDS)  # a reader that asks whether there is a writer has it for a moment
+        return fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
     def release(self) -> None:
         """Let others write; a second call does nothing."""
@@ -83,13 +93,14 @@ def open_for_writing(file: Path) -> sqlite3.Connection:
 
 
 def open_for_reading(file: Path) -> sqlite3.Connection:
-    """Open read-only; possible at any time, also while the run writes.
+    """Open read-only; possible at any time, also while the run writes, but then on its machine only.
 
     Raises:
-        RolloutError: missing, damaged or of another schema.
+        RolloutError: missing, damaged, of another schema, or being written on another machine.
     """
     if not file.is_file():
         raise RolloutError(f"no ledger {file}: the run has reserved no prompts yet, or this is no run directory")
+    _refuse_from_elsewhere(file)
     with readable_errors(file):
         connection = sqlite3.connect(
             f"file:{quote(str(file.absolute()))}?mode=ro", uri=True, timeout=_BUSY_SECONDS, isolation_level=None
@@ -100,6 +111,31 @@ def open_for_reading(file: Path) -> sqlite3.Connection:
             connection.close()
             raise
         return connection
+
+
+def _refuse_from_elsewhere(file: Path) -> None:
+    """Refuse to read what a process of another machine writes.
+
+    Reader and writer of a write-ahead log meet in shared memory. Two machines have none, whatever file system they
+    share, and a reader would see a state that never was.
+    """
+    try:
+        with file.with_name(file.name + ".lock").open() as lock:
+            holder = lock.read().strip()
+            host = holder.rpartition(" on ")[2]
+            if host in ("", socket.gethostname()):
+                return
+            try:
+                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                return  # whoever held it has ended
+            except BlockingIOError:
+                pass
+    except OSError:
+        return  # no lock file, or a file system without locks: nothing tells
+    raise RolloutError(
+        f"{file}: {holder} writes to it, and a ledger that is being written can be read on the same machine only; run "
+        f"this on {host}, or when the run has ended"
+    )
 
 
 @contextlib.contextmanager

@@ -55,10 +55,28 @@ def replay_step(reader: LedgerReader, step: int, *, normalize_std: bool) -> list
     """
     groups = reader.groups_of_step(step)
     if not groups:
-        known = reader.steps()
-        text = f"it holds steps {known[0]} to {known[-1]}" if known else "it holds no finished step"
-        raise RolloutError(f"{reader.file}: no groups of step {step} to replay; {text} (scheduling.replay_from)")
+        require_steps(reader, step, step)
     return [_scored(reader, group, normalize_std) for group in with_names_of_their_own(groups)]
+
+
+def require_steps(reader: LedgerReader, first: int, last: int) -> None:
+    """Check that a ledger holds all the steps of a replay.
+
+    Args:
+        reader: of the run's ledger.
+        first, last: steps, counted from 1.
+
+    Raises:
+        RolloutError: a step is missing.
+    """
+    known = reader.steps()
+    missing = sorted(set(range(first, last + 1)).difference(known))
+    if missing:
+        text = f"it holds steps {known[0]} to {known[-1]}" if known else "it holds no finished step"
+        raise RolloutError(
+            f"{reader.file}: no groups of step {missing[0]} to replay; {text}: choose with "
+            "scheduling.replay_first_step and scheduling.replay_last_step"
+        )
 
 
 def with_names_of_their_own(groups: Sequence[StoredGroup]) -> list[StoredGroup]:

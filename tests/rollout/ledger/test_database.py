@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import sqlite3
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -23,6 +25,26 @@ def test_a_second_writer_is_told_who_the_first_is(ledger, file):
     assert f"{file} is in use: process " in other.stderr.splitlines()[-1]
     with pytest.raises(RolloutError, match=r"in use: process \d+ on .* writes to it"):
         Ledger(file)
+
+
+def test_what_another_machine_writes_is_read_there(ledger, file):
+    lock = file.with_name(file.name + ".lock")
+    lock.write_text("process 7 on node9\n")
+    with pytest.raises(RolloutError, match=r"process 7 on node9 writes to it, and .* run this on node9, or when"):
+        LedgerReader(file)
+    ledger.close()
+    lock.write_text("process 7 on node9\n")
+    with LedgerReader(file) as reader:  # it has ended
+        assert reader.steps() == []
+
+
+def test_a_writer_does_not_mind_a_reader_that_asks_for_one(file):
+    with file.with_name(file.name + ".lock").open("w") as asking:
+        fcntl.flock(asking, fcntl.LOCK_SH)
+        soon = threading.Timer(0.15, fcntl.flock, [asking, fcntl.LOCK_UN])
+        soon.start()
+        Ledger(file).close()
+        soon.join()
 
 
 def test_people_read_while_the_run_writes(ledger, file, advance):

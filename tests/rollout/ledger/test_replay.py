@@ -28,7 +28,7 @@ def test_a_step_is_replayed_in_its_order_with_its_advantages(ledger, file, make_
     with LedgerReader(file) as reader:
         groups = replay_step(reader, 4, normalize_std=True)
         plain = replay_step(reader, 4, normalize_std=False)
-        with pytest.raises(RolloutError, match=r"no groups of step 5 to replay; it holds steps 4 to 4"):
+        with pytest.raises(RolloutError, match=r"no groups of step 5 to replay; it holds steps 4 to 4: choose with"):
             replay_step(reader, 5, normalize_std=True)
     assert [g.group.prompt.prompt_id for g in groups] == ["c", "a", "b"]
     # a: mean -1/3, standard deviation sqrt(8/9); c: mean 0 and deviation 1 over the two that are graded.
