@@ -185,7 +185,8 @@ class SchedulingSettings:
     """Requests for one response that may fail on engines that are well, before the run ends."""
 
     keep_steps: StepsOrNever = 0
-    """Steps whose tokens stay in the ledger after training (lengths and rewards always do); 0 keeps all."""
+    """Steps whose tokens stay in the ledger after training (lengths and rewards always do), those after the newest
+    checkpoint in any case; 0 keeps all."""
 
     replay_from: str | None = None
     """Run directory whose recorded responses are trained on, step by step, in place of generating any; there is an

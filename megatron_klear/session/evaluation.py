@@ -153,6 +153,7 @@ class Evaluation:
             names.ACCURACY_HELDOUT: accuracy.mean,
             names.ACCURACY_HELDOUT_COUNT: accuracy.count,
             names.ACCURACY_HELDOUT_STDERR: accuracy.stderr,
+            **engine.failed_requests(),
         }
         self.session.metrics.log(step, "eval", values)
         self.session.progress.update(values)

@@ -266,7 +266,7 @@ class RunLedger:
         if self._ledger is not None:
             self._ledger.trained(step)
             if keep:
-                self._ledger.prune(step - keep)
+                self._ledger.prune(min(step - keep, self.session.saved_step))
 
     def _scored(self, found: Sequence[tuple[RolloutGroup, tuple[Grade, ...]]]) -> list[ScoredGroup]:
         std = self.session.settings.algorithm.advantage_std

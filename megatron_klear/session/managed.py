@@ -124,7 +124,7 @@ class ManagedGroups:
 
     def trained(self, step: int) -> None:
         """Note that the updates of a step are done; before its checkpoint."""
-        together("write the rollout ledger", lambda: self._running.trained(step), self.session.context, only_first=True)
+        together("write the rollout ledger", lambda: self._note(step), self.session.context, only_first=True)
 
     @contextmanager
     def publishing(self, version: int) -> Iterator[bool]:
@@ -160,6 +160,9 @@ class ManagedGroups:
             if self._manager is not None:
                 shared.enter_context(self._manager.sharing_engines())
             yield
+
+    def _note(self, step: int) -> None:
+        self._running.trained(step, saved_step=self.session.saved_step)
 
     @property
     def _running(self) -> RolloutManager:

@@ -143,7 +143,12 @@ class Rollouts:
             prompts, sampling, rollout.responses_per_prompt, seed=_seed(self.session, step, 0), on_rollout=on_rollout
         )
         assert made is not None
+        self.session.noted |= self.failed_requests()
         return made
+
+    def failed_requests(self) -> dict[str, float]:
+        """On the first rank: requests to servers without a sound answer since this was last asked, as metrics."""
+        return self.engine.failed_requests() if isinstance(self.engine, ServedEngine) else {}
 
     def score(self, prompts: Sequence[Prompt], mine: Sequence[RolloutGroup]) -> list[ScoredGroup]:
         """Grade what `generate` gave; all groups in the order of `prompts`, with their advantages (Eq. 4)."""

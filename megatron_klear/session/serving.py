@@ -83,6 +83,7 @@ class ServedEngine:
         self._files: WeightFiles | None = None
         self._restarts: EngineRestarts | None = None
         self._is_managed = False
+        self._counts: dict[str, float] = {}
         self._probe: Probe | None = None
         transport: Transport | None = None
         colocated = settings.sglang.placement == "colocated"
@@ -253,6 +254,13 @@ class ServedEngine:
                 return None
 
         return self.for_all("generate", generate)
+
+    def failed_requests(self) -> dict[str, float]:
+        """On the first rank: requests of `generate` without a sound answer since this was last asked, as metrics."""
+        if self._engine is None:
+            return {}
+        before, self._counts = self._counts, self._engine.counts
+        return {name: count - before.get(name, 0.0) for name, count in self._counts.items()}
 
     def for_all(self, what: str, action: Callable[[], _Result]) -> _Result:
         """Do `action` on the first rank, while the others wait outside of any collective; every rank gets its result.

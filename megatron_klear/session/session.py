@@ -127,7 +127,7 @@ class Session:
                 log.info("as before step %d of the recorded run: %s", self.step + 1, replayed)
         elif self.resumed is None:
             self.trainer.advance_schedule_to(self.step * updates_per_step)
-        self._saved_step = self.step
+        self.saved_step = self.step
         self.was_done = self.step >= total_steps
         self.phases = Phases(synchronize=torch.cuda.synchronize if self.context.device.type == "cuda" else None)
         together("open the files of the run", self._open_files, self.context)
@@ -300,7 +300,7 @@ class Session:
 
     def save(self) -> None:
         """Save a checkpoint of the current step, unless there is one."""
-        if self._saved_step == self.step:
+        if self.saved_step == self.step:
             return
         cursor = None if self.cursor is None else self.cursor.state_dict()
         with self.set_aside_phases(), self.phase("save"), self.around_save():
@@ -308,7 +308,7 @@ class Session:
             ledger = agree("read the rollout ledger", self.ledger_position, self.context)
             state = {"entry": self.entry, "step": self.step, "cursor": cursor, "ledger": ledger}
             self.store.save(self.step, state)
-        self._saved_step = self.step
+        self.saved_step = self.step
 
     def describe(self, data: str) -> None:
         """Say on the first rank what is about to be trained, on what, and how."""

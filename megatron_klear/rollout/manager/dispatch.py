@@ -19,10 +19,11 @@ from megatron_klear.errors import RolloutError
 from megatron_klear.records import Rollout
 from megatron_klear.rollout.endpoint import Endpoint, EndpointError, GeneratedPart, GenerationRequest
 from megatron_klear.rollout.engine import SamplingParams
-from megatron_klear.rollout.manager.answers import extended, problem_with
+from megatron_klear.rollout.manager.answers import extended
 from megatron_klear.rollout.manager.engines import Engine, EnginePool
 from megatron_klear.rollout.manager.health import EngineCare, Restart
 from megatron_klear.rollout.manager.work import GroupWork, Request, ResponseWork, response_seed
+from megatron_klear.rollout.soundness import problem_with
 
 _SPREAD = 4
 """How many more requests than the least loaded engine a group's own engine may have, to share its prefix cache."""
@@ -208,11 +209,15 @@ class Dispatcher:
         )
         if problem:
             raise EndpointError(f"{request.engine.name}: {problem}", retry=True, malformed=True)
+        was_interrupted = self.paused or request.is_moving or request.sent_version < self.version
+        if part.finish_reason == "abort" and not len(part.token_ids) and not was_interrupted:
+            raise EndpointError(f"{request.engine.name}: gave a request back untouched, unasked", retry=True)
 
     def _accept(self, request: Request, asked: GenerationRequest, part: GeneratedPart) -> None:
         """Keep an answer: the end of a response, or a part of it to be continued."""
         response, engine = request.response, request.engine
-        engine.failures = engine.restarts = 0
+        if len(part.token_ids):
+            engine.failures = engine.restarts = 0
         if part.finish_reason == "abort" and request.is_moving and self._settings.order == "fixed":
             # Whether an engine was slow must not show in what is trained.
             self._send_again(response)

@@ -229,7 +229,8 @@ class EngineCare:
             await asyncio.sleep(self.tick_seconds)
             now = asyncio.get_running_loop().time()
             for engine in self._pool:
-                if engine.status == "serving" and engine.is_leaving and not engine.requests and self._settled.is_set():
+                may_leave = engine.is_leaving and not engine.requests and not self._others
+                if engine.status == "serving" and may_leave and self._settled.is_set():
                     engine.slow_restarts += 1
                     self.lose(engine, engine.last_error)
                 elif engine.status == "serving" and engine.requests and (self._others or self._holds):
@@ -241,7 +242,8 @@ class EngineCare:
                     self._spawn(self._check_idle(engine))
                 elif engine.status == "down" and self._restart is None:
                     self._spawn(self._ask_whether_back(engine))
-            if now - self._measured_at >= self._settings.stall_seconds / 2 and not self._others:
+            is_ours = not self._others and not self._holds
+            if now - self._measured_at >= self._settings.stall_seconds / 2 and is_ours:
                 self._measure(now - self._measured_at)
                 self._measured_at = now
             self._judge()

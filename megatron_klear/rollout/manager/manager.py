@@ -139,11 +139,16 @@ class RolloutManager:
         """Groups that are generated and graded and no other step's; there may be more than the step needs."""
         return self._call(self._made(lambda: self._scheduler.num_ready(step)))
 
-    def trained(self, step: int) -> None:
-        """Note that a step has been trained: durable on return, so call it before the checkpoint."""
+    def trained(self, step: int, *, saved_step: int) -> None:
+        """Note that a step has been trained: durable on return, so call it before the checkpoint.
+
+        Args:
+            step: counted from 1.
+            saved_step: of the newest checkpoint; later steps may have to be trained again, and keep their tokens.
+        """
         self._ledger.trained(step)
         if self._keep_steps:
-            self._ledger.prune(step - self._keep_steps)
+            self._ledger.prune(min(step - self._keep_steps, saved_step))
         self._call(self._made(lambda: self._scheduler.trained(step)))
 
     def pause_for_publish(self, timeout: float | None = None) -> bool:

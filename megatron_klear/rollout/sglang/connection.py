@@ -107,6 +107,8 @@ class Connection:
                     yield self._object(path, data)
         except httpx2.HTTPError as error:
             raise self._failed(path, error) from error
+        except RuntimeError as error:
+            raise self._closed(path, error) from error
         raise EndpointError(f"{self.name}: the answer to {path} stopped before its end", retry=True)
 
     async def close(self) -> None:
@@ -142,6 +144,8 @@ class Connection:
         except httpx2.HTTPError as error:
             limit = ", ".join(filter(None, [f"{timeout_seconds:g} s", setting]))
             raise self._failed(path, error, limit) from error
+        except RuntimeError as error:
+            raise self._closed(path, error) from error
 
     def _raise_for(self, path: str, response: httpx2.Response) -> None:
         status = response.status_code
@@ -169,6 +173,12 @@ class Connection:
             return self._malformed(f"malformed answer to {path} {told}")
         what = "no connection" if isinstance(error, httpx2.ConnectError | httpx2.ConnectTimeout) else "broken off"
         return EndpointError(f"{self.name}: {path}: {what} {told}", retry=True)
+
+    def _closed(self, path: str, error: RuntimeError) -> Exception:
+        """A server that has come back has connections of its own; whoever still uses the old ones asks again there."""
+        if not self._client.is_closed:
+            return error
+        return EndpointError(f"{self.name}: {path}: its connections were closed", retry=True)
 
     def _malformed(self, what: str) -> EndpointError:
         return EndpointError(f"{self.name}: {what}", retry=True, malformed=True)

@@ -16,6 +16,7 @@ from megatron_klear.records import Prompt, Rollout, RolloutGroup
 from megatron_klear.rollout.endpoint import Endpoint, EndpointError, GeneratedPart, GenerationRequest
 from megatron_klear.rollout.engine import ProgressCallback, RolloutCallback, RolloutProgress, SamplingParams
 from megatron_klear.rollout.sharding import require_unique_ids
+from megatron_klear.rollout.soundness import problem_with
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +41,7 @@ class EndpointPool:
         self._outstanding = [0] * len(endpoints)
         self._failing: set[int] = set()
         self._retries = retries
-        self.failures = 0
+        self.failures = self.malformed = 0
         self.version: int | None = None
         """Of the weights in use; tokens come from these, or others in use since a call began. None does not look."""
         self.is_in_use: Callable[[int], bool] = lambda place: True
@@ -109,9 +110,10 @@ class EndpointPool:
                     if part.finish_reason == "abort" and not len(part.token_ids):
                         name = self.endpoints[place].name
                         raise EndpointError(f"{name}: gave request {request.request_id} back untouched", retry=True)
-                    self._require_version(self.endpoints[place].name, part, oldest)
+                    self._require_sound(self.endpoints[place].name, part, request, oldest)
                 except EndpointError as error:
                     self.failures += 1
+                    self.malformed += error.malformed
                     failures += 1
                     progress.count(key, done)
                     if not error.retry or failures > self._retries:
@@ -133,15 +135,16 @@ class EndpointPool:
             if parts and parts[-1].finish_reason != "abort":
                 progress.finish(key)
 
-    def _require_version(self, name: str, part: GeneratedPart, oldest: int | None) -> None:
-        """Refuse tokens of weights that were in use neither when the call began nor since."""
-        if self.version is None or oldest is None:
-            return
-        others = sorted({version for version, _ in part.policy_versions if not oldest <= version <= self.version})
-        if others:
-            raise EndpointError(
-                f"{name}: sampled with weights of version {others[0]}, and version {self.version} is in use", retry=True
-            )
+    def _require_sound(self, name: str, part: GeneratedPart, request: GenerationRequest, oldest: int | None) -> None:
+        """Refuse an answer that cannot be right, as of weights that were in use neither when the call began nor since.
+
+        Raises:
+            EndpointError: to be tried again elsewhere.
+        """
+        in_use = None if self.version is None or oldest is None else (oldest, self.version)
+        problem = problem_with(part, request, vocab_size=None, versions=in_use)
+        if problem:
+            raise EndpointError(f"{name}: {problem}", retry=True, malformed=True)
 
     def _request(
         self, prompt: Prompt, index: int, sampling: SamplingParams, seed: int, parts: Sequence[GeneratedPart]

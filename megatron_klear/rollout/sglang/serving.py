@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from megatron_klear.config.serving import SglangSettings
 from megatron_klear.errors import ConfigError
+from megatron_klear.observe import names
 from megatron_klear.records import FloatArray, IntArray, Prompt, Rollout, RolloutGroup
 from megatron_klear.rollout.endpoint import Endpoint, EndpointError
 from megatron_klear.rollout.engine import ProgressCallback, RolloutCallback, RolloutProgress, SamplingParams
@@ -128,9 +129,9 @@ class SglangEngine:
             raise
 
     @property
-    def failures(self) -> int:
-        """Requests so far that brought no whole answer."""
-        return self._pool.failures
+    def counts(self) -> dict[str, float]:
+        """Requests so far that brought no sound answer, and those of them with a malformed one, as metrics."""
+        return {names.REQUESTS_FAILED: self._pool.failures, names.REQUESTS_MALFORMED: self._pool.malformed}
 
     def use_version(self, version: int) -> None:
         """Note that weights of this version have been published to all servers; none but these may be sampled from."""

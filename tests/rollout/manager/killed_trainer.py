@@ -81,7 +81,7 @@ def main(directory: Path, steps: int, mode: str, order: str) -> None:
             while groups is None:
                 groups = manager.take(step, PER_STEP, timeout=0.5)
             weights += trained_on(step, groups)
-            manager.trained(step)
+            manager.trained(step, saved_step=step)
             manager.pause_for_publish()
             for engine in engines:
                 engine.version = step

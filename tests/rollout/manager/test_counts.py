@@ -59,7 +59,7 @@ def test_failures_malformed_answers_and_lost_engines_are_counted(tmp_path: Path)
             names.REQUESTS_MALFORMED: 2.0,
             names.ENGINES_SERVING: 2.0,
         }
-        manager.trained(1)
+        manager.trained(1, saved_step=0)
         manager.pause_for_publish()
         engines[0].version = 1  # the other one missed the publish
         manager.resume(1)

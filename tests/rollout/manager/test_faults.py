@@ -6,13 +6,14 @@ import asyncio
 import random
 import re
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
 
 from megatron_klear.errors import RolloutError
 from megatron_klear.records import Rollout
-from megatron_klear.rollout.endpoint import EndpointError
+from megatron_klear.rollout.endpoint import EndpointError, GeneratedPart
 from megatron_klear.rollout.ledger import LedgerReader
 from megatron_klear.rollout.sglang.answers import AnswerReader
 
@@ -284,6 +285,53 @@ def test_an_answer_that_its_reader_refuses_is_malformed_and_asked_for_elsewhere(
     assert world.trace == undisturbed
     counts = world.scheduler.dispatcher.counts
     assert counts["malformed answers"] == counts["failed requests"] > 0
+
+
+@pytest.mark.parametrize("engines", [1, 2])
+def test_requests_that_come_back_untouched_unasked_are_failures(make_world, undisturbed, engines):
+    """Sent again at once, they would come back for ever. With another engine the run goes on there."""
+
+    def begin(world):
+        async def give_back(request, on_tokens=None):
+            return GeneratedPart(
+                token_ids=np.empty(0, np.int64), logprobs=np.empty(0, np.float32), finish_reason="abort",
+                policy_versions=(),
+            )  # fmt: skip
+
+        world.engines[0].generate = give_back
+
+    world = make_world(engines=engines, before_step=once(2, begin))
+    if engines == 1:
+        with pytest.raises(RolloutError, match=r"gave a request back untouched|engines serve, fewer than"):
+            world.run(STEPS)
+        return
+    world.run(STEPS)
+    assert world.trace == undisturbed
+    assert 0 < world.scheduler.dispatcher.counts["failed requests"] < 100
+
+
+@pytest.mark.parametrize("use", ["held over a publish", "shared with an evaluation"])
+def test_an_engine_that_brings_no_tokens_for_a_reason_is_not_slow(make_world, undisturbed, use):
+    """The others are idle, their rates known, and it has brought nothing for several windows."""
+    restarts = []
+
+    async def restart(endpoint, why, limit):
+        restarts.append(why)
+        return endpoint
+
+    def begin(world):
+        care = world.scheduler.dispatcher.care
+        is_shared = use.startswith("shared")
+        later(0.5, care.share if is_shared else partial(care.expect_publish, holding=True))
+        later(0.6, world.engines[0].change_speed, 1e4)
+        later(80.0, world.engines[0].change_speed, 0.05)
+        if is_shared:
+            later(80.1, care.unshare)
+
+    world = make_world(engines=3, restart=restart, before_step=once(2, begin), stall_seconds=20.0).run(STEPS)
+    assert world.scheduler.dispatcher.counts["moved requests"] == 0
+    assert restarts == []
+    assert world.trace == undisturbed
 
 
 def test_requests_that_fail_together_are_one_failure_of_the_engine(make_world, undisturbed):

@@ -121,7 +121,7 @@ def test_logprobs_are_those_of_each_tokens_version(make_reference, make_engine, 
                 while groups is None:
                     groups = manager.take(step, PER_STEP, timeout=0.2)
                 trained += groups
-                manager.trained(step)
+                manager.trained(step, saved_step=step)
                 if mode == "async":  # however quick the engines are, the publish comes into some response
                     gate.closed = True
                     submit(step + 1 + manager.steps_ahead)

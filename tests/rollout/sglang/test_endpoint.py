@@ -434,3 +434,42 @@ def test_check_tells_the_version(stand_in: StandIn) -> None:
     stand_in.answers["/model_info"] = {"weight_version": "tuesday"}
     with pytest.raises(EndpointError, match="tells no weight version"):
         asyncio.run(check())
+
+
+def test_a_response_of_a_server_that_comes_back_is_asked_for_over_its_new_connections(make_request: Request) -> None:
+    """As when one at `sglang.urls` rejoins during an evaluation: its old connections are closed under a request."""
+    asked = threading.Event()
+    released = threading.Event()
+
+    def stall(handler: Any, body: dict[str, Any]) -> None:
+        asked.set()
+        released.wait(20)
+
+    sampling = make_request(stops=(7,)).sampling
+
+    async def ask(old_url: str, new_url: str) -> tuple[list[int], int]:
+        options: dict[str, Any] = {"vocab_size": 83, "context_length": 128, "incremental": True}
+        old, new = (SglangEndpoint(Connection("engine 0", url), **options) for url in (old_url, new_url))
+        pool = EndpointPool([old], in_flight=2, retries=2)
+        prompt = Prompt(prompt_id="p", domain="math", token_ids=np.arange(3), reference="")
+        waiting = asyncio.create_task(pool.generate([prompt], num_responses=1, sampling=sampling, seed=1))
+        while not asked.is_set():
+            await asyncio.sleep(0.01)
+        pool.endpoints[0] = new
+        await old.close()
+        with pytest.raises(EndpointError, match="its connections were closed") as closed:
+            await old.check()
+        assert closed.value.retry
+        try:
+            (group,) = await waiting
+            return group.rollouts[0].response_ids.tolist(), pool.failures
+        finally:
+            await new.close()
+
+    with standing_in() as before, standing_in() as after:
+        before.answers["/generate"] = stall
+        answer_with(after, chunk([5], 1), chunk([7], 2, finish=STOP))
+        try:
+            assert asyncio.run(ask(before.url, after.url)) == ([5, 7], 1)
+        finally:
+            released.set()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pytest
@@ -232,5 +232,28 @@ def test_tokens_of_weights_that_are_not_the_published_ones_are_drawn_again() -> 
     (group,) = run(endpoints, version=5)
     assert group.rollouts[0].response_ids.tolist() == [5] * LIMIT
     assert group.rollouts[0].policy_versions == ((5, LIMIT),)
-    with pytest.raises(EndpointError, match="a: sampled with weights of version 4, and version 5 is in use"):
+    with pytest.raises(EndpointError, match=r"a: its versions \(\(4, 6\),\) are not from 5 to 5, which were in use"):
         run([Fake("a", script=old * 3)], version=5)
+
+
+@pytest.mark.parametrize(
+    "unsound",
+    [
+        part([3] * (LIMIT + 1), "length", 1),
+        part([3], "stop", 1),
+        part([3], "length", 1),
+        replace(part([3] * LIMIT, "length", 1), policy_versions=((2, LIMIT - 1), (1, 1))),
+        replace(part([3] * LIMIT, "length", 1), logprobs=np.full(LIMIT, 0.5, np.float32)),
+    ],
+    ids=["too long", "no stop token", "half a response", "versions that go down", "no logprobs"],
+)
+def test_an_answer_that_cannot_be_right_is_asked_for_elsewhere_and_counted(unsound: GeneratedPart) -> None:
+    async def ask() -> tuple[list[RolloutGroup], int, int]:
+        pool = EndpointPool([Fake("a", [lambda request: unsound]), Fake("b")], in_flight=4, retries=1)
+        sampling = SamplingParams(temperature=1.0, top_p=1.0, max_response_tokens=LIMIT, stop_token_ids=(7,))
+        groups = await pool.generate(prompts(1), num_responses=1, sampling=sampling, seed=4)
+        return groups, pool.failures, pool.malformed
+
+    (group,), failures, malformed = asyncio.run(ask())
+    assert group.rollouts[0].response_ids.tolist() == [0] * LIMIT
+    assert (failures, malformed) == (1, 1)
