@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import json
 import random
@@ -17,9 +18,12 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megatron_klear.errors import RolloutError
 from megatron_klear.rollout.ledger import LedgerReader
+from megatron_klear.rollout.ledger.encoding import pack_tokens
+from megatron_klear.session.finished_groups import DIRECTORY
 
 STEPS, PER_STEP, ROWS = 7, 8, 48
 CONFIG = "examples/quickstart_rl.yaml"
+WORKER = str(Path(__file__).with_name("stand_in_worker.py"))
 MANAGED = str(Path(__file__).with_name("managed_worker.py"))
 # A random model is never right; but a stray thinking tag makes some of its responses malformed, which gives gradients.
 VARIED = ["reward.malformed=-2.0", "reward.require_think=false", "rollout.max_response_tokens=40"]
@@ -198,6 +202,49 @@ def test_a_killed_step_goes_on_under_the_settings_of_now(run, start, rl_override
     assert not any(response in group for group, old in zip(tokens(killed), first, strict=True) for response in old)
     with LedgerReader(killed / "ledger.sqlite") as reader:
         assert reader.trained_not_once() == []
+
+
+@pytest.mark.parametrize("engine", ["in every rank", "servers"])
+def test_groups_that_were_finished_are_not_drawn_again_after_a_kill(start, rl_overrides, stand_ins, tmp_path, engine):
+    """Killed while others of their step were generated; without the manager, which writes each response down."""
+    overrides = [*rl_overrides("killed"), *SHORT, "rl.steps=3", "scheduling.rollout_only=true"]
+    if engine == "servers":
+        overrides += stand_ins("20.hang")
+        wanted = ["rank_00000.jsonl"]  # of the rank that asks them
+    else:
+        overrides += ["rollout.batch_responses=2"]
+        wanted = ["rank_00000.jsonl", "rank_00001.jsonl"]
+    launch = start(WORKER if engine == "servers" else "train_rl", CONFIG, overrides)
+    kept, deadline = tmp_path / "killed" / DIRECTORY, time.monotonic() + 200
+    while not all((kept / name).is_file() for name in wanted):
+        assert time.monotonic() < deadline, launch.output()
+        assert all(p.poll() is None for p in launch.processes), launch.output()
+        time.sleep(0.01)
+    launch.signal(signal.SIGKILL)
+    launch.wait()
+    whole = {
+        json.loads(line[9:])["prompt_id"]: json.loads(line[9:])["responses"]
+        for name in wanted
+        for line in (kept / name).read_text().splitlines()
+        if line
+    }
+    if engine == "servers":
+        overrides += stand_ins()
+    launch = start(WORKER if engine == "servers" else "train_rl", CONFIG, overrides)
+    assert launch.wait() == [0, 0], launch.output()
+    assert f"{len(whole)} prompt groups were finished when the run was ended" in launch.output()
+    assert [(step, state) for step, *_, state in walked(tmp_path / "killed")] == [
+        (step, "committed") for step in (1, 2, 3) for _ in range(PER_STEP)
+    ]
+    with LedgerReader(tmp_path / "killed" / "ledger.sqlite") as reader:
+        found = {
+            group.prompt.prompt_id: [pack_tokens(group.rollouts[i].response_ids) for i in sorted(group.rollouts)]
+            for step in (1, 2, 3)
+            for group in reader.groups_of_step(step)
+        }
+    for name, responses in whole.items():
+        assert found[name] == [base64.b64decode(tokens) for tokens, *_ in responses]
+    assert list(kept.iterdir()) == []
 
 
 def test_a_replay_that_is_evaluated_asks_for_the_engine_of_the_evaluation(start, rl_overrides, tmp_path):
