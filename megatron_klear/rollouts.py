@@ -1,6 +1,6 @@
 """What a run has generated, prompt by prompt; also while it runs.
 
-python -m megatron_klear.rollouts RUN_DIR list|show|export ...
+python -m megatron_klear.rollouts RUN_DIR list|show|export|events|check ...
 """
 
 from __future__ import annotations
@@ -11,9 +11,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
 
-from megatron_klear.errors import EXIT_BAD_INPUT, EXIT_DONE, DataError, KlearError
-from megatron_klear.records import Outcome
-from megatron_klear.rollout.ledger import LEDGER_FILE, STATES, GroupFilter, LedgerReader
+from megatron_klear.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED, DataError, KlearError
+from megatron_klear.records import Domain, Outcome
+from megatron_klear.rollout.ledger import (
+    EVENTS,
+    LEDGER_FILE,
+    STATES,
+    GroupFilter,
+    LedgerReader,
+    ResponseRow,
+    StoredGroup,
+)
 
 _ABOUT = """\
 Look into a run's rollout ledger: every prompt group that was reserved, how far it has come, its responses with their
@@ -37,6 +45,9 @@ examples (RUN is a run directory):
   python -m megatron_klear.rollouts RUN show aime-7                        prompt and responses as text
   python -m megatron_klear.rollouts RUN export good.jsonl --outcome correct --min-reward 1
   python -m megatron_klear.rollouts RUN export all.parquet --tokens        with token ids and logprobs
+  python -m megatron_klear.rollouts RUN events --event "drawn again"       which responses were thrown away, and why
+  python -m megatron_klear.rollouts RUN events --prompt-id aime-7          all that happened to a prompt
+  python -m megatron_klear.rollouts RUN check                              was every prompt trained exactly once?
 """
 
 
@@ -47,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not options.run_dir.is_dir():
             raise DataError(f"RUN_DIR: {options.run_dir} is not a directory; name the run directory (run.dir)")
         with LedgerReader(options.run_dir / LEDGER_FILE) as reader:
-            options.action(reader, options)
+            return int(options.action(reader, options))
     except BrokenPipeError:  # the reader of a pipe has seen enough
         sys.stderr.close()
     except KlearError as error:
@@ -56,45 +67,89 @@ def main(argv: Sequence[str] | None = None) -> int:
     return EXIT_DONE
 
 
-def _list(reader: LedgerReader, options: argparse.Namespace) -> None:
+def _list(reader: LedgerReader, options: argparse.Namespace) -> int:
     from megatron_klear.observe.console import make_console
     from megatron_klear.rollout.ledger.showing import print_groups, print_responses
 
     console = make_console(sys.stdout)
     chosen = _chosen(options)
     limit = options.limit
-    asked = limit + 1 if limit >= 0 else limit  # one more tells whether that is all
     if options.responses:
-        print_responses(console, list(reader.response_rows(chosen, asked, newest_first=True)), limit)
+        responses = list(reader.response_rows(chosen, _one_more(limit), newest_first=True))
+        print_responses(console, responses, limit, grading=options.outcome is not None)
     else:
-        print_groups(console, reader.group_rows(chosen, asked), reader.states(), limit)
+        with reader.snapshot():
+            groups, states = reader.group_rows(chosen, _one_more(limit)), reader.states()
+        print_groups(console, groups, states, limit)
+    return EXIT_DONE
 
 
-def _show(reader: LedgerReader, options: argparse.Namespace) -> None:
+def _show(reader: LedgerReader, options: argparse.Namespace) -> int:
     from megatron_klear.observe.console import make_console
     from megatron_klear.rollout.ledger.showing import print_group
     from megatron_klear.rollout.ledger.text import run_decoder
 
-    rows = reader.group_rows(GroupFilter(whole_id=options.prompt_id, epoch=options.epoch), limit=1)
-    if not rows:
-        known = ", ".join(row.prompt_id for row in reader.group_rows(GroupFilter(), limit=5))
-        raise DataError([f"PROMPT_ID: no group of prompt {options.prompt_id}; some that there are: {known or 'none'}"])
-    group = reader.load(rows[0].group_id)
-    assert group is not None
-    print_group(
-        make_console(sys.stdout), group, None if options.ids else run_decoder(options.run_dir), options.response
-    )
+    with reader.snapshot():
+        rows = reader.group_rows(GroupFilter(whole_id=options.prompt_id, epoch=options.epoch), limit=1)
+        if not rows:
+            known = ", ".join(row.prompt_id for row in reader.group_rows(GroupFilter(), limit=5)) or "none"
+            raise DataError(f"PROMPT_ID: no group of prompt {options.prompt_id}; some that there are: {known}")
+        group = reader.load(rows[0].group_id)
+        assert group is not None
+        responses = list(reader.response_rows(GroupFilter(whole_id=options.prompt_id, epoch=group.epoch)))
+    if options.response is not None:
+        responses = [_response(group, responses, options.response)]
+    decode = None if options.ids else run_decoder(options.run_dir)
+    print_group(make_console(sys.stdout), group, responses, decode)
+    return EXIT_DONE
 
 
-def _export(reader: LedgerReader, options: argparse.Namespace) -> None:
+def _response(group: StoredGroup, responses: Sequence[ResponseRow], index: int) -> ResponseRow:
+    for row in responses:
+        if row.response_index == index:
+            return row
+    name = f"prompt {group.prompt.prompt_id}, epoch {group.epoch}"
+    if 0 <= index < group.num_responses:
+        raise DataError(f"--response: response {index} of {name} has no tokens yet")
+    raise DataError(f"--response: {name} has responses 0 to {group.num_responses - 1}, and no {index}")
+
+
+def _export(reader: LedgerReader, options: argparse.Namespace) -> int:
     from megatron_klear.rollout.ledger.export import export
     from megatron_klear.rollout.ledger.text import run_decoder
 
     decode = run_decoder(options.run_dir)
     if decode is None:
         print("no text: the tokenizer that config.yaml names cannot be read; --tokens writes ids", file=sys.stderr)
-    count = export(reader, _chosen(options), options.out, decode, tokens=options.tokens)
+    with reader.snapshot():
+        count = export(reader, _chosen(options), options.out, decode, tokens=options.tokens)
     print(f"{count} responses written to {options.out}")
+    return EXIT_DONE
+
+
+def _events(reader: LedgerReader, options: argparse.Namespace) -> int:
+    from megatron_klear.observe.console import make_console
+    from megatron_klear.rollout.ledger.history import print_events
+
+    rows = reader.event_rows(options.prompt_id, options.event, _one_more(options.limit))
+    print_events(make_console(sys.stdout), rows, options.limit)
+    return EXIT_DONE
+
+
+def _check(reader: LedgerReader, options: argparse.Namespace) -> int:
+    from megatron_klear.observe.console import make_console
+    from megatron_klear.rollout.ledger.history import print_check
+
+    with reader.snapshot():
+        states, wrong = reader.states(), reader.trained_not_once()
+        trained, promised = reader.steps("trained"), reader.steps("committed")
+    print_check(make_console(sys.stdout), states, trained, promised, wrong)
+    return EXIT_FAILED if wrong else EXIT_DONE
+
+
+def _one_more(limit: int) -> int:
+    """How many lines to ask for, so that a line too many tells that not all are shown."""
+    return limit + 1 if limit >= 0 else limit
 
 
 def _chosen(options: argparse.Namespace) -> GroupFilter:
@@ -108,7 +163,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     parser.add_argument("run_dir", metavar="RUN_DIR", type=Path, help="run directory; it holds ledger.sqlite")
-    actions = parser.add_subparsers(required=True, metavar="list|show|export")
+    actions = parser.add_subparsers(required=True, metavar="list|show|export|events|check")
 
     listing = actions.add_parser("list", help="a table of groups, or with --responses of responses")
     listing.add_argument("--responses", action="store_true", help="one line per response")
@@ -129,6 +184,17 @@ def _parser() -> argparse.ArgumentParser:
     exporting.add_argument("--tokens", action="store_true", help="also token ids and logprobs")
     exporting.set_defaults(action=_export)
 
+    history = actions.add_parser("events", help="the history: trained, rolled back, drawn again and why, resumed, ...")
+    history.add_argument("--prompt-id", metavar="ID", help="of this prompt; %% stands for any text")
+    history.add_argument("--event", choices=EVENTS, metavar="NAME", help=f"one of: {', '.join(EVENTS)}")
+    history.add_argument("--limit", type=int, default=40, metavar="N", help="most lines, newest first (40; -1: all)")
+    history.set_defaults(action=_events)
+
+    checking = actions.add_parser(
+        "check", help="whether every trained group was trained once; exit status 1 where one was not"
+    )
+    checking.set_defaults(action=_check)
+
     for command in (listing, exporting):
         _add_filters(command)
     return parser
@@ -145,6 +211,7 @@ def _add_filters(parser: argparse.ArgumentParser) -> None:
     filters.add_argument("--min-tokens", type=int, metavar="N", help="at least N tokens")
     filters.add_argument("--max-tokens", type=int, metavar="N", help="at most N tokens")
     filters.add_argument("--version", type=int, metavar="V", help="some of its tokens are from weights of version V")
+    filters.add_argument("--domain", choices=get_args(Domain), help="of the prompt")
     filters.add_argument("--prompt-id", metavar="ID", help="of this prompt; %% stands for any text")
 
 

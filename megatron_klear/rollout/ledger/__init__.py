@@ -6,8 +6,9 @@ A group moves along `reserved -> generated -> graded -> committed -> trained`, o
 
 from __future__ import annotations
 
-from megatron_klear.rollout.ledger.entries import STATES, GroupState, StoredGroup
-from megatron_klear.rollout.ledger.reading import GroupFilter, LedgerReader, ResponseRow
+from megatron_klear.rollout.ledger.entries import EVENTS, STATES, GroupState, StoredGroup
+from megatron_klear.rollout.ledger.filter import GroupFilter
+from megatron_klear.rollout.ledger.reading import LedgerReader, ResponseRow
 from megatron_klear.rollout.ledger.replay import replay_step, require_steps, scored_group, with_names_of_their_own
 from megatron_klear.rollout.ledger.resuming import LedgerPosition, Reconciled, open_groups, position, reconcile
 from megatron_klear.rollout.ledger.terms import OPENING, Terms, UnderOtherTerms, check_replay
@@ -17,6 +18,7 @@ LEDGER_FILE = "ledger.sqlite"
 """Name of the ledger below `run.dir`."""
 
 __all__ = [
+    "EVENTS",
     "LEDGER_FILE",
     "OPENING",
     "STATES",

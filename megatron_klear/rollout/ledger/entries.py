@@ -13,6 +13,10 @@ GroupState = Literal["reserved", "generated", "graded", "committed", "trained"]
 STATES: tuple[GroupState, ...] = get_args(GroupState)
 """In the order a group passes through them."""
 
+EventName = Literal["trained", "rolled back", "drawn again", "graded again", "restored", "resumed", "emptied"]
+EVENTS: tuple[EventName, ...] = get_args(EventName)
+"""What the history tells of; `resumed` and `emptied` are of the whole ledger, the others of groups."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class StoredGroup:

@@ -11,7 +11,8 @@ from typing import Any
 
 from megatron_klear.errors import DataError
 from megatron_klear.rollout.ledger.entries import StoredGroup
-from megatron_klear.rollout.ledger.reading import GroupFilter, LedgerReader, ResponseRow
+from megatron_klear.rollout.ledger.filter import GroupFilter
+from megatron_klear.rollout.ledger.reading import LedgerReader, ResponseRow
 from megatron_klear.rollout.ledger.terms import recorded_opening
 from megatron_klear.rollout.ledger.text import Decode
 
@@ -22,7 +23,7 @@ def export(reader: LedgerReader, chosen: GroupFilter, out: Path, decode: Decode 
     """Write the chosen responses; the file appears whole or not at all.
 
     Args:
-        reader: of the ledger.
+        reader: of the ledger; in its `snapshot`, where a run may be writing.
         chosen: which responses.
         out: a name ending in `.jsonl` or `.parquet`.
         decode: makes text of tokens; None leaves texts out. What the chat template opened for the responses, as
@@ -62,11 +63,14 @@ def _rows(reader: LedgerReader, chosen: GroupFilter, decode: Decode | None, toke
 def _row(row: ResponseRow, group: StoredGroup, opening: str, decode: Decode | None, tokens: bool) -> dict[str, Any]:
     rollout = group.rollouts.get(row.response_index)  # absent when its tokens were removed to save space
     values: dict[str, Any] = {
+        "group_id": row.group_id,
         "prompt_id": row.prompt_id,
+        "domain": group.prompt.domain,
         "epoch": row.epoch,
         "response_index": row.response_index,
         "state": row.state,
         "step": row.step,
+        "draws": group.draws,
         "finish_reason": row.finish_reason,
         "num_tokens": row.num_tokens,
         "policy_versions": [list(run) for run in row.versions],
@@ -102,7 +106,8 @@ def _write_parquet(rows: Iterator[dict[str, Any]], file: Path) -> int:
     except ImportError as error:
         raise DataError("OUT: Parquet needs the package pyarrow, which is not installed; write .jsonl") from error
     kinds = {
-        **dict.fromkeys(("epoch", "response_index", "step", "num_tokens", "requests"), arrow.int64()),
+        **dict.fromkeys(("group_id", "epoch", "response_index", "step", "draws"), arrow.int64()),
+        **dict.fromkeys(("num_tokens", "requests"), arrow.int64()),
         **dict.fromkeys(("prompt_token_ids", "token_ids"), arrow.list_(arrow.int64())),
         "policy_versions": arrow.list_(arrow.list_(arrow.int64())),
         "logprobs": arrow.list_(arrow.float32()),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,61 +12,9 @@ from typing import Any, Self
 from megatron_klear.rollout.ledger.database import open_for_reading, readable_errors
 from megatron_klear.rollout.ledger.encoding import unpack_versions
 from megatron_klear.rollout.ledger.entries import StoredGroup
+from megatron_klear.rollout.ledger.filter import GroupFilter, id_pattern
 from megatron_klear.rollout.ledger.loading import load_groups
 from megatron_klear.rollout.ledger.schema import TRAINED_NOT_ONCE
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GroupFilter:
-    """Which responses to look at; None asks for nothing.
-
-    Attributes:
-        state: of the group.
-        step: that the group is committed to or was trained in.
-        outcome: of the response's grade.
-        min_reward, max_reward: of the response, both included.
-        min_tokens, max_tokens: its length, both included.
-        version: a version that some of its tokens were sampled from.
-        prompt_id: exactly, or with `%` for any text.
-        epoch: pass over the data.
-        whole_id: as prompt_id, where `%` stands for itself.
-    """
-
-    state: str | None = None
-    step: int | None = None
-    outcome: str | None = None
-    min_reward: float | None = None
-    max_reward: float | None = None
-    min_tokens: int | None = None
-    max_tokens: int | None = None
-    version: int | None = None
-    prompt_id: str | None = None
-    epoch: int | None = None
-    whole_id: str | None = None
-
-    def where(self) -> tuple[str, list[Any]]:
-        """An SQL condition over `g` (groups) and `r` (responses, absent for groups without any), and its values."""
-        # A reward of an ungraded response is stored as 0 and means nothing.
-        conditions: list[tuple[str, Any]] = [
-            ("g.state = ?", self.state),
-            ("g.step = ?", self.step),
-            ("r.outcome = ?", self.outcome),
-            ("r.outcome != 'ungraded' AND r.reward >= ?", self.min_reward),
-            ("r.outcome != 'ungraded' AND r.reward <= ?", self.max_reward),
-            ("r.num_tokens >= ?", self.min_tokens),
-            ("r.num_tokens <= ?", self.max_tokens),
-            ("EXISTS (SELECT 1 FROM json_each(r.versions) v WHERE json_extract(v.value, '$[0]') = ?)", self.version),
-            ("g.prompt_id GLOB ?", None if self.prompt_id is None else _pattern(self.prompt_id)),
-            ("g.epoch = ?", self.epoch),
-            ("g.prompt_id = ?", self.whole_id),
-        ]
-        asked = [(text, value) for text, value in conditions if value is not None]
-        return " AND ".join(f"({text})" for text, _ in asked) or "1", [value for _, value in asked]
-
-
-def _pattern(prompt_id: str) -> str:
-    """For SQL's GLOB, in which unlike in LIKE upper and lower case differ; only `%` stands for something else."""
-    return "".join("*" if c == "%" else f"[{c}]" if c in "*?[" else c for c in prompt_id)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,6 +75,28 @@ class ResponseRow:
     reason: str | None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EventRow:
+    """A line of the history; what was noted of several groups in one go is one line.
+
+    Attributes:
+        at: seconds since 1970.
+        event: what happened.
+        step: that it concerns, if any.
+        detail: why, in words.
+        groups: how many groups it was noted of; 0 for the run as a whole.
+        prompt_id, epoch: of the group, where it is one and still there.
+    """
+
+    at: float
+    event: str
+    step: int | None
+    detail: str
+    groups: int
+    prompt_id: str | None
+    epoch: int | None
+
+
 _GROUP_ROWS = """
 SELECT g.group_id, g.epoch, g.prompt_id, g.state, g.step, g.draws,
        COUNT(r.response_index) - COALESCE(SUM(r.finish_reason = 'abort'), 0) AS finished, g.num_responses,
@@ -140,6 +111,14 @@ SELECT g.group_id, g.epoch, g.prompt_id, g.state, g.step, r.response_index, r.fi
        r.attempts, r.outcome, r.reward, r.reason
 FROM groups g JOIN responses r USING (group_id)
 WHERE {where} ORDER BY g.group_id {direction}, r.response_index LIMIT {limit}
+"""
+# What is noted in one go has one time.
+_EVENT_ROWS = """
+SELECT e.at, e.event, e.step, e.detail, COUNT(e.group_id) AS of_groups,
+       CASE WHEN COUNT(e.group_id) = 1 THEN MIN(g.prompt_id) END, CASE WHEN COUNT(e.group_id) = 1 THEN MIN(g.epoch) END
+FROM events e LEFT JOIN groups g USING (group_id)
+WHERE (?1 IS NULL OR g.prompt_id GLOB ?1) AND (?2 IS NULL OR e.event = ?2)
+GROUP BY e.at, e.event, e.step, e.detail ORDER BY MAX(e.event_id) DESC LIMIT {limit}
 """
 
 
@@ -165,6 +144,19 @@ class LedgerReader:
     ) -> None:
         self._connection.close()
 
+    @contextlib.contextmanager
+    def snapshot(self) -> Iterator[None]:
+        """All that is read inside is of one moment, that of the first read, whatever is written meanwhile.
+
+        The write-ahead log grows until it ends: nothing that waits for a person belongs inside.
+        """
+        with readable_errors(self.file):
+            self._connection.execute("BEGIN")
+        try:
+            yield
+        finally:
+            self._connection.rollback()
+
     def fact(self, name: str) -> str | None:
         """A fact noted about the run; None when there is none."""
         rows = list(self._rows("SELECT value FROM facts WHERE name = ?", [name]))
@@ -174,9 +166,10 @@ class LedgerReader:
         """Number of groups per state."""
         return dict(self._rows("SELECT state, COUNT(*) FROM groups GROUP BY state"))
 
-    def steps(self) -> list[int]:
-        """Steps that have groups, going up."""
-        return [row[0] for row in self._rows("SELECT DISTINCT step FROM groups WHERE step IS NOT NULL ORDER BY step")]
+    def steps(self, state: str | None = None) -> list[int]:
+        """Steps that have groups, or groups in this state, going up."""
+        query = "SELECT DISTINCT step FROM groups WHERE step IS NOT NULL AND (?1 IS NULL OR state = ?1) ORDER BY step"
+        return [row[0] for row in self._rows(query, [state])]
 
     def group_rows(self, chosen: GroupFilter, limit: int = -1) -> list[GroupRow]:
         """Groups with a response that the filter lets through, newest first; a negative limit gives all."""
@@ -214,6 +207,20 @@ class LedgerReader:
     def events(self) -> list[tuple[float, str, int | None, int | None, str]]:
         """(time, event, group_id, step, detail) of all that was noted, oldest first."""
         return self._rows("SELECT at, event, group_id, step, detail FROM events ORDER BY event_id")
+
+    def event_rows(self, prompt_id: str | None = None, event: str | None = None, limit: int = -1) -> list[EventRow]:
+        """The history, newest first; a negative limit gives all of it.
+
+        Args:
+            prompt_id: only of this prompt; `%` stands for any text.
+            event: only this event.
+            limit: most lines.
+        """
+        values = [None if prompt_id is None else id_pattern(prompt_id), event]
+        return [
+            EventRow(**dict(zip(EventRow.__dataclass_fields__, row, strict=True)))
+            for row in self._rows(_EVENT_ROWS.format(limit=int(limit)), values)
+        ]
 
     def _rows(self, query: str, values: list[Any] | None = None) -> list[Any]:
         with readable_errors(self.file):

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypeVar
 
-from rich import box
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from megatron_klear.rollout.ledger.entries import STATES, StoredGroup
 from megatron_klear.rollout.ledger.reading import GroupRow, ResponseRow
+from megatron_klear.rollout.ledger.tables import make_table, or_dash, shown, span, up_to
 from megatron_klear.rollout.ledger.text import Decode
 
-Row = TypeVar("Row")
-
 _COLOURS = {"correct": "green", "wrong": "red", "malformed": "red", "partial": "yellow", "ungraded": "yellow"}
+_ALL_COLUMNS_WIDTH = 140
+_REASON_CHARACTERS = 80
 
 
 def print_groups(console: Console, rows: Sequence[GroupRow], states: dict[str, int], limit: int) -> None:
@@ -28,52 +26,75 @@ def print_groups(console: Console, rows: Sequence[GroupRow], states: dict[str, i
         states: number of groups per state.
         limit: most lines.
     """
-    table = _table("prompt", "epoch", "state", "step", "done", "correct", "reward", "tokens", "versions", "redrawn")
-    for row in _up_to(rows, limit):
+    table = make_table("prompt", "epoch", "state", "step", "done", "correct", "reward", "tokens", "versions", "redrawn")
+    for row in up_to(rows, limit):
         table.add_row(
             escape(row.prompt_id),
             str(row.epoch),
             row.state,
-            _or_dash(row.step),
+            or_dash(row.step),
             f"{row.finished}/{row.num_responses}",
             str(row.correct) if row.reward is not None else "-",
-            _or_dash(row.reward, "+.2f"),
-            _or_dash(row.tokens, ".0f"),
-            _span(row.oldest_version, row.newest_version),
+            or_dash(row.reward, "+.2f"),
+            or_dash(row.tokens, ".0f"),
+            span(row.oldest_version, row.newest_version),
             str(row.draws) if row.draws else "",
         )
     console.print(table)
     counted = ", ".join(f"{states[state]:,} {state}" for state in STATES if state in states)
-    console.print(f"groups: {counted or 'none'}; {_shown(rows, limit)}", highlight=False)
+    console.print(f"groups: {counted or 'none'}; {shown(rows, limit)}", highlight=False)
 
 
-def print_responses(console: Console, rows: Sequence[ResponseRow], limit: int) -> None:
-    """One line per response; arguments as of `print_groups`."""
-    table = _table(
-        "prompt", "epoch", "#", "state", "step", "outcome", "reward", "tokens", "end", "versions", "requests"
-    )
-    for row in _up_to(rows, limit):
+def print_responses(console: Console, rows: Sequence[ResponseRow], limit: int, *, grading: bool = False) -> None:
+    """One line per response.
+
+    Args:
+        console: where to; one that is narrow gets either how responses were made or why they were graded so.
+        rows: newest first; one more than `limit` where there are more.
+        limit: most lines.
+        grading: whether the question is why they were graded so.
+    """
+    left_out: tuple[str, ...] = ()
+    if console.width < _ALL_COLUMNS_WIDTH:
+        left_out = ("end", "versions", "requests") if grading else ("reason",)
+    names = ("prompt", "epoch", "#", "state", "step", "outcome", "reward", "tokens", "end", "versions", "requests",
+             "reason")  # fmt: skip
+    table = make_table(*(name for name in names if name not in left_out))
+    for row in up_to(rows, limit):
         colour = _COLOURS.get(row.outcome or "", "")
-        outcome = f"[{colour}]{row.outcome}[/]" if colour else "-"
-        table.add_row(
-            escape(row.prompt_id),
-            str(row.epoch),
-            str(row.response_index),
-            row.state,
-            _or_dash(row.step),
-            outcome,
-            "-" if row.outcome in (None, "ungraded") else _or_dash(row.reward, "+.2f"),
-            str(row.num_tokens),
-            "unfinished" if row.finish_reason == "abort" else row.finish_reason,
-            " ".join(f"{version}x{count}" for version, count in row.versions),
-            str(row.attempts),
-        )
+        cells = {
+            "prompt": escape(row.prompt_id),
+            "epoch": str(row.epoch),
+            "#": str(row.response_index),
+            "state": row.state,
+            "step": or_dash(row.step),
+            "outcome": f"[{colour}]{row.outcome}[/]" if colour else "-",
+            "reward": "-" if row.outcome in (None, "ungraded") else or_dash(row.reward, "+.2f"),
+            "tokens": str(row.num_tokens),
+            "end": _end(row),
+            "versions": _versions(row),
+            "requests": str(row.attempts),
+            "reason": escape(_shortened(row.reason or "")),
+        }
+        table.add_row(*(cells[name] for name in names if name not in left_out))
     console.print(table)
-    console.print(f"responses: {_shown(rows, limit)}", highlight=False)
+    console.print(f"responses: {shown(rows, limit)}", highlight=False)
+    if left_out:
+        other = "" if grading else ", and --outcome shows it"
+        console.print(
+            f"not shown: {', '.join(left_out)}; a terminal of {_ALL_COLUMNS_WIDTH} columns has room{other}", style="dim"
+        )
 
 
-def print_group(console: Console, group: StoredGroup, decode: Decode | None, index: int | None) -> None:
-    """A group with its prompt and responses in full, or with one response."""
+def print_group(console: Console, group: StoredGroup, responses: Sequence[ResponseRow], decode: Decode | None) -> None:
+    """A group with its prompt and responses in full.
+
+    Args:
+        console: where to.
+        group: of the responses; those without tokens were pruned.
+        responses: which to print.
+        decode: makes text of tokens; None prints ids.
+    """
     prompt = group.prompt
     step = f", step {group.step}" if group.step is not None else ""
     console.print(f"{prompt.prompt_id}, epoch {group.epoch}: {group.state}{step}", style="bold", markup=False)
@@ -81,44 +102,42 @@ def print_group(console: Console, group: StoredGroup, decode: Decode | None, ind
     console.rule("prompt")
     prompt_text = decode(prompt.token_ids) if decode else prompt.text or str(prompt.token_ids.tolist())
     console.print(prompt_text, markup=False, highlight=False)
-    for i, rollout in sorted(group.rollouts.items()):
-        if index is not None and i != index:
+    if not responses:
+        console.print("no responses yet", style="dim")
+    for row in responses:
+        rollout = group.rollouts.get(row.response_index)
+        made = f"{row.num_tokens} tokens, {_end(row)}; versions {_versions(row) or '-'}"
+        if rollout is None:
+            reason = f" ({' '.join(row.reason.split())})" if row.reason else ""
+            console.print(
+                f"response {row.response_index}: {_judged(row)}{reason}; {made}; its tokens were removed "
+                "(scheduling.keep_steps)", markup=False, highlight=False, soft_wrap=True,
+            )  # fmt: skip
             continue
-        grade = group.grades.get(i)
-        judged = "not graded yet" if grade is None else f"{grade.outcome} {grade.reward:+.2f} {grade.reason}".strip()
-        versions = " ".join(f"{version}x{count}" for version, count in rollout.policy_versions)
-        end = "unfinished" if rollout.finish_reason == "abort" else rollout.finish_reason
+        console.rule(f"response {row.response_index}: {_judged(row)}", style=_COLOURS.get(row.outcome or "", ""))
         mean = float(rollout.rollout_logprobs.mean()) if len(rollout.rollout_logprobs) else 0.0
-        console.rule(f"response {i}: {escape(judged)}", style=_COLOURS.get(grade.outcome, "") if grade else "")
-        console.print(
-            f"{len(rollout.response_ids)} tokens, {end}; versions {versions or '-'}; mean logprob {mean:.3f}",
-            style="dim", markup=False,
-        )  # fmt: skip
+        console.print(f"{made}; mean logprob {mean:.3f}", style="dim", markup=False)
+        if row.reason:
+            console.print(f"reason: {row.reason}", style="dim", markup=False, highlight=False)
         text = decode(rollout.response_ids) if decode else str(rollout.response_ids.tolist())
         console.print(text, markup=False, highlight=False)
 
 
-def _table(*names: str) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    texts = {"prompt", "state", "outcome", "end", "versions"}
-    for name in names:
-        table.add_column(name, justify="left" if name in texts else "right", no_wrap=name != "versions")
-    return table
+def _judged(row: ResponseRow) -> str:
+    if row.outcome is None:
+        return "not graded yet"
+    return row.outcome if row.outcome == "ungraded" else f"{row.outcome} {or_dash(row.reward, '+.2f')}"
 
 
-def _up_to(rows: Sequence[Row], limit: int) -> Sequence[Row]:
-    return rows if limit < 0 else rows[:limit]
+def _end(row: ResponseRow) -> str:
+    return "unfinished" if row.finish_reason == "abort" else row.finish_reason
 
 
-def _shown(rows: Sequence[object], limit: int) -> str:
-    return f"the newest {limit} are shown (--limit)" if 0 <= limit < len(rows) else f"{len(rows)} shown"
+def _versions(row: ResponseRow) -> str:
+    return " ".join(f"{version}x{count}" for version, count in row.versions)
 
 
-def _or_dash(value: float | None, form: str = "") -> str:
-    return "-" if value is None else format(value, form)
-
-
-def _span(oldest: int | None, newest: int | None) -> str:
-    if oldest is None:
-        return "-"
-    return str(oldest) if oldest == newest else f"{oldest} to {newest}"
+def _shortened(reason: str) -> str:
+    """For one cell of a table; a reason may quote what a model wrote, whatever that is."""
+    text = " ".join("".join(c if c.isprintable() else " " for c in reason).split())
+    return text if len(text) <= _REASON_CHARACTERS else f"{text[: _REASON_CHARACTERS - 1].rstrip()}…"

@@ -15,7 +15,7 @@ from megatron_klear.errors import RolloutError
 from megatron_klear.records import Grade, Prompt, Rollout
 from megatron_klear.rollout.ledger.database import WriterLock, open_for_writing, readable_errors
 from megatron_klear.rollout.ledger.encoding import pack_logprobs, pack_tokens, pack_versions
-from megatron_klear.rollout.ledger.entries import GroupState, StoredGroup
+from megatron_klear.rollout.ledger.entries import EventName, GroupState, StoredGroup
 from megatron_klear.rollout.ledger.loading import load_groups
 
 
@@ -306,7 +306,9 @@ class Ledger:
         with self.transaction() as db:
             db.execute("INSERT OR REPLACE INTO facts VALUES (?, ?)", [name, value])
 
-    def note(self, event: str, group_ids: Iterable[int | None], *, step: int | None = None, detail: str = "") -> None:
+    def note(
+        self, event: EventName, group_ids: Iterable[int | None], *, step: int | None = None, detail: str = ""
+    ) -> None:
         """Add to the list of events, which nothing ever removes from."""
         now = time.time()
         with self.transaction() as db:

@@ -49,6 +49,8 @@ def reader(ledger, file, advance, make_prompt, make_rollout):
         ({"prompt_id": "[o]dd%"}, set()),
         ({"prompt_id": "a", "epoch": 1}, {"a1.0", "a1.1"}),
         ({"prompt_id": "a", "step": 2}, set()),
+        ({"domain": "math", "step": 2}, {"b0.0", "b0.1"}),
+        ({"domain": "code"}, set()),
     ],
 )
 def test_filters(reader, chosen, expected):
@@ -94,3 +96,18 @@ def test_characters_that_mean_something_to_the_database_stand_for_themselves(led
         for name in names:
             assert [row.prompt_id for row in reader.group_rows(GroupFilter(prompt_id=name))] == [name]
         assert [row.prompt_id for row in reader.group_rows(GroupFilter(prompt_id="a[%"))] == ["a[b]c"]
+
+
+def test_what_was_noted_of_several_groups_in_one_go_is_one_line(reader, ledger):
+    ids = [row.group_id for row in reader.group_rows(GroupFilter(step=1))]
+    ledger.note("rolled back", [*ids, 2], detail="resumed from step 0")
+    newest = reader.event_rows(limit=1)[0]
+    assert (newest.event, newest.groups, newest.prompt_id, newest.detail) == (
+        "rolled back", 2, None, "resumed from step 0",
+    )  # fmt: skip
+    [of_a, trained] = reader.event_rows(prompt_id="a")
+    assert (of_a.event, of_a.groups, of_a.prompt_id, of_a.epoch) == ("rolled back", 1, "a", 0)
+    assert (trained.event, trained.step) == ("trained", 1)
+    assert [row.step for row in reader.event_rows(event="trained")] == [2, 1], "newest first"
+    assert reader.steps("trained") == [1, 2]
+    assert reader.steps("committed") == []
