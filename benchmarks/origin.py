@@ -12,27 +12,31 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def origin(venv: Path) -> dict[str, object]:
-    """Facts for a result with real SGLang servers; ask before the work begins, for the load is then that of others.
+def origin(venv: Path | None = None) -> dict[str, object]:
+    """Facts for a result; ask before the work begins, for the load is then that of others.
 
     Args:
-        venv: SGLang's environment.
+        venv: SGLang's environment, for a result with real servers.
     """
-    asked = "import importlib.metadata as m; print(m.version('sglang'), m.version('torch'))"
-    sglang, torch = subprocess.run(
-        [str(venv / "bin" / "python"), "-c", asked], check=True, capture_output=True, text=True
-    ).stdout.split()
+    served = {} if venv is None else _versions_of_servers(venv)
     return {
         "date": time.strftime("%Y-%m-%d"),
         "commit": _git("rev-parse", "--short", "HEAD"),
         "uncommitted_changes": bool(_git("status", "--porcelain", "--untracked-files=no")),
-        "sglang": sglang,
-        "torch_of_sglang": torch,
+        **served,
         "torch": version("torch"),
         "megatron_core": version("megatron-core"),
         "load_average_before": [round(load, 2) for load in os.getloadavg()],
         "machine": {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()},
     }
+
+
+def _versions_of_servers(venv: Path) -> dict[str, str]:
+    asked = "import importlib.metadata as m; print(m.version('sglang'), m.version('torch'))"
+    sglang, torch = subprocess.run(
+        [str(venv / "bin" / "python"), "-c", asked], check=True, capture_output=True, text=True
+    ).stdout.split()
+    return {"sglang": sglang, "torch_of_sglang": torch}
 
 
 def _git(*words: str) -> str:

@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import shutil
 import socket
 import statistics
@@ -28,6 +27,10 @@ from typing import Any
 import psutil
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.origin import origin  # noqa: E402
+
 RESULT = Path(__file__).with_name("results") / "quickstart_engines.json"
 CONTESTANTS: dict[str, list[str]] = {
     "local": [],
@@ -149,6 +152,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULT)
     arguments = parser.parse_args()
     rounds: list[dict[str, dict[str, float]]] = []
+    told = origin(Path(arguments.venv))
     if arguments.add and arguments.out.is_file():
         rounds = json.loads(arguments.out.read_text())["rounds"]
     chosen = [name for name in CONTESTANTS if name in arguments.only.split(",")]
@@ -160,8 +164,7 @@ def main() -> None:
             entry[name] = summary(run.rows())
             entry[name]["load average"] = os.getloadavg()[0]
             print(f"{name}: {entry[name]}", flush=True)
-            machine = {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()}
-            result = {"machine": machine, "steps": arguments.steps - 1, "rounds": rounds}
+            result = {**told, "steps": arguments.steps - 1, "rounds": rounds}
             arguments.out.write_text(json.dumps(result, indent=1) + "\n")
     print(table(rounds))
 

@@ -49,6 +49,10 @@ from megatron_klear.rollout.manager import Sampling, Scheduler
 from megatron_klear.rollout.simulation import SimulatedEngine, run_simulated
 from megatron_klear.rollout.simulation.clock import run_inline
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.origin import origin
+
 MODES = ("sync", "one_step_off", "async")
 BUDGET, PROMPT_TOKENS = 4096, 64
 MEDIAN_TOKENS, SIGMA = 400.0, 0.9
@@ -295,7 +299,7 @@ def main() -> None:
     if options.mode:
         print(json.dumps(asdict(measure(options.mode, options.engines, options.slots, options.steps))))
         return
-    results = []
+    results, told = [], origin()
     runs = [(mode, options.slots, options.steps) for mode in MODES] + [
         ("async", options.full_slots, options.full_steps)
     ]
@@ -317,7 +321,8 @@ def main() -> None:
             flush=True,
         )
     report = {
-        "machine": {"processor": platform.processor() or platform.machine(), "python": platform.python_version()},
+        **told,
+        "python": platform.python_version(),
         "lengths": {"median": MEDIAN_TOKENS, "sigma": SIGMA, "limit": BUDGET},
         "seconds": {"token": SECONDS_PER_TOKEN, "train": TRAIN_SECONDS, "publish": PUBLISH_SECONDS},
         "results": [asdict(result) for result in results],
