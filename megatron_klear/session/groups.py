@@ -25,4 +25,6 @@ def step_groups(session: Session, prompts: PromptData, rollouts: Rollouts | Reco
     if not isinstance(engine, ServedEngine):
         return RunLedger(session, prompts)
     engine.expect_manager()
-    return ManagedGroups(session, prompts, rollouts, engine.endpoints, engine.restart, engine.most_requests)
+    return ManagedGroups(
+        session, prompts, rollouts, engine.endpoints, engine.restart, engine.most_requests, engine.servers_each
+    )

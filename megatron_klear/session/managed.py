@@ -50,6 +50,7 @@ class ManagedGroups:
         endpoints: called on rank 0 once the engines have their first weights.
         restart: see `RolloutManager`.
         most_requests: called with `endpoints`: how many requests one generates for at a time, None if not known.
+        servers_each: servers behind one endpoint.
 
     Raises:
         CheckpointError: the ledger cannot be used, or is not the one of the run's checkpoint.
@@ -63,9 +64,11 @@ class ManagedGroups:
         endpoints: Callable[[], Sequence[Endpoint]],
         restart: Restart | None = None,
         most_requests: Callable[[], int | None] = lambda: None,
+        servers_each: int = 1,
     ) -> None:
         self.session, self._prompts, self._rollouts = session, prompts, rollouts
         self._endpoints, self._restart, self._most_requests = endpoints, restart, most_requests
+        self._servers_each = servers_each
         self._close = ExitStack()
         self._ledger: Ledger | None = None
         self._manager: RolloutManager | None = None
@@ -220,7 +223,7 @@ class ManagedGroups:
 
         One that waits there is bound to it, while another may have room; and how long it waits says nothing of it.
         """
-        wanted, most = self.session.settings.scheduling.in_flight, self._most_requests()
+        wanted, most = self.session.settings.scheduling.in_flight * self._servers_each, self._most_requests()
         if most is not None and most < wanted:
             log.info(
                 "an engine gets %d requests at a time: more would wait in it (scheduling.in_flight %d)", most, wanted

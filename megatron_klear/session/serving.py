@@ -200,10 +200,17 @@ class ServedEngine:
             return self._restarts.endpoints()
         return [self._engine.another_endpoint(index) for index in range(len(self._engine.engines))]
 
+    @property
+    def servers_each(self) -> int:
+        """Servers behind one endpoint: behind a router all of them."""
+        sglang = self.session.settings.sglang
+        return 1 if sglang.router_url is None else len(sglang.urls)
+
     def most_requests(self) -> int | None:
         """On the first rank: requests that an endpoint generates for at a time; None when that is not known."""
         assert self._engine is not None
-        return None if self.session.settings.sglang.router_url is not None else self._engine.most_running
+        most = self._engine.most_running
+        return None if most is None else most * self.servers_each
 
     @property
     def restart(self) -> Restart | None:

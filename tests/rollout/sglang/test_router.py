@@ -3,14 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import socket
-import subprocess
-import time
-import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,44 +20,6 @@ from megatron_klear.rollout.sglang.router import RoutedEndpoint, require_workers
 from tests.rollout.sglang.conftest import VOCAB, Handler, StandIn, chunk, standing_in
 
 OPTIONS: dict[str, Any] = {"vocab_size": VOCAB, "context_length": 512, "incremental": True, "stream_interval": 1}
-
-
-@pytest.fixture
-def start_router(tmp_path: Path) -> Iterator[Callable[..., str]]:
-    """Starts `sglang_router` of SGLang's environment in front of servers; returns its URL."""
-    venv = Path(os.environ.get("KLEAR_SGLANG_VENV") or Path(__file__).parents[3] / ".venv-sglang")
-    python = venv / "bin" / "python"
-    if not python.exists() or subprocess.run([python, "-c", "import sglang_router"], capture_output=True).returncode:
-        pytest.skip(f"needs sglang_router in SGLang's environment ({venv}); tools/setup_sglang.sh installs it")
-    routers: list[subprocess.Popen[bytes]] = []
-
-    def start(urls: list[str]) -> str:
-        with socket.socket() as probe, socket.socket() as metrics:
-            probe.bind(("127.0.0.1", 0))
-            metrics.bind(("127.0.0.1", 0))
-            port, metrics_port = probe.getsockname()[1], metrics.getsockname()[1]
-        command = [
-            str(python), "-m", "sglang_router.launch_router", "--host", "127.0.0.1", "--port", str(port),
-            "--prometheus-port", str(metrics_port), "--policy", "round_robin", "--worker-urls", *urls,
-        ]  # fmt: skip
-        log = (tmp_path / "router.log").open("wb")
-        routers.append(subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT))
-        url, deadline = f"http://127.0.0.1:{port}", time.monotonic() + 60
-        while time.monotonic() < deadline:
-            try:
-                with urllib.request.urlopen(f"{url}/workers", timeout=5) as page:
-                    if page.read().count(b'"url"') == len(urls):
-                        return url
-            except OSError:
-                pass
-            assert routers[-1].poll() is None, (tmp_path / "router.log").read_text()
-            time.sleep(0.1)
-        pytest.fail(f"no router after 60 s:\n{(tmp_path / 'router.log').read_text()}")
-
-    yield start
-    for router in routers:
-        router.kill()
-        router.wait()
 
 
 @pytest.fixture
