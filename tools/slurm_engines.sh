@@ -5,7 +5,7 @@
 # with the others, and sends it the weights of the last publish when it answers again (weight_sync.keep_on_disk). When
 # one ends in the middle of a broadcast (weight_sync.transport=distributed), the others are sent the weights again.
 # What no restart mends, a command that is not there or a port that others keep, ends them before they have begun.
-# SIGTERM ends them all.
+# SIGTERM ends them all, with status 0: told to end, they have not given up.
 set -uo pipefail
 count=$1 tp=$2 port=$3
 shift 3
@@ -47,6 +47,9 @@ serve() {
 trap 'kill $(jobs -p) 2>/dev/null; wait; exit 0' TERM
 [[ -x $(command -v "$1") ]] || refuse KLEAR_SGLANG_VENV "there is no $1 (tools/setup_sglang.sh makes it)"
 for ((index = 0; index < count; index++)); do require_free $((port + index)); done
-for ((index = 0; index < count; index++)); do serve "$index" "$@" & done
-wait
-exit 1 # only when every engine gave up
+servers=()
+for ((index = 0; index < count; index++)); do serve "$index" "$@" & servers+=("$!"); done
+# Slurm's SIGTERM goes to every process, and may end those that serve before this shell has it.
+status=0
+for server in "${servers[@]}"; do wait "$server" || status=1; done
+exit "$status" # 1 only when an engine gave up
