@@ -7,7 +7,7 @@
 # (weight_sync.transport=distributed), the others are sent the weights again. One that hangs is ended when the trainer
 # asks for it by a file ADDRESS_PORT in KLEAR_ENGINE_REQUESTS (sglang.restart_requests).
 # What no restart mends, a command that is not there or a port that others keep, ends them before they have begun.
-# SIGTERM ends them all.
+# SIGTERM ends them all, with status 0: told to end, they have not given up.
 set -uo pipefail
 count=$1 tp=$2 port=$3
 shift 3
@@ -77,6 +77,9 @@ trap 'kill $(jobs -p) 2>/dev/null; wait; exit 0' TERM
 # As the trainer knows this node.
 address=$(scontrol --oneliner show node "${SLURMD_NODENAME:-}" 2>/dev/null | sed -n 's/.* NodeAddr=\([^ ]*\).*/\1/p')
 for ((index = 0; index < count; index++)); do require_free $((port + index)); done
-for ((index = 0; index < count; index++)); do serve "$index" "$@" & done
-wait
-exit 1 # only when every engine gave up
+servers=()
+for ((index = 0; index < count; index++)); do serve "$index" "$@" & servers+=("$!"); done
+# Slurm's SIGTERM goes to every process, and may end those that serve before this shell has it.
+status=0
+for server in "${servers[@]}"; do wait "$server" || status=1; done
+exit "$status" # 1 only when an engine gave up

@@ -11,7 +11,11 @@
 #   2  bad input          the job ends: the same input would be refused again
 #   1  failed             the job ends: look at the log; submitted again, it resumes. So it does when all engines gave up
 #   75 stopped and saved  the job is requeued and resumes, KLEAR_MAX_RESTARTS times at most
-# After a node failure Slurm itself requeues; those restarts count too, and the run goes on from its last checkpoint.
+# After a node failure, or a preemption without time to save, Slurm itself requeues; those restarts count too, and the
+# run goes on from its last checkpoint.
+#
+# A preemption with time to save comes as USR1 to this script or, by Slurm's default, as SIGTERM to every process of every
+# step and nothing to this script. Ranks act on that, torchrun and the check do not, and engines end.
 
 readonly BAD_INPUT=2 RESUMABLE=75
 readonly GIVE_UP_SECONDS=120 # that a trainer without engines may take to save
@@ -136,7 +140,10 @@ run_step() {
 # Refuses bad settings with status 2 before any node is kept busy, and finds out where the run keeps its logs.
 check_settings() {
     local found status=0 log=''
+    # A preemption's SIGTERM must not look like settings that are refused.
+    # shellcheck disable=SC2016  # expanded on the node
     found=$(run_step check "${train_nodes[0]}" -- env WORLD_SIZE="$world_size" LOCAL_WORLD_SIZE="$ranks" \
+        bash -c 'trap "" TERM; exec "$@"' check \
         python -m "megatron_klear.$entry" --check "$@" "${engine_settings[@]}") || status=$?
     if ((status)); then
         say "the check of the settings ended with status $status (2: refused); nothing was started"
@@ -204,19 +211,25 @@ ask_trainer_to_stop() {
     done &
 }
 
-# To the trainer's end. Engines that end before it have all given up, and it would wait for them in vain.
+# To the trainer's end. Engines that end before it have all given up or, with status 0, were told to end by Slurm before
+# a preemption; the trainer would wait for them in vain.
 wait_for_trainer() {
     local deadline=''
     [[ -n $trainer ]] || return 0
     while kill -0 "$trainer" 2>/dev/null; do
         if [[ -z $engines || -n $ended ]]; then
             wait "$trainer"
-        elif [[ -n $gave_up ]] && ((SECONDS > deadline)); then
+        elif [[ -n $deadline ]] && ((SECONDS > deadline)); then
             say "the trainer did not stop within $GIVE_UP_SECONDS s; it is ended"
             return # its step ends with this script
-        elif [[ -z $gave_up ]] && ! kill -0 "$engines" 2>/dev/null; then
-            gave_up=1 deadline=$((SECONDS + GIVE_UP_SECONDS))
-            say "no engine is left: all gave up; $(end_of_engines_log)" | tee -a "$logs/train-$job-$attempt.log"
+        elif [[ -z $deadline ]] && ! kill -0 "$engines" 2>/dev/null; then
+            deadline=$((SECONDS + GIVE_UP_SECONDS))
+            if wait "$engines"; then
+                say "Slurm told the engines to end, as it does before a preemption"
+            else
+                gave_up=1
+                say "no engine is left: all gave up; $(end_of_engines_log)" | tee -a "$logs/train-$job-$attempt.log"
+            fi
             ask_trainer_to_stop "the trainer stops, and saves what it has"
         else
             sleep 2 &

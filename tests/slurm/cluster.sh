@@ -78,7 +78,11 @@ ReturnToService=0
 KillWait=5
 SlurmdParameters=config_overrides
 SchedulerParameters=sched_interval=2
-PartitionName=tests Nodes=ALL Default=YES MaxTime=INFINITE State=UP
+# Jobs of the second partition take nodes from those of the first, which are told a minute before.
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+PartitionName=tests Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=60
+PartitionName=urgent Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=2 PreemptMode=OFF
 CONF
     for ((number = 1; number <= nodes; number++)); do
         echo "NodeName=n$number NodeHostname=$host NodeAddr=127.0.0.1 Port=${ports[number]} CPUs=2 RealMemory=4000"
@@ -100,7 +104,7 @@ start() {
     slurmctld
     for ((number = 1; number <= nodes; number++)); do slurmd -N "n$number"; done
     deadline=$((SECONDS + 30))
-    until [[ $(sinfo --noheader --Node --format=%t 2>/dev/null | grep -c '^idle$') == "$nodes" ]]; do
+    until [[ $(sinfo --noheader --Node --partition=tests --format=%t 2>/dev/null | grep -c '^idle$') == "$nodes" ]]; do
         ((SECONDS < deadline)) || fail "not all nodes became idle in 30 s; see $dir/log"
         sleep 0.2
     done

@@ -106,6 +106,11 @@ class Slurm:
         ).strip()  # fmt: skip
         return Job(self, number, folder / f"slurm-{number}.out")
 
+    def preempt(self) -> Job:
+        """A short job that needs both nodes and may take them from other jobs."""
+        options = ["--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 1"]
+        return Job(self, self.call("sbatch", "--parsable", *options).strip(), Path("/dev/null"))
+
 
 @pytest.fixture(scope="session")
 def slurm() -> Iterator[Slurm]:

@@ -72,6 +72,41 @@ def test_warned_job_saves_requeues_and_ends_with_the_same_bits(slurm, undisturbe
     assert weights(run) == weights(undisturbed)
 
 
+def test_preempted_job_ends_with_the_same_bits(slurm, undisturbed, sft_arguments, tmp_path):
+    """Twice: with a grace time, in which it saves and requeues itself, and without one, where Slurm requeues it."""
+    run = tmp_path / "run"
+    job = slurm.submit("sft.slurm", sft_arguments(run), tmp_path, ["--nodes=2"], KLEAR_RANKS_PER_NODE="1")
+    wait_for_steps(job, run, 5)
+    urgent = slurm.preempt()
+    job.restarted()
+    stopped_after = logged_steps(run)[-1]
+    assert stopped_after < STEPS
+    assert (run / "checkpoints" / f"step_{stopped_after:08d}" / "manifest.json").is_file()
+    assert "asked to stop" in (run / "logs" / f"train-{job.number}-0.log").read_text()
+    assert "stopped and saved; requeued to go on" in job.story()
+    assert urgent.ended()["JobState"] == "COMPLETED"
+
+    slurm.call("scontrol", "update", "PartitionName=tests", "GraceTime=0")
+    try:
+        wait_for_steps(job, run, stopped_after + 5)
+        urgent = slurm.preempt()
+        job.restarted(times=2)
+    finally:
+        slurm.call("scontrol", "update", "PartitionName=tests", "GraceTime=60")
+    assert logged_steps(run)[-1] < STEPS
+    assert "DUE TO PREEMPTION" in job.story()
+    assert urgent.ended()["JobState"] == "COMPLETED"
+
+    fields = job.ended()
+    assert (fields["JobState"], fields["ExitCode"], fields["Restarts"]) == ("COMPLETED", "0:0", "2"), job.story()
+    assert job.story().count("requeued to go on") == 1, "Slurm itself did the second time"
+    checks = [(run / "logs" / f"check-{job.number}-{attempt}.log").read_text() for attempt in (1, 2)]
+    assert f"start: resume step_{stopped_after:08d}" in checks[0]
+    assert "start: resume step_" in checks[1]
+    assert logged_steps(run) == list(range(1, STEPS + 1)), "every step is logged once"
+    assert weights(run) == weights(undisturbed)
+
+
 def test_two_nodes_survive_the_failure_of_one_with_the_same_bits(slurm, undisturbed, sft_arguments, tmp_path):
     run = tmp_path / "run"
     arguments = [*sft_arguments(run), "checkpoint.every_steps=10"]
