@@ -10,7 +10,7 @@ from megatron_klear.config import Architecture
 from megatron_klear.model.hf_names import tensor_rules
 from megatron_klear.weight_sync.buckets import bucketed
 
-_SHARED_MEMORY = "/dev/shm"
+SHARED_MEMORY = "/dev/shm"
 _AT_A_TIME = 3
 """Buckets: one that is made, one that engines load, and one that they may hold still."""
 
@@ -18,7 +18,7 @@ _AT_A_TIME = 3
 def free_bytes() -> int:
     """Free shared memory of this machine, in bytes."""
     try:
-        free = os.statvfs(_SHARED_MEMORY)
+        free = os.statvfs(SHARED_MEMORY)
     except OSError:
         return 0
     return free.f_bavail * free.f_frsize
@@ -49,7 +49,7 @@ def lack_of_shared_memory(arch: Architecture, *, dtype: str, bucket_bytes: int, 
         ranks: of this machine, each of which takes as much.
     """
     free, needed = free_bytes(), ranks * needed_bytes(arch, dtype=dtype, bucket_bytes=bucket_bytes)
-    return "" if free > needed else f"{_SHARED_MEMORY} has {free} bytes free, and {needed} are needed"
+    return "" if free > needed else f"{SHARED_MEMORY} has {free} bytes free, and {needed} are needed"
 
 
 def no_room(num_bytes: int, why: str) -> str:
@@ -60,7 +60,7 @@ def no_room(num_bytes: int, why: str) -> str:
         why: what the system said.
     """
     return (
-        f"{_SHARED_MEMORY} has no room for a bucket of {num_bytes} bytes ({free_bytes()} are free): {why}; give this "
+        f"{SHARED_MEMORY} has no room for a bucket of {num_bytes} bytes ({free_bytes()} are free): {why}; give this "
         "machine or container more of it (--shm-size), make weight_sync.bucket_bytes smaller, which splits no tensor, "
         "or set weight_sync.transport to disk or distributed"
     )

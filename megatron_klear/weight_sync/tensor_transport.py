@@ -21,10 +21,13 @@ from megatron_klear.errors import WeightSyncError
 from megatron_klear.records import EncodedJson
 from megatron_klear.weight_sync.buckets import Bucket
 from megatron_klear.weight_sync.engines import EngineGroup
+from megatron_klear.weight_sync.shared_file import SharedFile
 from megatron_klear.weight_sync.shared_memory import no_room
 from megatron_klear.weight_sync.transport import UpdateSession
 
 UPDATE_PATH = "/update_weights_from_tensor"
+_OPEN_SECONDS = 5.0
+"""How long engines have after a failure to open what they were sent; a run that fails has little time to close."""
 
 
 class TensorTransport:
@@ -41,11 +44,11 @@ class TensorTransport:
     def __init__(self, engines: EngineGroup, *, tp: int, by_value: bool) -> None:
         self._engines, self._tp, self._by_value = engines, tp, by_value
         self._session = UpdateSession(engines)
-        self._shared: list[torch.Tensor] = []
+        self._files: list[SharedFile] = []
 
     def begin(self, version: int) -> None:
         """Open an update session."""
-        self._shared = []
+        self.close()
         self._session.begin()
 
     def send(self, bucket: Bucket) -> None:
@@ -57,18 +60,28 @@ class TensorTransport:
         else:
             # A text for each reader: torch counts them, and a file that those before have read is gone for the next.
             each = [[serialized(value) for _ in range(self._tp)] for _ in self._engines.callers]
+            if each:
+                self._files.append(SharedFile(flat))
             calls = self._engines.start(UPDATE_PATH, [update_body(texts) for texts in each])
-            # Shared memory lives as long as a tensor of ours: until the bucket after this one has been sent.
-            self._shared = [*self._shared[-1:], flat]
         self._session.follow(calls)
+        # All engines that are left have loaded the bucket before: every rank of theirs is done with the one before it.
+        while len(self._files) > 2:
+            self._files.pop(0).remove()
 
     def finish(self) -> None:
         """Wait for the last bucket and close the session."""
         self._session.end()
-        self._shared = []
+        self.close()
 
     def close(self) -> None:
-        """Nothing is held."""
+        """Remove what is left of a set in shared memory; a second call does nothing."""
+        try:
+            # Where a set failed, the engines may have buckets to open still; one that finds no file ends.
+            self._session.give_up(_OPEN_SECONDS)
+        finally:
+            for file in self._files:
+                file.remove()
+            self._files = []
 
 
 def update_body(texts: Sequence[str]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import time
 from pathlib import Path
 from typing import Protocol
 
@@ -56,11 +57,12 @@ class UpdateSession:
 
     def __init__(self, engines: EngineGroup) -> None:
         self._engines = engines
-        self._pending: PendingCalls | None = None
+        self._under_way: list[PendingCalls] = []
         self._open = False
 
     def begin(self) -> None:
         """Open the frame."""
+        self._under_way = []
         if self._open:  # an earlier set broke off
             self._close_what_is_open()
         try:
@@ -81,15 +83,24 @@ class UpdateSession:
 
     def follow(self, calls: PendingCalls) -> None:
         """Let a bucket's calls run on, after those of the bucket before have ended: two are under way at most."""
-        previous, self._pending = self._pending, calls
-        if previous is not None:
-            previous.answers()
+        self._under_way.append(calls)
+        self._wait_for_all_but(1)
 
     def wait(self) -> None:
         """Wait for the bucket that is under way."""
-        previous, self._pending = self._pending, None
-        if previous is not None:
-            previous.answers()
+        self._wait_for_all_but(0)
+
+    def give_up(self, seconds: float) -> None:
+        """Let the calls that are under way end, whatever comes of them, but wait so long at most."""
+        under_way, self._under_way = self._under_way, []
+        deadline = time.monotonic() + seconds
+        for calls in under_way:
+            calls.wait(deadline - time.monotonic())
+
+    def _wait_for_all_but(self, number: int) -> None:
+        while len(self._under_way) > number:
+            self._under_way[0].answers()
+            del self._under_way[0]
 
     def end(self) -> None:
         """Wait for the last bucket and close the frame."""

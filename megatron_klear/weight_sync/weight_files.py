@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -37,10 +38,10 @@ class WeightFiles:
         return self._complete_ones[-1] if self._complete_ones else None
 
     def begin(self, version: int) -> None:
-        """Make an empty directory for the version.
+        """Make an empty directory for the version, and room for it: weights of earlier lives of the run are removed.
 
         Raises:
-            WeightSyncError: it cannot be written; so do all methods.
+            WeightSyncError: it cannot be written, and nothing is left of it; so do all methods.
         """
         self._version, self._weight_map, self._total_bytes = version, {}, 0
         self._guarded("make a directory for", self._make_directory)
@@ -62,9 +63,8 @@ class WeightFiles:
 
     def remove_old(self) -> None:
         """Remove what is not kept, leftovers of earlier lives of the run included, whatever their version."""
-        for old in self._directory.glob("version_*"):
-            if old not in self._complete_ones:
-                shutil.rmtree(old, ignore_errors=True)
+        for old in self._not_kept():
+            shutil.rmtree(old, ignore_errors=True)
 
     @property
     def _path(self) -> Path:
@@ -74,7 +74,16 @@ class WeightFiles:
     def _fresh(self) -> Path:
         return self._path.with_suffix(".new")
 
+    def _not_kept(self) -> list[Path]:
+        return [path for path in self._directory.glob("version_*") if path not in self._complete_ones]
+
     def _make_directory(self) -> None:
+        for old in self._not_kept():
+            # No life loads weights of another. A server of others may name what it loaded last as its model, though,
+            # and every life reads that config.json when it connects: it stays until another set is complete.
+            for weights in old.glob("*.safetensors"):
+                with contextlib.suppress(OSError):
+                    weights.unlink()
         shutil.rmtree(self._fresh, ignore_errors=True)
         self._fresh.mkdir(parents=True)
 
@@ -89,6 +98,7 @@ class WeightFiles:
         try:
             action()
         except Exception as error:  # safetensors has exceptions of its own for a full disk
+            shutil.rmtree(self._fresh, ignore_errors=True)  # which stays full otherwise
             text = error.strerror if isinstance(error, OSError) and error.strerror else f"{error}"
             raise WeightSyncError(
                 f"cannot {what} the weights of version {self._version} in {self._directory}: {text} "

@@ -49,10 +49,10 @@ LONGEST = 96
 
 
 class Corrupting:
-    """A transport that adds to one element of one tensor on its way."""
+    """A transport that adds to one element of one tensor on its way: by its number in the tensor, the first or last."""
 
-    def __init__(self, inner: Transport, name: str) -> None:
-        self._inner, self._name = inner, name
+    def __init__(self, inner: Transport, name: str, element: int) -> None:
+        self._inner, self._name, self._element = inner, name, element
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._inner, name)
@@ -62,7 +62,7 @@ class Corrupting:
         if self._name in bucket.names:
             place = bucket.names.index(self._name)
             tensors[place] = tensors[place].clone()
-            tensors[place].view(-1)[0] += 0.5
+            tensors[place].view(-1)[self._element] += 0.5
         self._inner.send(Bucket(names=bucket.names, tensors=tuple(tensors)))
 
 
@@ -130,7 +130,9 @@ class Rank:
             made = DistributedTransport(group, tp=tp, device=torch.device("cpu"))
         else:
             made = TensorTransport(group, tp=tp, by_value=kind == "value")
-        return Corrupting(made, action["corrupt"]) if "corrupt" in action else made  # type: ignore[return-value]
+        if "corrupt" not in action:
+            return made
+        return Corrupting(made, action["corrupt"], action.get("element", 0))  # type: ignore[return-value]
 
     def stream(self) -> Iterator[tuple[str, torch.Tensor]]:
         return hf_named_tensors(self.trainer.trainable.model, self.arch, self.context)

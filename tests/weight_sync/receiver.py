@@ -1,15 +1,17 @@
-"""Stands in for a server that weights are broadcast to: `receiver.py PORT [FAULT@PLACE ...]`, over gloo.
+"""Stands in for a server that gets weights: `receiver.py PORT [FAULT@PLACE ...]`, by broadcast over gloo or in files.
 
 Like SGLang it answers requests in many threads and does what concerns weights in one, which waits in a broadcast for
 torch's usual half an hour. Faults: `die`, `stop` (itself, by a signal), `refuse`, and a number of seconds to wait for;
 places: `join`, a number of an update request (from 1, over all sets), or such a number and `mid`: when the first bytes
-of the tensor are there.
+of the tensor are there, or its file is open.
 """
 
 from __future__ import annotations
 
+import base64
 import json
 import os
+import pickle
 import signal
 import sys
 import threading
@@ -97,6 +99,22 @@ class Receiver:
         dist.broadcast(flat, src=0, group=self._groups[body["group_name"]])
         parts = zip(body["names"], torch.split(flat, sizes), dtypes, shapes, strict=True)
         self._weights |= {name: part.clone().view(dtype).reshape(shape) for name, part, dtype, shape in parts}
+        return {}
+
+    def update_weights_from_tensor(self, body: dict[str, Any]) -> dict[str, Any]:
+        assert self._is_open
+        self._updates += 1
+        self._fail_at(str(self._updates))
+        # As SGLang: one that finds no file is not caught, and ends the server.
+        try:
+            sent = pickle.loads(base64.b64decode(body["serialized_named_tensors"][0]))
+        except RuntimeError as error:
+            print(error, file=sys.stderr, flush=True)
+            os._exit(1)
+        self._fail_at(f"{self._updates}mid")
+        for entry in sent["metadata"]:
+            part = sent["flattened_tensor"][entry.start_idx : entry.end_idx]
+            self._weights[entry.name] = part.clone().view(entry.dtype).reshape(entry.shape)
         return {}
 
     def weights_checker(self, body: dict[str, Any]) -> dict[str, Any]:

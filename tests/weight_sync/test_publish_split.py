@@ -18,7 +18,8 @@ ACTIONS: list[dict[str, Any]] = [
     {"transport": "distributed", "version": 3},
     {"transport": "disk", "version": 4},
     {"transport": "tensor", "version": 5, "corrupt": DAMAGED},
-    {"transport": "value", "version": 6},
+    {"transport": "tensor", "version": 6, "corrupt": DAMAGED, "element": -1},
+    {"transport": "value", "version": 7},
 ]
 
 
@@ -35,6 +36,9 @@ def test_two_tensor_ranks_publish_to_a_server_of_two(
     for action, result in zip(ACTIONS, results, strict=True):
         if "corrupt" not in action:
             check_equal(result, action["version"])
-    # The damaged element is in the first rank's share, of what SGLang holds as one tensor.
-    assert results[4]["error"] == "WeightSyncError"
-    assert results[4]["text"].endswith(f"({url}), rank 0: 1 differ: model.layers.2.mlp.gate_up_proj.weight")
+    # The first element is in the first rank's share and the last in the second's, of what SGLang holds as one tensor.
+    for rank, result in enumerate(results[4:6]):
+        assert result["error"] == "WeightSyncError"
+        whose = f"({url}), rank {rank}: 1 differ: model.layers.2.mlp.gate_up_proj.weight"
+        assert result["text"].endswith(whose)
+        assert result["text"].count("differ") == 1, "the other rank's share is whole"

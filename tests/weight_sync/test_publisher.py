@@ -32,7 +32,7 @@ from megatron_klear.weight_sync import (
     restore,
 )
 from megatron_klear.weight_sync.buckets import Bucket
-from megatron_klear.weight_sync.checksums import differences
+from megatron_klear.weight_sync.checksums import differences, verify
 from megatron_klear.weight_sync.hashes import engine_hash
 
 WEIGHTS = {"model.norm.weight": torch.arange(4.0), "model.layers.0.self_attn.q_norm.weight": torch.ones(3)}
@@ -185,6 +185,15 @@ def test_what_fails_is_named_and_the_engines_stay_paused(
         assert read == list(WEIGHTS), "other ranks would wait for the rest of the stream"
 
 
+@pytest.mark.parametrize("damaged", [0, 1])
+def test_the_rank_of_an_engine_that_holds_another_share_is_named(damaged: int) -> None:
+    shares = [{"model.norm.weight": "a", "lm_head.weight": f"share {rank}"} for rank in range(2)]
+    told = [{**share, "lm_head.weight": "other"} if r == damaged else share for r, share in enumerate(shares)]
+    answer = json.dumps({"ranks": [{"checksums": checksums} for checksums in told]})
+    with pytest.raises(WeightSyncError, match=rf"not the trainer's: b, rank {damaged}: 1 differ: lm_head.weight$"):
+        verify(EngineGroup([Engine("b", {"/weights_checker": (200, answer)})], 5.0), shares)
+
+
 def test_whatever_a_transport_raises_the_stream_is_read_to_its_end(publisher: Callable[..., Publisher]) -> None:
     """The other ranks read it, too, in exchanges; memory and threads run out without an error of ours."""
 
@@ -246,21 +255,6 @@ def test_disk_keeps_two_whole_versions(publisher: Callable[..., Publisher], tmp_
         with safe_open(newest / index["weight_map"][name], framework="pt") as opened:
             assert torch.equal(opened.get_tensor(name), tensor)
     assert json.loads((newest / "config.json").read_text()) == {"model_type": "qwen3"}
-
-
-def test_the_newest_set_is_kept_whatever_lay_there_from_a_later_step(tmp_path: Path) -> None:
-    """A run that resumes before its last publish finds sets of higher versions, and broken ones."""
-    for left_over in ("version_00000007", "version_00000009.new"):
-        (tmp_path / left_over).mkdir()
-    files = WeightFiles(tmp_path, {}, keep=1)
-    assert files.newest is None
-    for version in (5, 6):
-        files.begin(version)
-        files.write(Bucket(names=("a",), tensors=(torch.ones(2),)))
-        assert files.complete() == tmp_path / f"version_{version:08d}"
-        files.remove_old()
-    assert [p.name for p in tmp_path.iterdir()] == ["version_00000006"]
-    assert files.newest == tmp_path / "version_00000006"
 
 
 def test_a_copy_is_kept_beside_another_transport_and_restores_an_engine(
