@@ -14,8 +14,8 @@
 # After a node failure, or a preemption without time to save, Slurm itself requeues; those restarts count too, and the
 # run goes on from its last checkpoint.
 #
-# A preemption with time to save comes as USR1 to this script or, by Slurm's default, as SIGTERM to every process of every
-# step and nothing to this script. Ranks act on that, torchrun and the check do not, and engines end.
+# A preemption with time to save comes as USR1 to this script or, by Slurm's default, as SIGTERM to every process of
+# every step and nothing to this script. Ranks act on that, torchrun and the check do not, and engines end.
 
 readonly BAD_INPUT=2 RESUMABLE=75
 readonly GIVE_UP_SECONDS=120 # that a trainer without engines may take to save

@@ -29,11 +29,11 @@ esac
 """
 
 STOPS = """
-# As a rank that works until SIGTERM and saves, which takes a moment.
+# As a rank that works until SIGTERM and saves, which takes longer than engines take to end.
 import os, signal, time
 
 def stop(*_):
-    time.sleep(1)
+    time.sleep(4)
     os._exit(75)
 
 signal.signal(signal.SIGTERM, stop)
