@@ -13,8 +13,8 @@ root=$PWD
 tests=(
     tests/rollout/sglang tests/weight_sync tests/e2e/test_sglang.py tests/e2e/test_colocated.py
     tests/e2e/test_sglang_fixed_order.py tests/e2e/test_sglang_machines.py tests/e2e/test_sglang_others.py
-    tests/e2e/test_sglang_broadcast.py tests/e2e/test_sglang_lost_at_start.py tests/e2e/test_mismatch_causes.py
-    tests/session/test_left_out.py tests/slurm/test_sglang.py
+    tests/e2e/test_sglang_broadcast.py tests/e2e/test_sglang_lost_at_start.py tests/e2e/test_sglang_routed.py
+    tests/e2e/test_mismatch_causes.py tests/session/test_left_out.py tests/slurm/test_sglang.py
 )
 if [[ ${1:-} == --files ]]; then
     printf '%s\n' "${tests[@]}"
