@@ -41,12 +41,37 @@ class AllRanks:
         self._silence_seconds, self._beat = silence_seconds, beat
         self._name = f"klear/all_ranks/{next(self._instances)}"  # ranks make theirs in the same order
         self._meetings, self._signs, self._noted = 0, 0, 0.0
+        self._is_stopping, self._looked = False, 0.0
 
     def alive(self) -> None:
         """Note that this rank goes on with its work."""
         self._beat()
         if self._size > 1 and time.monotonic() - self._noted > _ALIVE_SECONDS:
             self._note()
+
+    def is_any_asked_to_stop(self, *, asked: bool) -> bool:
+        """Whether any rank has said so since the last meeting; others are heard of within about a second.
+
+        Args:
+            asked: whether this rank is, which the others then hear of.
+
+        Raises:
+            RolloutError: the rank that keeps the store ended.
+        """
+        if self._size == 1 or self._is_stopping:
+            return asked or self._is_stopping
+        now = time.monotonic()
+        if not asked and now - self._looked < _ALIVE_SECONDS:
+            return False
+        self._looked = now
+        key = f"{self._name}/stop/{self._meetings}"
+        try:
+            if asked:
+                _store().set(key, "")
+            self._is_stopping = asked or _store().check([key])
+        except dist.DistError as error:
+            raise RolloutError("the first rank ended while others were at work") from error
+        return self._is_stopping
 
     def meet(self, what: str) -> None:
         """Return when every rank has come here, however long the last one takes (a collective).
@@ -58,6 +83,7 @@ class AllRanks:
             RolloutError: a rank that is missing went silent, or the one that keeps the store ended.
         """
         self._meetings += 1
+        self._is_stopping = False
         if self._size == 1:
             return
         try:

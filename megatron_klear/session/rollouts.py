@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -27,6 +28,7 @@ from megatron_klear.session.examples import example_rows
 from megatron_klear.session.grading import Graders, grade_requests
 from megatron_klear.session.machine_graders import GraderPool, MachineGraders
 from megatron_klear.session.off_policy import WeightProof
+from megatron_klear.session.server_start import AskedToStop
 from megatron_klear.session.serving import ServedEngine
 from megatron_klear.session.session import Session
 
@@ -177,7 +179,7 @@ class Rollouts:
     def evaluate(self, prompts: Sequence[Prompt], settings: EvaluationSettings, *, step: int) -> Accuracy | None:
         """Accuracy on held-out problems, avg@n (greedy when the temperature is 0).
 
-        None where servers answer and the run is asked to stop meanwhile: the next life evaluates.
+        None where the run is asked to stop while responses are drawn: the next life evaluates.
         """
         prompts = prompts[: settings.prompts]
         sampling = SamplingParams(
@@ -190,7 +192,7 @@ class Rollouts:
             mine = self._generate(
                 prompts, sampling, settings.samples_per_prompt, seed=_seed(self.session, step, 1), gives_way=True
             )
-        if mine is None:
+        if mine is None or self._is_asked_to_stop():
             return None
         groups = self.score(prompts, mine)
         per_problem = np.array([g.is_correct[g.graded].mean() for g in groups if g.graded.any()])
@@ -203,6 +205,13 @@ class Rollouts:
             count=count,
             groups=tuple(groups),
         )
+
+    def _is_asked_to_stop(self) -> bool:
+        """Whether a rank's share of an evaluation may be missing, where each draws its own (a collective)."""
+        if isinstance(self.engine, ServedEngine):
+            return False
+        self._all_ranks.meet("generate its share")
+        return self.session.is_asked_to_stop()
 
     def _positions_of_evaluation(self) -> AbstractContextManager[None]:
         """With `yarn.apply_to=evaluation` the engine computes with YaRN for the while; servers do so all the time."""
@@ -226,7 +235,7 @@ class Rollouts:
         gives_way: bool = False,
         on_rollout: RolloutCallback | None = None,
     ) -> list[RolloutGroup] | None:
-        """Responses; None where they give way to a request to stop, which only those of servers do."""
+        """Responses; None where servers' give way to a request to stop, and a part of them where this rank's do."""
         world = self.session.context.world
         # Servers take all prompts at once and balance them; an engine inside this process takes this rank's share.
         served = isinstance(self.engine, ServedEngine)
@@ -239,14 +248,21 @@ class Rollouts:
                 advance(progress.finished_responses - done)
                 done = progress.finished_responses
                 self._all_ranks.alive()
+                asked = gives_way and self.session.stop.received
+                if gives_way and not served and self._all_ranks.is_any_asked_to_stop(asked=asked):
+                    raise AskedToStop
 
             engine = self.engine
             how: dict[str, Any] = {
                 "num_responses": num_responses, "sampling": sampling, "seed": seed, "on_progress": show,
             }  # fmt: skip
-            if gives_way and isinstance(engine, ServedEngine):
-                return engine.generate_unless_stopped(mine, **how)
-            return engine.generate(mine, **how, on_rollout=on_rollout)
+            if isinstance(engine, ServedEngine):
+                if gives_way:
+                    return engine.generate_unless_stopped(mine, **how)
+                return engine.generate(mine, **how, on_rollout=on_rollout)
+            with contextlib.suppress(AskedToStop):
+                return engine.generate(mine, **how, on_rollout=on_rollout)
+            return []
 
     def grade(self, groups: Sequence[RolloutGroup]) -> list[tuple[Grade, ...]]:
         """Grades of each group's responses."""

@@ -72,3 +72,27 @@ def test_fine_tuning_makes_up_for_the_evaluation_that_gave_way(
     run = stopped("stand_in_sft_worker.py", SFT_CONFIG, overrides)
     assert evaluated(run) == [every]
     assert [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()][-1] == 3
+
+
+def test_an_evaluation_that_the_ranks_make_themselves_gives_way_too(
+    start: Callable[..., Any], rl_overrides: Callable[[str], list[str]], tmp_path: Path
+) -> None:
+    """One rank is told to stop; the other hears of it in the middle of its share."""
+    overrides = [
+        *rl_overrides("run"), f"rl.steps={STEPS}", "evaluation.every_steps=1", "reward.require_think=false",
+        "rollout.batch_responses=1",
+    ]  # fmt: skip
+    stopped = start("train_rl", CONFIG, [*overrides, "evaluation.samples_per_prompt=5000"])
+    note, deadline = tmp_path / "run" / "logs" / "rank_00001.json", time.monotonic() + 120
+    while not (note.is_file() and json.loads(note.read_text())["phase"] == "generate"):
+        assert time.monotonic() < deadline, stopped.output()
+        assert all(process.poll() is None for process in stopped.processes), stopped.output()
+        time.sleep(0.1)
+    began = time.monotonic()
+    stopped.processes[1].send_signal(signal.SIGTERM)
+    assert stopped.wait() == [75, 75], stopped.output()
+    assert time.monotonic() - began < 60
+    assert evaluated(tmp_path / "run") == []
+    resumed = start("train_rl", CONFIG, overrides)
+    assert resumed.wait() == [0, 0], resumed.output()
+    assert evaluated(tmp_path / "run") == [0, 1, STEPS]

@@ -53,6 +53,22 @@ class Cases:
         return found
 
     @staticmethod
+    def stopping(ranks: AllRanks, rank: int) -> Any:
+        """One rank is asked to stop in the second of three turns; the others hear of it while they work."""
+        heard = []
+        for turn in range(3):
+            end = time.monotonic() + 5 * LIMIT
+            while not (stop := ranks.is_any_asked_to_stop(asked=turn == 1 and rank == 1)):
+                ranks.alive()
+                time.sleep(0.05)
+                if turn != 1 and time.monotonic() > end - 4 * LIMIT:
+                    break
+                assert time.monotonic() < end
+            heard.append(stop)
+            ranks.meet("work")
+        return heard
+
+    @staticmethod
     def silent(ranks: AllRanks, rank: int) -> Any:
         if rank == 1:
             time.sleep(3 * LIMIT)
@@ -103,6 +119,10 @@ def test_a_rank_may_take_longer_than_an_exchange_waits() -> None:
     for outcome, beats in run("slow").values():
         assert outcome == expected
         assert beats >= 10, "this rank lives while it waits"
+
+
+def test_ranks_hear_that_another_is_asked_to_stop_until_they_have_met() -> None:
+    assert [outcome for outcome, _ in run("stopping").values()] == [[False, True, False]] * SIZE
 
 
 def test_a_silent_rank_is_named_and_those_that_wait_are_not() -> None:

@@ -21,6 +21,7 @@ from megatron_klear.errors import ConfigError, RolloutError
 from megatron_klear.model import hf_config
 from megatron_klear.records import Prompt
 from megatron_klear.rollout import SamplingParams
+from megatron_klear.rollout.endpoint import EndpointError
 from megatron_klear.rollout.sglang import Expected, FleetPlace, ServerFleet, SglangEngine
 from megatron_klear.rollout.sglang import fleet as module
 from megatron_klear.weight_sync import EngineGroup
@@ -164,13 +165,15 @@ def test_a_real_server_answers_at_an_ipv6_address_and_ends_where_its_model_says(
         engine = SglangEngine([url], sglang_settings, expected, in_flight=4)
         try:
             prompt = Prompt(prompt_id="p", domain="math", token_ids=np.arange(5), reference="")
-            sampling = SamplingParams(temperature=1.0, top_p=1.0, max_response_tokens=40, stop_token_ids=(0,))
+            known = SamplingParams(temperature=1.0, top_p=1.0, max_response_tokens=40, stop_token_ids=(0, *ends))
             group = EngineGroup([e.caller for e in engine.engines], 60.0)
             group.call("/update_weight_version", {"new_version": "0", "abort_all_requests": False})
             engine.use_version(0)
-            [drawn] = engine.generate([prompt], num_responses=2, sampling=sampling, seed=1)
-            # Not asked for, and done all the same: such ends must be known (`Expected.stop_ids`).
+            [drawn] = engine.generate([prompt], num_responses=2, sampling=known, seed=1)
             assert [rollout.finish_reason for rollout in drawn.rollouts] == ["stop", "stop"]
             assert any(int(rollout.response_ids[-1]) in ends for rollout in drawn.rollouts)
+            # Not asked for, and done all the same: such ends must be known (`Expected.stop_ids`), or are no answers.
+            with pytest.raises(EndpointError, match="it ends with a stop, but not with a stop token"):
+                engine.generate([prompt], num_responses=2, sampling=replace(known, stop_token_ids=(0,)), seed=1)
         finally:
             engine.close()
