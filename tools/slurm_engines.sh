@@ -1,8 +1,7 @@
 #!/usr/bin/env bash
 # The engines of one node, as a task of the job step that tools/slurm_job.sh starts:
 #   slurm_engines.sh COUNT TP PORT COMMAND...     COUNT servers of TP GPUs each, listening on PORT, PORT + 1, ...
-# A server that ends is started again, KLEAR_ENGINE_RESTARTS times at most, starts that went well for ten minutes not
-# counted: the trainer generates and publishes meanwhile with the others, and sends it the weights of the last publish
+# A server that ends is started again, KLEAR_ENGINE_RESTARTS times at most before it has served for ten minutes: the trainer generates and publishes meanwhile with the others, and sends it the weights of the last publish
 # when it answers again (weight_sync.keep_on_disk). When one ends in the middle of a broadcast
 # (weight_sync.transport=distributed), the others are sent the weights again. One that hangs is ended when the trainer
 # asks for it by a file ADDRESS_PORT in KLEAR_ENGINE_REQUESTS (sglang.restart_requests).
@@ -12,7 +11,7 @@ set -uo pipefail
 count=$1 tp=$2 port=$3
 shift 3
 restarts=${KLEAR_ENGINE_RESTARTS:-10}
-readonly WELL_SECONDS=600 # of a start that is not held against a server
+readonly WELL_SECONDS=600 # of serving, after which a server's earlier ends are not held against it
 readonly END_SECONDS=5    # that a server gets to end by itself
 
 refuse() {
@@ -20,11 +19,14 @@ refuse() {
     exit 2
 }
 
+# listens PORT: whether anybody does.
+listens() { (exec 3<>"/dev/tcp/127.0.0.1/$1") 2>/dev/null; }
+
 # Ports of an earlier start of the job may take a moment to be free.
 require_free() {
     local attempt
     for ((attempt = 0; attempt < 10; attempt++)); do
-        (exec 3<>"/dev/tcp/127.0.0.1/$1") 2>/dev/null || return 0
+        listens "$1" || return 0
         sleep 2
     done
     refuse KLEAR_ENGINE_PORT "port $1 is in use, by another job or an engine that was left behind; choose another"
@@ -49,11 +51,12 @@ serve() {
     [[ -z ${SLURM_GPUS_ON_NODE:-} ]] ||
         place=("CUDA_VISIBLE_DEVICES=$(seq -s, $((index * tp)) $((index * tp + tp - 1)))")
     while :; do
-        began=$SECONDS
+        began=''
         # A session of its own makes it the leader of a group of processes.
         setsid env "${place[@]}" "$@" --tp-size "$tp" --host 0.0.0.0 --port $((port + index)) &
         server=$!
         while kill -0 "$server" 2>/dev/null; do
+            [[ -n $began ]] || ! listens $((port + index)) || began=$SECONDS
             if [[ -n $request && -e $request ]]; then
                 echo "$name is ended: the trainer asks for it"
                 end_group "$server"
@@ -65,7 +68,7 @@ serve() {
         status=$?
         end_group "$server"
         [[ -z $request ]] || rm -f "$request"
-        ((SECONDS - began < WELL_SECONDS)) || left=$restarts
+        [[ -z $began ]] || ((SECONDS - began < WELL_SECONDS)) || left=$restarts
         echo "$name ended with status $status; $left restarts left"
         ((left-- > 0)) || exit 1
         sleep 5
@@ -74,8 +77,10 @@ serve() {
 
 trap 'kill $(jobs -p) 2>/dev/null; wait; exit 0' TERM
 [[ -x $(command -v "$1") ]] || refuse KLEAR_SGLANG_VENV "there is no $1 (tools/setup_sglang.sh makes it)"
-# As the trainer knows this node.
-address=$(scontrol --oneliner show node "${SLURMD_NODENAME:-}" 2>/dev/null | sed -n 's/.* NodeAddr=\([^ ]*\).*/\1/p')
+# As the trainer knows this node; in lower case, as it reads the hosts of URLs.
+address=''
+for pair in ${KLEAR_ENGINE_ADDRESSES:-}; do [[ ${pair%%=*} != "${SLURMD_NODENAME:-}" ]] || address=${pair#*=}; done
+address=${address,,}
 for ((index = 0; index < count; index++)); do require_free $((port + index)); done
 servers=()
 for ((index = 0; index < count; index++)); do serve "$index" "$@" & servers+=("$!"); done

@@ -106,17 +106,21 @@ and the trainer needs at least one; submit with a larger --nodes"
 
 # Where rollout engines will listen, as settings of the trainer; nothing without engine nodes.
 name_engines() {
-    local node index urls=''
+    local node index at urls=''
     engine_settings=()
     ((${#engine_nodes[@]})) || return 0
     number KLEAR_ENGINE_TP 1 1 && engine_tp=$number
     number KLEAR_ENGINES_PER_NODE "$((gpus > engine_tp ? gpus / engine_tp : 1))" 1 && engines_per_node=$number
     number KLEAR_ENGINE_PORT 30000 1 && engine_port=$number
+    KLEAR_ENGINE_ADDRESSES=''
     for node in "${engine_nodes[@]}"; do
+        at=$(address "$node")
+        KLEAR_ENGINE_ADDRESSES+="$node=$at "
         for ((index = 0; index < engines_per_node; index++)); do
-            urls+=,http://$(address "$node"):$((engine_port + index))
+            urls+=,http://$at:$((engine_port + index))
         done
     done
+    export KLEAR_ENGINE_ADDRESSES # for tools/slurm_engines.sh, which may run in a container without Slurm's programs
     number KLEAR_ENGINE_SECONDS 1800 0
     engine_settings=(rollout.engine=sglang "sglang.urls=[${urls#,}]" "sglang.connect_seconds=$number")
 }
@@ -219,15 +223,16 @@ wait_for_trainer() {
     while kill -0 "$trainer" 2>/dev/null; do
         if [[ -z $engines || -n $ended ]]; then
             wait "$trainer"
-        elif [[ -n $deadline ]] && ((SECONDS > deadline)); then
+        elif [[ -n $gave_up ]] && ((SECONDS > deadline)); then
             say "the trainer did not stop within $GIVE_UP_SECONDS s; it is ended"
             return # its step ends with this script
         elif [[ -z $deadline ]] && ! kill -0 "$engines" 2>/dev/null; then
-            deadline=$((SECONDS + GIVE_UP_SECONDS))
             if wait "$engines"; then
+                # However long a step and a save take: how much time there is Slurm alone knows.
+                deadline=never
                 say "Slurm told the engines to end, as it does before a preemption"
             else
-                gave_up=1
+                gave_up=1 deadline=$((SECONDS + GIVE_UP_SECONDS))
                 say "no engine is left: all gave up; $(end_of_engines_log)" | tee -a "$logs/train-$job-$attempt.log"
             fi
             ask_trainer_to_stop "the trainer stops, and saves what it has"

@@ -78,7 +78,7 @@ class FinishedGroups:
             self._file.unlink(missing_ok=True)
 
 
-def enter_left_behind(ledger: Ledger, root: Path) -> int:
+def enter_left_behind(ledger: Ledger, root: Path) -> list[int]:
     """Enter what an earlier life kept into the ledger, where its group still waits for responses; on rank 0.
 
     Args:
@@ -86,11 +86,10 @@ def enter_left_behind(ledger: Ledger, root: Path) -> int:
         root: the run directory.
 
     Returns:
-        Groups that were entered.
+        Ids of the groups that were entered.
     """
-    files = sorted((root / DIRECTORY).glob("rank_*.jsonl"))
-    entered = 0
-    for file in files:
+    entered = []
+    for file in _files(root):
         for epoch, prompt_id, responses in _groups_in(file):
             with ledger.transaction() as db:
                 found = db.execute(
@@ -102,10 +101,18 @@ def enter_left_behind(ledger: Ledger, root: Path) -> int:
                     continue
                 for index, rollout in enumerate(responses):
                     ledger.save_response(found[0], index, rollout)
-                entered += 1
-    for file in files:
-        file.unlink()
+                entered.append(int(found[0]))
     return entered
+
+
+def forget_left_behind(root: Path) -> None:
+    """Remove what was entered, once the ledger is known to be the run's; on rank 0, before any rank keeps more."""
+    for file in _files(root):
+        file.unlink()
+
+
+def _files(root: Path) -> list[Path]:
+    return sorted((root / DIRECTORY).glob("rank_*.jsonl"))
 
 
 def _groups_in(file: Path) -> Iterator[tuple[int, str, list[Rollout]]]:

@@ -27,7 +27,7 @@ from megatron_klear.rollout.ledger import (
     require_steps,
     scored_group,
 )
-from megatron_klear.session.finished_groups import FinishedGroups, enter_left_behind
+from megatron_klear.session.finished_groups import FinishedGroups, enter_left_behind, forget_left_behind
 from megatron_klear.session.recorded import Recorded
 from megatron_klear.session.rollouts import Rollouts
 from megatron_klear.session.session import Session
@@ -57,6 +57,7 @@ def reconcile_with_checkpoint(
     settings = session.settings
     saved = None if session.resumed is None else session.resumed.get("ledger")
     stored = None if saved is None else LedgerPosition.from_json(saved)
+    entered = enter_left_behind(ledger, session.root)
     first_weights = (settings.model, settings.checkpoint.start_from, settings.run.seed, prompts.fingerprint)
     found = reconcile(
         ledger,
@@ -68,6 +69,11 @@ def reconcile_with_checkpoint(
         terms=run_terms(settings, session.chat),
         keep_next_step=keep_next_step,
     )
+    forget_left_behind(session.root)
+    # Those of weights that are gone, or of other settings, are not among them any more.
+    kept = sum(group.state != "reserved" for group in ledger.load(entered))
+    if kept:
+        log.info("%d prompt groups were finished when the run was ended; they are not drawn again", kept)
     other = found.other_terms
     if other.why:
         log.warning(
@@ -205,9 +211,6 @@ class RunLedger:
                 log.warning("replaying responses and grades that were made under other settings: %s", other)
             return
         self._ledger = self._close.enter_context(Ledger(session.root / LEDGER_FILE))
-        kept = enter_left_behind(self._ledger, session.root)
-        if kept:
-            log.info("%d prompt groups were finished when the run was ended; they are not drawn again", kept)
         # The order of the data alone says which groups a step has.
         found = reconcile_with_checkpoint(self._ledger, session, self._prompts, keep_next_step=False)
         self._open_groups = [] if settings.scheduling.rollout_only else found  # there they are recorded steps

@@ -223,11 +223,13 @@ class ManagedGroups:
 
         One that waits there is bound to it, while another may have room; and how long it waits says nothing of it.
         """
-        wanted, most = self.session.settings.scheduling.in_flight * self._servers_each, self._most_requests()
+        each, most = self.session.settings.scheduling.in_flight, self._most_requests()
+        wanted = each * self._servers_each
         if most is not None and most < wanted:
             log.info(
-                "an engine gets %d requests at a time: more would wait in it (scheduling.in_flight %d)", most, wanted
-            )
+                "an engine gets %d requests at a time: more would wait in it (scheduling.in_flight %d)",
+                most // self._servers_each, each,
+            )  # fmt: skip
             wanted = most
         return self._connections_each(wanted, engines)
 

@@ -202,7 +202,7 @@ def require_agreement(
         lines.append(_AT_PUBLISHED_VERSION[proof].format(version=published))
     else:
         first, last = int(tokens.versions[older].min()), int(tokens.versions[older].max())
-        text = _STALENESS if current.any() else _ALL_ARE_OLD
+        text = _STALENESS if current.any() else _RECORDED_EARLIER if proof == "recorded" else _ALL_ARE_OLD
         lines.append(text.format(first=first, last=last, version=published))
     raise MismatchError("\n".join(lines))
 
@@ -230,6 +230,11 @@ _AT_PUBLISHED_VERSION: Mapping[WeightProof, str] = {
 _STALENESS = (
     "Cause: staleness. These tokens were sampled by versions {first} to {last}, and version {version} is published: "
     "allow less staleness, or lower optimizer.lr; a correction.kind makes up for some of it, under a higher limit."
+)
+_RECORDED_EARLIER = (
+    "Cause: other weights, staleness, or numerics. The tokens were recorded by the run in scheduling.replay_from as of "
+    "its versions {first} to {last}, and nothing tells whether this run's weights are the ones that it had at version "
+    "{version}: a replay that begins later needs its checkpoint of the step before (scheduling.replay_first_step)."
 )
 _ALL_ARE_OLD = (
     "Cause: staleness, or numerics. All tokens were sampled by versions {first} to {last}, and version {version} is "

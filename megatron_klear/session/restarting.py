@@ -99,6 +99,35 @@ class EngineRestarts:
         del self._numbers[id(endpoint)]
         return self._endpoint(index)
 
+    def restart_here(self, index: int, waiting: Callable[[], None], seconds: float) -> None:
+        """Start a lost server anew in this thread, where nobody else restarts or publishes.
+
+        Args:
+            index: of the server.
+            waiting: called meanwhile, several times a second.
+            seconds: how long it may take.
+
+        Raises:
+            KlearError: it does not start in time, or cannot be given the weights of the last publish.
+        """
+        name, deadline = self._engine.engines[index].endpoint.name, time.monotonic() + seconds
+
+        def wait() -> None:
+            waiting()
+            if time.monotonic() > deadline:
+                raise RolloutError(f"{name} did not come back within {seconds:.0f} s (sglang.start_seconds)")
+
+        log.warning("%s does not answer and is to come back", name)
+        self._fleet.stop(index)
+        self._group.leave(self._engine.engines[index].caller)
+        self._fleet.start(index)
+        self._fleet.wait_ready(index, wait)
+        fresh = self._engine.connect(index, self._fleet.url(index))
+        self._bring_up(fresh, wait)
+        self._engine.replace(index, fresh)
+        self._group.take_in(fresh.caller)
+        log.info("%s is back with the current weights", fresh.endpoint.name)
+
     def close(self) -> None:
         """Give up what is being started, and wait for that; the servers themselves are the fleet's."""
         self._closed.set()

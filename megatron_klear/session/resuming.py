@@ -19,6 +19,7 @@ _FIXED = {
     "parallel.distributed_optimizer": "the optimizer's state is stored accordingly",
     "run.seed": "it decides the order of the data",
     "data.shuffle": "it decides the order of the data",
+    "scheduling.replay_first_step": "the run began there",
     "scheduling.rollout_only": "its steps are either recorded, to be replayed (scheduling.replay_from), or trained",
 }
 """Settings that a run keeps for its whole life, and why."""
@@ -61,7 +62,7 @@ def changes_at_resume(settings: Settings, entry: Entry) -> list[str]:
         f"{path}: was {_shown(before[path])} when {checkpoint} was written and is {_shown(now[path])}; {_FIXED[path]}: "
         "set it back, or start in another run.dir"
         for path in changed
-        if path in _FIXED
+        if path in _FIXED and (path != "scheduling.replay_first_step" or settings.scheduling.replay_from is not None)
     ]
     if problems:
         raise ConfigError(problems)

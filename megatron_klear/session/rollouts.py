@@ -115,6 +115,10 @@ class Rollouts:
         """Send the trainer's weights to every rank's engine under a new version (a collective)."""
         session = self.session
         with session.phase("publish"):
+            is_trained = not session.settings.scheduling.rollout_only
+            if not is_trained and isinstance(self.engine, ServedEngine) and self.engine.holds_weights:
+                self.engine.keep_weights(version=version)
+                return
             weights = HfWeights(model=session.model, arch=session.arch, context=session.context)
             self.engine.update_weights(weights, version=version)
 

@@ -115,7 +115,7 @@ class ServedEngine:
                 self._engine.is_in_use = lambda caller: caller in group.callers
             if colocated:
                 group.on_lost = self._end
-                memory = EngineMemory(group, self._first_rank.alive, lambda: session.stop.received)
+                memory = EngineMemory(group, self._first_rank.alive, self._first_rank.is_stop_asked_for)
             if self._files is not None:
                 turn = None if memory is None else memory.turn
                 asked = settings.sglang.restart_requests
@@ -156,6 +156,7 @@ class ServedEngine:
         Raises:
             WeightSyncError: on every rank; see `Publisher.publish`.
         """
+        self._first_rank.run("see whether the servers live", lambda: self._bring_back_lost(self._first_rank.alive))
 
         def publish() -> PublishReport:
             with nullcontext() if self._restarts is None else self._restarts.publishing(self._first_rank.alive):
@@ -170,6 +171,22 @@ class ServedEngine:
                 "published version %d: %.1f MB in %.2f s, %s",
                 report.version, report.num_bytes / 1e6, report.seconds, proof,
             )  # fmt: skip
+
+    @property
+    def holds_weights(self) -> bool:
+        """Whether the servers have published weights, and keep them while the ranks compute."""
+        return self.policy_version >= 0 and self._handover is None
+
+    def keep_weights(self, *, version: int) -> None:
+        """Give the published weights a new version, where nothing was trained since (a collective).
+
+        Raises:
+            WeightSyncError: on every rank: a server gives no answer.
+        """
+        self._first_rank.run("see whether the servers live", lambda: self._bring_back_lost(self._first_rank.alive))
+        self._publisher.keep(version)
+        if self._engine is not None:
+            self._engine.use_version(version)
 
     def hand_to_trainer(self) -> None:
         """The ranks are about to compute: engines that share GPUs with them give up their memory (a collective).
@@ -298,17 +315,37 @@ class ServedEngine:
         self._resources.close()
 
     def _drawn(self, prompts: Sequence[Prompt], *, waiting: Callable[[], None], **how: Any) -> list[RolloutGroup]:
-        """On the first rank: responses; again when servers were lost meanwhile and the manager has brought one back."""
+        """On the first rank: responses; again when servers were lost meanwhile and are brought back."""
         assert self._engine is not None
         for left in reversed(range(_ATTEMPTS)):
             try:
                 return self._engine.generate(prompts, waiting=waiting, **how)
             except EndpointError as error:
-                if self._restarts is None or not self._is_managed or not error.retry or left == 0:
+                if self._restarts is None or not error.retry or left == 0:
                     raise
                 log.warning("%s; asking again when a server answers", error)
-                self._wait_for_server(error, waiting)
+                if self._is_managed:
+                    self._wait_for_server(error, waiting)
+                else:
+                    self._bring_back_lost(waiting)
         raise AssertionError("the last attempt returns or raises")
+
+    def _bring_back_lost(self, waiting: Callable[[], None]) -> None:
+        """On the first rank, where no manager does it: start servers anew that do not answer, with the weights in use.
+
+        Not where they share GPUs with the trainer: its turn may be now.
+
+        Raises:
+            KlearError: one does not come back.
+        """
+        assert self._engine is not None
+        has_weights = self._files is not None and self._files.newest is not None
+        if self._is_managed or self._handover is not None or self._restarts is None or not has_weights:
+            return
+        alive = self._engine.answering(self.policy_version)
+        for index in range(len(self._engine.engines)):
+            if index not in alive:
+                self._restarts.restart_here(index, waiting, self.session.settings.sglang.start_seconds)
 
     def _wait_for_server(self, error: EndpointError, waiting: Callable[[], None]) -> None:
         assert self._engine is not None

@@ -342,6 +342,11 @@ class Session:
         self.cursor = cursor
         if self.resumed is not None and self.resumed.get("cursor") is not None:
             cursor.load_state(self.resumed["cursor"])
+        elif self.resumed is None:
+            for _ in range(
+                self.step
+            ):  # of a replay that begins later: what the weights have learned is not drawn again
+                cursor.next_batch()
 
     def export(self) -> None:
         """With `checkpoint.export_hf`, write the final weights as a Hugging Face directory, `hf` below the run's.

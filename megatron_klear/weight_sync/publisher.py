@@ -115,11 +115,7 @@ class Publisher:
         Raises:
             WeightSyncError: on every rank: an engine failed, or its weights are not the trainer's (by name).
         """
-        if self._version >= 0 and version != self._version + 1:
-            raise WeightSyncError(
-                f"the engines have weights of version {self._version} and were sent version {version}; versions must "
-                "go up by one"
-            )
+        self._require_next(version)
         start = time.monotonic()
         checksums = ExpectedChecksums(self._layout, head_dim=self._head_dim, context=self._context)
         wants_checksums = self._verify_mode != "logprobs" and not self._layout.quantized
@@ -150,10 +146,32 @@ class Publisher:
         proof: Literal["checksum", "logprobs"] = "checksum" if proven else "logprobs"
         return PublishReport(version=version, num_bytes=num_bytes, seconds=seconds, proof=proof)
 
+    def keep(self, version: int) -> None:
+        """Give the weights that were published a new version, where nothing was trained since (a collective).
+
+        Nothing is in flight meanwhile.
+
+        Args:
+            version: the one after the current one.
+
+        Raises:
+            WeightSyncError: on every rank: an engine failed, or the version is another one.
+        """
+        self._require_next(version)
+        self._first_rank.run("set the engines' version", lambda: self._set_version(version))
+        self._version = version
+
     def close(self) -> None:
         """Leave the engines; a second call does nothing."""
         if self._transport is not None:
             self._transport.close()
+
+    def _require_next(self, version: int) -> None:
+        if self._version >= 0 and version != self._version + 1:
+            raise WeightSyncError(
+                f"the engines have weights of version {self._version} and were sent version {version}; versions must "
+                "go up by one"
+            )
 
     def _pause(self) -> None:
         assert self._engines is not None

@@ -5,7 +5,8 @@ stand_in_server.py --port PORT --context-length LENGTH ...
 The directory named by STAND_IN_FAULTS counts over all servers how often memory for weights was given up; a file in it
 named `N.die` has the server end after the N-th answer, `N.hang` has it never give that answer, and `N.drop` has it
 break the connection when it is told to generate again after that. So it counts the responses that are asked for, and a
-file named `N.end` has the server end that is asked for the N-th. STAND_IN_SECONDS is how long a response takes.
+file named `N.end` has the server end that is asked for the N-th, and `N.leave` a moment after it has answered that.
+STAND_IN_SECONDS is how long a response takes.
 """
 
 from __future__ import annotations
@@ -123,6 +124,8 @@ def count_response() -> None:
             number += 1
     if (FAULTS / f"{number}.end").exists():
         os._exit(9)
+    if (FAULTS / f"{number}.leave").exists():
+        threading.Timer(0.3, os._exit, [9]).start()
 
 
 def generated(body: dict[str, Any]) -> dict[str, Any]:

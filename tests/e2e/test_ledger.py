@@ -205,11 +205,14 @@ def test_a_killed_step_goes_on_under_the_settings_of_now(run, start, rl_override
 
 
 @pytest.mark.parametrize("engine", ["in every rank", "servers"])
-def test_groups_that_were_finished_are_not_drawn_again_after_a_kill(start, rl_overrides, stand_ins, tmp_path, engine):
+def test_groups_that_were_finished_are_not_drawn_again_after_a_kill(
+    start, rl_overrides, stand_ins, tmp_path, monkeypatch, engine
+):
     """Killed while others of their step were generated; without the manager, which writes each response down."""
     overrides = [*rl_overrides("killed"), *SHORT, "rl.steps=3", "scheduling.rollout_only=true"]
     if engine == "servers":
-        overrides += stand_ins("20.hang")
+        monkeypatch.setenv("STAND_IN_SECONDS", "0.5")
+        overrides += [*stand_ins(), "rollout.batch_responses=4"]  # a step takes four seconds
         wanted = ["rank_00000.jsonl"]  # of the rank that asks them
     else:
         overrides += ["rollout.batch_responses=2"]
@@ -228,11 +231,12 @@ def test_groups_that_were_finished_are_not_drawn_again_after_a_kill(start, rl_ov
         for line in (kept / name).read_text().splitlines()
         if line
     }
-    if engine == "servers":
-        overrides += stand_ins()
+    monkeypatch.setenv("STAND_IN_SECONDS", "0")
     launch = start(WORKER if engine == "servers" else "train_rl", CONFIG, overrides)
     assert launch.wait() == [0, 0], launch.output()
     assert f"{len(whole)} prompt groups were finished when the run was ended" in launch.output()
+    if engine == "servers":
+        assert launch.output().count("published version") == 1, "nothing is trained, so the weights stay"
     assert [(step, state) for step, *_, state in walked(tmp_path / "killed")] == [
         (step, "committed") for step in (1, 2, 3) for _ in range(PER_STEP)
     ]

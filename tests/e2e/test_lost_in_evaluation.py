@@ -12,6 +12,7 @@ import pytest
 from tests.e2e.served_runs import CONFIG
 
 WORKER = str(Path(__file__).with_name("stand_in_worker.py"))
+SFT_CONFIG = CONFIG.with_name("quickstart_sft.yaml")
 TRAINED = 8 * 4
 """Responses of the step that comes first."""
 
@@ -33,3 +34,22 @@ def test_a_server_that_is_lost_in_the_last_evaluation_comes_back(
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     (evaluated,) = (row for row in rows if row["phase"] == "eval")
     assert (evaluated["step"], evaluated["accuracy/heldout_count"]) == (1, 8)
+
+
+@pytest.mark.parametrize("when", ["in the first evaluation", "before the second"])
+def test_fine_tuning_brings_a_lost_server_back_for_its_evaluations(
+    start: Callable[..., Any], sft_overrides: Callable[[str], list[str]], stand_ins: Callable[..., list[str]],
+    tmp_path: Path, when: str,
+) -> None:  # fmt: skip
+    """It has no rollout manager that would."""
+    overrides = [
+        *sft_overrides("run"), "sft.steps=2", "evaluation.every_steps=1", "evaluation.at_end=false",
+        *stand_ins("5.end" if when.startswith("in") else "8.leave"),
+    ]  # fmt: skip
+    launch = start(str(Path(__file__).with_name("stand_in_sft_worker.py")), SFT_CONFIG, overrides)
+    assert launch.wait(180) == [0, 0], launch.output()
+    assert launch.output().count("does not answer and is to come back") == 1
+    assert launch.output().count("is back with the current weights") == 1
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    found = [(row["step"], row["accuracy/heldout_count"]) for row in rows if row["phase"] == "eval"]
+    assert found == [(1, 8), (2, 8)]

@@ -127,6 +127,12 @@ def test_where_all_tokens_are_old_neither_cause_is_claimed():
     told = str(caught.value)
     assert "Cause: staleness, or numerics. All tokens were sampled by versions 5 to 7, and version 8 is" in told
     assert "scheduling.mode=sync" in told
+    with pytest.raises(MismatchError) as caught:
+        off_policy(session, GROUPS, trainer(p0=[9.0, -3.0, 3.0]), published=PUBLISHED + 1, proof="recorded")
+    told = str(caught.value)
+    assert "Cause: other weights, staleness, or numerics. The tokens were recorded by the run" in told
+    assert "as of its versions 5 to 7" in told
+    assert "weight_sync" not in told, "a replay has no engines whose settings would help"
 
 
 def test_limits_and_no_limits():

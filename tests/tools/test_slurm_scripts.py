@@ -140,8 +140,6 @@ with socket.create_server(("127.0.0.1", int(sys.argv[-1]))) as port:
 
 
 def test_an_engine_that_hangs_is_ended_with_all_its_processes_when_the_trainer_asks_and_starts_again(tmp_path):
-    (tmp_path / "scontrol").write_text("#!/bin/sh\necho NodeName=n1 NodeAddr=127.0.0.1 Port=1\n")
-    (tmp_path / "scontrol").chmod(0o755)
     (tmp_path / "hangs.py").write_text(HANGS)
     lives = tmp_path / "lives"
     lives.write_text("0")
@@ -151,11 +149,14 @@ def test_an_engine_that_hangs_is_ended_with_all_its_processes_when_the_trainer_a
     with subprocess.Popen(
         ["bash", str(ROOT / "tools" / "slurm_engines.sh"), "1", "1", str(port),
          sys.executable, str(tmp_path / "hangs.py"), str(lives)],
-        env={**OUTSIDE, "PATH": f"{tmp_path}:{OUTSIDE['PATH']}", "KLEAR_ENGINE_REQUESTS": str(requests)},
+        env={
+            **OUTSIDE, "KLEAR_ENGINE_REQUESTS": str(requests), "SLURMD_NODENAME": "n2",
+            "KLEAR_ENGINE_ADDRESSES": "n1=10.0.0.1 n2=LocalHost ",
+        },
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     ) as step:  # fmt: skip
         try:
-            others = ServersOfOthers([f"http://127.0.0.1:{port}"], requests)
+            others = ServersOfOthers([f"http://LocalHost:{port}"], requests)
             others.stop(0)
             assert not requests.exists(), "one that does not listen has ended, or is being started"
             until(lambda: lives.read_text() == "1")
@@ -166,9 +167,9 @@ def test_an_engine_that_hangs_is_ended_with_all_its_processes_when_the_trainer_a
             step.terminate()
             output, _ = step.communicate(timeout=30)
     assert step.returncode == 0
-    ended = f"engine of port {port} on this node ended with status 137; 10 restarts left"
+    ended = f"engine of port {port} on n2 ended with status 137; 10 restarts left"
     told = [line for line in output.splitlines() if line.startswith("engine ")]
-    assert told == [f"engine of port {port} on this node is ended: the trainer asks for it", ended], output
+    assert told == [f"engine of port {port} on n2 is ended: the trainer asks for it", ended], output
     with socket.socket() as probe:
         assert probe.connect_ex(("127.0.0.1", port)) != 0, "a process outlived its step"
 
