@@ -136,6 +136,8 @@ def test_every_prompt_once_and_the_same_bits_when_replayed_cut_back_or_robbed_of
     assert {name: again[name] for name in same} == {name: recorded[name] for name in same}
     sixth = run("fifth", alone[0], alone[1], "scheduling.replay_last_step=6")  # and goes on, as any run does
     assert differing(whole, sixth, step=6) == []
+    run("fifth")  # now on responses of its own, to the prompts that the weights have not learned
+    assert walked(fifth) == rows[6 * PER_STEP :]
 
 
 def test_generated_first_and_trained_later(run, start, rl_overrides, tmp_path):

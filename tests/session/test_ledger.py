@@ -304,6 +304,44 @@ def test_groups_that_were_finished_when_the_run_was_killed_are_not_drawn_again(
         assert reader.states() == {"committed": 3}
 
 
+def test_tokens_stay_until_a_checkpoint_makes_them_dispensable(
+    context: ParallelContext, make_group: Callable[..., ScoredGroup], tmp_path: Path
+) -> None:
+    """A kill after step 2 has steps 1 and 2 trained again with the same groups, whatever `keep_steps` says."""
+    groups = [make_group(name, [1, -1], lengths=[4, 4]) for name in ("one", "two", "three")]
+    settings = settings_of(
+        tmp_path, rl=RlSettings(prompts_per_step=1, minibatch_prompts=1), scheduling=SchedulingSettings(keep_steps=1)
+    )
+    session = SimpleNamespace(
+        chat=CHAT, settings=settings, context=context, root=tmp_path, resumed=None, step=0, saved_step=0
+    )
+    with Ledger(tmp_path / LEDGER_FILE) as ledger:
+        enforce(ledger, run_terms(settings, CHAT), step=0, num_responses=2)
+
+    def score(missing: list[Prompt], step: int) -> list[ScoredGroup]:
+        [group] = [group for group in groups if group.group.prompt.prompt_id == missing[0].prompt_id]
+        rollouts = tuple(replace(r, policy_versions=((step - 1, 4),)) for r in group.group.rollouts)
+        return [replace(group, group=replace(group.group, rollouts=rollouts))]
+
+    def with_tokens() -> list[int]:
+        with LedgerReader(tmp_path / LEDGER_FILE) as reader:
+            return [step for step in reader.steps() if all(g.rollouts for g in reader.groups_of_step(step))]
+
+    found = []
+    cursor = DataCursor(3, 1, seed=0, shuffle=False)
+    with RunLedger(session, Data([group.group.prompt for group in groups])) as source:  # type: ignore[arg-type]
+        for step, saved_step in ((1, 0), (2, 0), (3, 2)):
+            rollouts = SimpleNamespace(
+                generate=lambda missing, *, step, on_rollout: missing,
+                score=lambda missing, mine, step=step: score(missing, step),
+            )
+            source.groups(step, cursor, rollouts)  # type: ignore[arg-type]
+            session.saved_step = saved_step
+            source.trained(step)
+            found.append(with_tokens())
+    assert found == [[1], [1, 2], [3]]
+
+
 def test_groups_that_cannot_be_kept_cost_one_warning(tmp_path: Path, make_group, caplog) -> None:
     (tmp_path / DIRECTORY).touch()
     finished = FinishedGroups(tmp_path, 0)

@@ -133,6 +133,7 @@ class Run:
                 if step % life.every == 0 or step in (life.stopped_at, life.total):
                     state = {"step": step, "cursor": cursor.state_dict(), "ledger": session.ledger_position()}
                     self.checkpoints.append(json.loads(json.dumps(state)))
+                    session.saved_step = step
                     self.trained = {s: keys for s, keys in self.trained.items() if s < min(history)} | history
                 if life.stopped_at == step:
                     break
@@ -155,9 +156,10 @@ class Run:
             model=ModelSettings(preset="qwen3-tiny"),
             rl=RlSettings(prompts_per_step=life.per_step, minibatch_prompts=life.per_step),
             rollout=RolloutSettings(responses_per_prompt=2, max_response_tokens=32),
-            scheduling=SchedulingSettings(mode=life.mode, order=life.order, max_staleness=2),
+            scheduling=SchedulingSettings(mode=life.mode, order=life.order, max_staleness=2, keep_steps=1),
         )
         return SimpleNamespace(
+            saved_step=0 if self.checkpoint is None else self.checkpoint["step"],
             settings=settings, context=self.context, root=self.root, resumed=self.checkpoint, total_steps=life.total,
             step=0 if self.checkpoint is None else self.checkpoint["step"], arch=SimpleNamespace(vocab_size=1000),
             noted={},

@@ -45,6 +45,21 @@ def test_what_may_change_is_told(tmp_path):
     assert changes_at_resume(now, "sft") == ["optimizer.lr: 0.001 -> 0.002"]
 
 
+def test_a_replay_keeps_its_first_step_and_may_go_further(tmp_path):
+    def replay(**steps: int) -> Settings:
+        return settings_of(tmp_path, scheduling=SchedulingSettings(replay_from="elsewhere", **steps))
+
+    checkpoint = write_checkpoint(tmp_path, 7, replay(replay_first_step=7, replay_last_step=7))
+    state = json.loads((checkpoint / layout.RUN_STATE).read_text())
+    (checkpoint / layout.RUN_STATE).write_text(json.dumps(state | {"entry": "rl"}))
+    assert changes_at_resume(replay(replay_first_step=7, replay_last_step=9), "rl") == [
+        "scheduling.replay_last_step: 7 -> 9"
+    ]
+    with pytest.raises(ConfigError, match=r"replay_first_step: was 7 when .* and is 3; the run began there: set it b"):
+        changes_at_resume(replay(replay_first_step=3, replay_last_step=3), "rl")
+    assert "scheduling.replay_first_step: 7 -> 1" in changes_at_resume(settings_of(tmp_path), "rl")
+
+
 def test_what_must_not_change_is_refused_all_at_once(tmp_path):
     write_checkpoint(tmp_path, 4, settings_of(tmp_path))
     now = settings_of(
