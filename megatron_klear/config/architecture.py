@@ -163,7 +163,7 @@ PRESETS: dict[str, Architecture] = {
 }
 assert set(PRESETS) == set(get_args(PresetName))
 
-_HF_KEYS = {
+HF_KEYS = {
     "num_layers": "num_hidden_layers",
     "hidden_size": "hidden_size",
     "ffn_hidden_size": "intermediate_size",
@@ -175,6 +175,7 @@ _HF_KEYS = {
     "rms_norm_eps": "rms_norm_eps",
     "tie_embeddings": "tie_word_embeddings",
 }
+"""Keys of a Hugging Face config.json by field."""
 
 
 def padded_vocab_size(vocab_size: int, vocab_multiple: int) -> int:
@@ -194,7 +195,7 @@ def read_hf_architecture(hf_dir: str | Path) -> Architecture:
     path, config = _read_hf_config(hf_dir)
     problems = [f"model.hf_dir: {path}: {text}" for text in _unsupported(config)]
     values: dict[str, Any] = {}
-    for name, key in _HF_KEYS.items():
+    for name, key in HF_KEYS.items():
         text = _hf_problem(config, key, bool if name == "tie_embeddings" else float if name == "rms_norm_eps" else int)
         if text:
             problems.append(f"model.hf_dir: {path}: {text}")

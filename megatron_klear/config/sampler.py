@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Literal
-from urllib.parse import urlsplit
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from megatron_klear.config.fields import SECTION, NonNegative, NonNegativeFloat, Responses, Seconds, Tokens, Unit
+from megatron_klear.config.server_url import is_server_url
 
 
 @dataclass(frozen=True, kw_only=True, config=SECTION)
@@ -91,8 +91,7 @@ def sampler_problems(settings: SamplerSettings, section: str) -> Iterator[tuple[
     if settings.engine == "local" and settings.urls:
         yield f"{section}.urls", f"names servers, but {section}.engine is local; set it to sglang"
     for url in settings.urls:
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname or parts.path not in ("", "/"):
+        if not is_server_url(url):
             yield f"{section}.urls", f"got {url!r}, must be http://HOST:PORT"
     for url in sorted({url for url in settings.urls if settings.urls.count(url) > 1}):
         yield f"{section}.urls", f"{url} is named more than once"

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
-from urllib.parse import urlsplit
 
+from megatron_klear.config.server_arguments import own_arguments
+from megatron_klear.config.server_url import is_server_url
 from megatron_klear.config.serving import ENGINE_FREE_SECONDS
 
 if TYPE_CHECKING:
@@ -17,12 +18,12 @@ def check_serving(settings: Settings, architecture: Architecture | None, problem
     """Check that SGLang can be started or reached, and that a publish can be proved as it is asked for."""
     sglang, verify = settings.sglang, settings.weight_sync.verify
     for url in sglang.urls:
-        if not _is_server(url):
+        if not is_server_url(url):
             problems.add("sglang.urls", f"got {url!r}, must be http://HOST:PORT")
     for url in sorted({url for url in sglang.urls if sglang.urls.count(url) > 1}):
         problems.add("sglang.urls", f"{url} is named more than once")
     if sglang.router_url is not None:
-        if not _is_server(sglang.router_url):
+        if not is_server_url(sglang.router_url):
             problems.add("sglang.router_url", f"got {sglang.router_url!r}, must be http://HOST:PORT")
         if not sglang.urls:
             text = f"got {sglang.router_url} without sglang.urls; name the servers behind the router, which get weights"
@@ -44,6 +45,8 @@ def check_serving(settings: Settings, architecture: Architecture | None, problem
         last = (sglang.port or 1) + sglang.servers - 1
         if last > 65535:
             problems.add("sglang.port", f"got {sglang.port}; {sglang.servers} servers need ports up to {last}")
+        for argument, instead in own_arguments(sglang.extra_args):
+            problems.add("sglang.extra_args", f"got {argument}, which the program gives each server itself; {instead}")
     if sglang.quantization != "none" and verify == "checksum":
         problems.add(
             "weight_sync.verify",
@@ -60,8 +63,3 @@ def check_serving(settings: Settings, architecture: Architecture | None, problem
         problems.add("weight_sync.timeout_seconds", text, "parallel.timeout_seconds")
     if sglang.quantization == "fp8" and settings.run.device == "cpu":
         problems.add("sglang.quantization", "got fp8, which needs a GPU, and run.device is cpu")
-
-
-def _is_server(url: str) -> bool:
-    parts = urlsplit(url)
-    return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.path in ("", "/")

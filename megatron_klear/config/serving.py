@@ -86,7 +86,7 @@ class SglangSettings:
     """Tokens between two reports of progress on a response."""
 
     extra_args: tuple[str, ...] = ()
-    """More arguments of `sglang.launch_server`, as they would stand on its command line."""
+    """More arguments of `sglang.launch_server`, as they would stand on its command line; none that a setting gives."""
 
     start_seconds: Seconds = 1800.0
     """How long a server may take to start, compiling included, before it is given up."""

@@ -122,6 +122,7 @@ class ServerStart:
                 longest_sequence=longest_sequence(settings, self._session.entry),
                 deterministic=settings.sglang.deterministic,
                 tokenizer_samples=samples,
+                sizes=served_config(self._session, settings.model.dtype),
                 yarn=settings.yarn.in_servers(self._session.arch, self._session.entry),
                 stop_ids=chat.stop_ids,
                 setting="sglang.urls" if self.fleets is None else "sglang.*",

@@ -12,11 +12,14 @@ from safetensors.torch import load_file
 from megatron_klear.errors import WeightSyncError
 from megatron_klear.weight_sync.buckets import Bucket
 from megatron_klear.weight_sync.checksums import verify
-from megatron_klear.weight_sync.engines import EngineGroup
+from megatron_klear.weight_sync.engines import EngineGroup, Refusal
 from megatron_klear.weight_sync.tensor_transport import TensorTransport
 from megatron_klear.weight_sync.transport import load_from_disk
 
 log = logging.getLogger(__name__)
+
+NOT_SEEN = "Failed to get weights iterator"
+"""How SGLang (0.5.23, `weight_updater.py`) refuses files that it does not find, before it has loaded any of them."""
 
 
 def restore(
@@ -39,7 +42,7 @@ def restore(
         prove: needed and called where there are no checksums: when the engines generate with these weights, and are
             not yet said to have this version. Raises when they are others.
         sent_to_tp: tensor parallel size of engines that may not see our files, and may hold unfinished work: they are
-            paused meanwhile, and where they cannot read the files they get the weights in requests. None has them read
+            paused meanwhile, and where they do not see the files they get the weights in requests. None has them read
             the files.
 
     Raises:
@@ -51,8 +54,11 @@ def restore(
         engines.call("/pause_generation", {"mode": "abort"})
         try:
             load_from_disk(engines, directory.absolute())
-        except WeightSyncError as error:
-            log.info("%s; the weights of version %d are sent in requests", error, version)
+        except Refusal as refusal:
+            # Whoever sees the files and refuses them would refuse, or not survive, the same weights in requests.
+            if NOT_SEEN not in str(refusal):
+                raise
+            log.info("%s; the weights of version %d are sent in requests", refusal, version)
             _send(engines, directory, version, sent_to_tp)
         engines.call("/flush_cache", {})
     if expected is not None and not verify(engines, expected):

@@ -79,9 +79,12 @@ def test_the_base_settings_have_no_problem(problems, entry):
         (["tokenizer.think_end=<think>"], 1, "tokenizer.think_end", "must differ"),
         ([*SGLANG, "sglang.venv=nowhere"], 1, "sglang.venv", "no nowhere/bin/python; run tools/setup_sglang.sh"),
         ([*SGLANG, "sglang.urls=[host:80]"], 1, "sglang.urls", "'host:80', must be http://HOST:PORT"),
+        ([*SGLANG, "sglang.urls=[http://h:3000O]"], 1, "sglang.urls", "'http://h:3000O', must be http://HOST:PORT"),
+        ([*SGLANG, "sglang.urls=['http://[::1:3']"], 1, "sglang.urls", "'http://[::1:3', must be http://HOST:PORT"),
         ([*SGLANG, "sglang.urls=[http://a:1,http://a:1]"], 1, "sglang.urls", "more than once"),
         ([*ROUTED, "sglang.urls=[]"], 1, "sglang.router_url", "name the servers behind the router, which get weights"),
         ([*ROUTED, "sglang.router_url=r:1"], 1, "sglang.router_url", "'r:1', must be http://HOST:PORT"),
+        ([*ROUTED, "sglang.router_url=http://r"], 1, "sglang.router_url", "'http://r', must be http://HOST:PORT"),
         ([*ROUTED, "scheduling.min_engines=2"], 1, "scheduling.min_engines", "behind sglang.router_url count as one"),
         ([*SGLANG, "sglang.connect_seconds=9"], 1, "sglang.connect_seconds", "got 9 without sglang.urls"),
         ([*SGLANG, "sglang.restart_requests=r"], 1, "sglang.restart_requests", "got r without sglang.urls"),
@@ -236,7 +239,7 @@ def test_sglangs_settings_are_judged_only_when_it_is_the_engine(problems):
     bad = ["sglang.venv=nowhere", "sglang.quantization=fp8"]
     assert problems(*bad) == []
     assert len(problems(*SGLANG, *bad)) == 2
-    assert problems(*SGLANG, "sglang.urls=[http://a:1,https://b]", "sglang.connect_seconds=60") == []
+    assert problems(*SGLANG, "sglang.urls=[http://a:1,https://b:443]", "sglang.connect_seconds=60") == []
     assert problems(*ROUTED) == []
 
 

@@ -45,7 +45,7 @@ def test_all_problems_are_told_at_once(write_config: WriteConfig, tmp_path: Path
         "input.files=[nowhere.jsonl]", "selection.maths=3", "decontamination.ngram=1", "sources.math_top=none",
         f"decontamination.benchmarks=[{tmp_path}/rows.jsonl,absent.parquet]", "run.engine=spark",
         "decontamination.whitelist_file=absent.txt", "teacher.hf_dir=absent", "teacher.engine=sglang",
-        "teacher.urls=[nonsense]", "reward.wrong=2",
+        "teacher.urls=[nonsense,'http://[::1:1',http://a:99999]", "reward.wrong=2",
     ]  # fmt: skip
     with pytest.raises(SystemExit) as leaving:
         curate.run([str(config), *overrides])
@@ -63,6 +63,8 @@ def test_all_problems_are_told_at_once(write_config: WriteConfig, tmp_path: Path
         "decontamination.whitelist_file: no file absent.txt",
         "teacher.hf_dir: no directory absent",
         "teacher.urls: got 'nonsense', must be http://HOST:PORT",
+        "teacher.urls: got 'http://[::1:1', must be http://HOST:PORT",
+        "teacher.urls: got 'http://a:99999', must be http://HOST:PORT",
         "reward.wrong: got 2.0, must be below reward.correct = 1.0",
     ):
         assert text in told, told

@@ -84,9 +84,11 @@ def test_a_server_of_others_leaves_comes_back_as_another_model_and_then_as_itsel
     wait_until_said(launch, "is to come back")
     wait_for(last_step(run) + 2, run, launch)
 
-    imposter = fleet_at("imposter", ports[1], vocab_size=256)
+    # Of the same family and vocabulary: weights of ours would end it, and its config.json alone tells.
+    imposter = fleet_at("imposter", ports[1], num_hidden_layers=3)
     imposter.start(0)
     wait_until_said(launch, f"({urls.split(', ')[1]}) cannot be used again: ")
+    wait_until_said(launch, "num_hidden_layers 3, ours 2 (model.num_layers)")
     assert "serves again" not in launch.output()
     imposter.close()
 

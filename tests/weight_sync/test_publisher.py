@@ -292,7 +292,7 @@ def test_an_engine_that_does_not_see_the_files_is_sent_them_and_goes_on_only_whe
     made = publisher(Engine("a"), transport=lambda g: KeepingTransport(TensorTransport(g, tp=1, by_value=True), files))
     made.publish(WEIGHTS.items(), version=3)
     assert files.newest is not None
-    far = Engine("far", {"/update_weights_from_disk": (400, "no such directory")})
+    far = Engine("far", {"/update_weights_from_disk": (400, "Failed to get weights iterator: no such folder.")})
     restore(EngineGroup([far], 5.0), files.newest, version=3, expected=made.expected, sent_to_tp=1)
     paths = far.paths()
     assert paths[:2] == ["/pause_generation", "/update_weights_from_disk"]
@@ -318,6 +318,26 @@ def test_an_engine_that_does_not_see_the_files_is_sent_them_and_goes_on_only_whe
     (files.newest / "model.safetensors.index.json").write_text("half")
     with pytest.raises(WeightSyncError, match="cannot read the weights of version 3"):
         restore(EngineGroup([far], 5.0), files.newest, version=3, expected=made.expected, sent_to_tp=1)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        (400, "Failed to update weights: The size of tensor a (128) must match the size of tensor b (96)."),
+        RolloutError("other: /update_weights_from_disk: broken off"),
+    ],
+)
+def test_an_engine_that_sees_the_files_and_does_not_load_them_is_not_sent_them(
+    publisher: Callable[..., Publisher], tmp_path: Path, answer: Answer
+) -> None:
+    files = WeightFiles(tmp_path, {}, keep=1)
+    made = publisher(Engine("a"), transport=lambda g: KeepingTransport(TensorTransport(g, tp=1, by_value=True), files))
+    made.publish(WEIGHTS.items(), version=3)
+    assert files.newest is not None
+    other = Engine("other", {"/update_weights_from_disk": answer})
+    with pytest.raises(WeightSyncError, match=r"The size of tensor a|broken off"):
+        restore(EngineGroup([other], 5.0), files.newest, version=3, expected=made.expected, sent_to_tp=1)
+    assert other.paths() == ["/pause_generation", "/update_weights_from_disk"], "weights in requests would end it"
 
 
 @pytest.mark.parametrize("sent_to_tp", [None, 1])

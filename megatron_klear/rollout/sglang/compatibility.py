@@ -15,6 +15,7 @@ from megatron_klear.rollout.sglang.connection import Connection, Refused
 from megatron_klear.rollout.sglang.dtypes import served_dtype
 from megatron_klear.rollout.sglang.ends import ends_problem
 from megatron_klear.rollout.sglang.rotary import rotary_problem
+from megatron_klear.rollout.sglang.sizes import sizes_problem
 from megatron_klear.rollout.sglang.vocabulary import vocab_size
 
 MINIMUM_VERSION = (0, 5, 21)
@@ -39,6 +40,7 @@ class Expected:
         deterministic: whether tokens must follow from seeds (sglang.deterministic).
         tokenizer_samples: texts and the token ids that our tokenizer makes of them, no special tokens added.
         architecture: class of the model; None takes any (a teacher of another family is only sampled from).
+        sizes: config.json of the model whose sizes it must have; None takes any.
         yarn: of its rotary embedding, None for none; `any` takes whatever it has.
         stop_ids: the only ids that may end a response; None takes whatever it has.
         setting: names in messages where the servers come from.
@@ -49,6 +51,7 @@ class Expected:
     deterministic: bool = False
     tokenizer_samples: Sequence[tuple[str, Sequence[int]]] = field(default=())
     architecture: str | None = ARCHITECTURE
+    sizes: Mapping[str, Any] | None = None
     yarn: Yarn | Literal["any"] | None = "any"
     stop_ids: Collection[int] | None = None
     setting: str = "sglang.urls"
@@ -88,11 +91,30 @@ async def examine(connection: Connection, expected: Expected) -> EngineFacts:
     """Ask a server for what it is and compare that with what we need.
 
     Raises:
-        ConfigError: it is no SGLang, is too old, or serves another model; all problems at once.
+        ConfigError: it is no SGLang, is too old, or serves another model; all problems at once. Or what it tells of
+            itself cannot be read.
         Unreachable: it gives no answer.
     """
     server = await _asked(connection, "/server_info", expected.setting)
     model = await _asked(connection, "/model_info", expected.setting)
+    try:
+        return await _judged(connection, expected, server, model)
+    except (ValueError, TypeError, AttributeError, LookupError) as error:
+        text = f"/server_info or /model_info cannot be read: {type(error).__name__}: {error}"
+        raise ConfigError(
+            [f"{expected.setting}: {connection.name}: {text}; it must be a running SGLang server"]
+        ) from error
+
+
+async def _judged(
+    connection: Connection, expected: Expected, server: Mapping[str, Any], model: Mapping[str, Any]
+) -> EngineFacts:
+    """Compare what a server says of itself with what we need; values in it may be of any kind.
+
+    Raises:
+        ConfigError: as `examine`.
+        ValueError, TypeError, AttributeError, LookupError: a value is of a kind that SGLang never tells.
+    """
     problems: list[str] = []
     version = str(server.get("version", "unknown"))
     if _numbers(version) < MINIMUM_VERSION:
@@ -117,6 +139,9 @@ async def examine(connection: Connection, expected: Expected) -> EngineFacts:
         problems.append(
             "it draws by chance, and sglang.deterministic is set; start it with --enable-deterministic-inference"
         )
+    if expected.sizes is not None and ARCHITECTURE in architectures:
+        problem = sizes_problem(connection.name, server, model, expected.sizes)
+        problems += [] if problem is None else [problem]
     if expected.yarn != "any":
         problem = rotary_problem(connection.name, server, model, expected.yarn)
         problems += [] if problem is None else [problem]
@@ -187,9 +212,9 @@ async def _tokenizer_problems(connection: Connection, expected: Expected) -> lis
     for text, ours in expected.tokenizer_samples:
         body = {"prompt": text, "add_special_tokens": False}
         try:
-            theirs = (await connection.post("/tokenize", body, timeout_seconds=_ASK_SECONDS))["tokens"]
+            theirs = list((await connection.post("/tokenize", body, timeout_seconds=_ASK_SECONDS))["tokens"])
         except (Refused, EndpointError, KeyError, TypeError):
             return []
-        if list(theirs) != list(ours):
+        if theirs != list(ours):
             return [f"its tokenizer makes {theirs} of {text!r}, ours makes {list(ours)} (tokenizer.dir)"]
     return []

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_klear.config.server_arguments import own_arguments
 from megatron_klear.config.serving import SglangSettings
 from megatron_klear.errors import ConfigError
 from megatron_klear.rollout.sglang.command import CPU_PLUGIN, server_command, server_environment
@@ -53,6 +54,15 @@ def test_settings_become_arguments(venv: str) -> None:
     assert found["--enable-x"] == "1"
     assert found["--served-model-name"] == "ours"
     assert "--device" not in found
+
+
+@pytest.mark.parametrize("on_cpu", [False, True])
+def test_no_option_with_a_value_may_be_given_again_but_the_attention_backend(venv: str, on_cpu: bool) -> None:
+    values = {"quantization": "fp8", "memory_fraction": 0.6, "max_total_tokens": 9000, "deterministic": True}
+    found = arguments(venv, on_cpu=on_cpu, **values)
+    given = [option for option, value in found.items() if value is not None and option != "--attention-backend"]
+    assert [option for option, _ in own_arguments(given)] == given
+    assert list(own_arguments(["--enable-deterministic-inference"]))
 
 
 def test_a_server_is_not_put_on_the_trainers_gpus_unknowingly(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -208,6 +208,29 @@ def test_what_is_no_server_of_sglang_is_refused(stand_in: StandIn) -> None:
     assert "/server_info answered status 404" in problem
 
 
+@pytest.mark.parametrize(
+    ("path", "facts"),
+    [
+        ("/server_info", {"tp_size": None}),
+        ("/server_info", {"tp_size": [2]}),
+        ("/server_info", {"tp_size": "two"}),
+        ("/server_info", {"internal_states": 3}),
+        ("/model_info", {"architectures": 7}),
+        ("/model_info", {"architectures": [None]}),
+    ],
+)
+def test_facts_of_no_known_kind_are_refused(stand_in: StandIn, path: str, facts: dict[str, Any]) -> None:
+    stand_in.answers[path] |= facts
+    (problem,) = problems(stand_in.url)
+    assert f"engine 0 ({stand_in.url}): /server_info or /model_info cannot be read: " in problem
+
+
+def test_a_tokenizer_that_tells_no_tokens_has_none_to_show(stand_in: StandIn) -> None:
+    stand_in.answers["/server_info"] |= {"skip_tokenizer_init": False}
+    stand_in.answers["/tokenize"] = {"tokens": None}
+    assert connect(stand_in.url, samples=[("a b", [1, 2])]).version == "0.5.23"
+
+
 def test_problems_of_all_servers_come_together(stand_in: StandIn) -> None:
     found = problems("http://127.0.0.1:9", stand_in.url, "http://127.0.0.1:7")
     assert len(found) == 2
