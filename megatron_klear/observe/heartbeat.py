@@ -132,6 +132,12 @@ def whereabouts(run_dir: str | Path, world_size: int) -> list[str]:
     return [text for _, text in sorted(seen, key=lambda pair: -pair[0])]
 
 
+def ranks_that_reported(run_dir: str | Path) -> int:
+    """One more than the highest rank of which there is a note; ranks below it that never reported count, too."""
+    found = [path.stem.removeprefix("rank_") for path in (Path(run_dir) / LOGS_FOLDER).glob("rank_*.json")]
+    return max((int(number) + 1 for number in found if number.isdigit()), default=0)
+
+
 def _is_running(pid: int) -> bool:
     """Whether a process of this machine lives; one that its parent has yet to collect does not."""
     try:

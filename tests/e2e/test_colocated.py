@@ -111,6 +111,28 @@ def test_with_a_real_server_the_bits_are_the_same_as_apart(
     assert differing(run, tmp_path / "apart") == []
 
 
+def test_with_a_real_server_log_probabilities_prove_a_publish_in_the_engines_turn(
+    start: Callable[..., Any],
+    rl_overrides: Callable[[str], list[str]],
+    tmp_path: Path,
+    sglang_settings: SglangSettings,
+) -> None:
+    """As servers that quantise need it: the ranks compute, with weights alone, while the engines have their memory."""
+    overrides = [
+        *rl_overrides("proved"), "rl.steps=2", "checkpoint.every_steps=1", "evaluation.at_end=false",
+        "reward.require_think=false", "rollout.engine=sglang", f"sglang.venv={sglang_settings.venv}",
+        "sglang.placement=colocated", "weight_sync.verify=logprobs", "weight_sync.logprob_tolerance=1.0e-3",
+    ]  # fmt: skip
+    launch = start("train_rl", CONFIG, overrides)
+    assert launch.wait(LIMIT) == [0, 0], launch.output()
+    assert launch.output().count("proved by logprobs") == 3
+    rows = [json.loads(line) for line in (tmp_path / "proved" / "metrics.jsonl").read_text().splitlines()]
+    assert all(0.0 <= row[names.MISMATCH_MAX_ABS] < 1e-4 for row in rows if row["phase"] == "rl")
+    asked = calls(tmp_path / "proved" / "logs" / "engine_0.log")
+    assert "weights_checker" not in asked
+    assert asked.count("release_memory_occupation") > 4
+
+
 def test_whoever_dies_or_hangs_in_whose_turn_the_bits_are_the_same(
     start: Callable[..., Any],
     rl_overrides: Callable[[str], list[str]],

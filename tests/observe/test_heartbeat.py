@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from megatron_klear.observe import Heartbeat, note_failure, whereabouts
+from megatron_klear.observe.__main__ import main
 
 
 def test_longest_silent_rank_comes_first_and_missing_ones_before_it(tmp_path, monkeypatch):
@@ -73,3 +74,19 @@ def test_rank_whose_process_has_ended_comes_first_and_is_said_to_be_gone(tmp_pat
         assert lines[0].startswith("rank 1: in step 5, save, no news for ")
         assert lines[0].endswith("; its process has ended")
         assert lines[1].startswith("rank 0: in step 5, generate")
+
+
+def test_the_command_says_where_all_ranks_are(tmp_path, capsys):
+    (tmp_path / "config.yaml").touch()
+    assert main([str(tmp_path), "--where"]) == 2
+    assert "no rank of" in capsys.readouterr().err
+    for rank, phase in ((0, "generate"), (2, "train")):
+        Heartbeat(tmp_path, rank).beat(5, phase)
+    assert main([str(tmp_path), "--where"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "rank 1: never reported"
+    assert {line.split(", no news")[0] for line in lines[1:3]} == {
+        "rank 0: in step 5, generate", "rank 2: in step 5, train"
+    }  # fmt: skip
+    assert lines[3].endswith("logs/engine_*.log")
+    assert not (tmp_path / "report.html").exists()
