@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
+
+from megatron_klear.rollout.sglang.model_folder import started_from
 
 _ALIASES = {"half": "float16", "float": "float32"}
 
@@ -23,7 +24,7 @@ def served_dtype(server: Mapping[str, Any], model: Mapping[str, Any]) -> str:
     if asked != "auto":
         return _ALIASES.get(asked, asked)
     try:
-        config = json.loads((Path(str(model["model_path"])) / "config.json").read_text())
+        config = json.loads((started_from(server, model) / "config.json").read_text())
         config |= json.loads(server.get("json_model_override_args") or "{}")
         stored = str(config.get("dtype") or config.get("torch_dtype") or "float32")
     except (OSError, ValueError, KeyError, TypeError, AttributeError):

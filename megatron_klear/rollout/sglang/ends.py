@@ -9,11 +9,11 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Collection, Mapping
-from pathlib import Path
 from typing import Any
 
 from megatron_klear.data.end_tokens import end_ids, tokenizer_end_id
 from megatron_klear.errors import DataError
+from megatron_klear.rollout.sglang.model_folder import started_from
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +28,7 @@ def ends_problem(
         server, model: its answers at /server_info and /model_info.
         stop_ids: the only ids that may end a response.
     """
-    path = Path(str(model.get("model_path", "")))
+    path = started_from(server, model)
     try:
         if not (path / "config.json").is_file():
             raise DataError(f"no {path / 'config.json'}")
@@ -61,5 +61,5 @@ def _overridden(server: Mapping[str, Any]) -> Collection[int]:
 def _tokenizers(server: Mapping[str, Any], model: Mapping[str, Any]) -> Collection[int]:
     if server.get("skip_tokenizer_init"):
         return ()
-    found = tokenizer_end_id(str(model.get("tokenizer_path") or model.get("model_path", "")))
+    found = tokenizer_end_id(str(model.get("tokenizer_path") or started_from(server, model)))
     return () if found is None else (found,)

@@ -9,10 +9,10 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from megatron_klear.config.yarn import Yarn, yarn_of_hf_config
+from megatron_klear.rollout.sglang.model_folder import started_from
 
 log = logging.getLogger(__name__)
 
@@ -27,7 +27,7 @@ def rotary_problem(name: str, server: Mapping[str, Any], model: Mapping[str, Any
         server, model: its answers at /server_info and /model_info.
         wanted: YaRN that it must compute with, None for none.
     """
-    path = Path(str(model.get("model_path", ""))) / "config.json"
+    path = started_from(server, model) / "config.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
         override = json.loads(server.get("json_model_override_args") or "{}")

@@ -10,10 +10,10 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from megatron_klear.config.architecture import HF_KEYS, SHAPE_FIELDS
+from megatron_klear.rollout.sglang.model_folder import started_from
 
 log = logging.getLogger(__name__)
 
@@ -42,8 +42,7 @@ def sizes_problem(
         server, model: its answers at /server_info and /model_info.
         ours: config.json of the model that it must have the sizes of.
     """
-    # At /model_info it is the folder of the newest weights that were loaded from files, which may be of any size.
-    path = Path(str(server.get("model_path") or model.get("model_path", ""))) / "config.json"
+    path = started_from(server, model) / "config.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
         override = json.loads(server.get("json_model_override_args") or "{}")

@@ -11,11 +11,11 @@ import json
 import logging
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from megatron_klear.rollout.endpoint import EndpointError
 from megatron_klear.rollout.sglang.connection import Connection, Refused
+from megatron_klear.rollout.sglang.model_folder import started_from
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ async def vocab_size(connection: Connection, server: Mapping[str, Any], model: M
     found = None if await _is_paused(connection) else await _as_refused(connection)
     if found is not None:
         return found
-    config = Path(str(server.get("model_path") or model.get("model_path", ""))) / "config.json"
+    config = started_from(server, model) / "config.json"
     try:
         override = json.loads(server.get("json_model_override_args") or "{}")
         return int({**json.loads(config.read_text(encoding="utf-8")), **override}["vocab_size"])

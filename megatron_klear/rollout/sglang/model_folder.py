@@ -1,0 +1,19 @@
+"""Which folder a server was started from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+
+def started_from(server: Mapping[str, Any], model: Mapping[str, Any]) -> Path:
+    """The folder whose config.json decides what a server computes; it may not be readable from here.
+
+    /model_info names the newest weights that were loaded from files, which a trainer may have put there: whatever those
+    say, the server goes on as it was started.
+
+    Args:
+        server, model: its answers at /server_info and /model_info.
+    """
+    return Path(str(server.get("model_path") or model.get("model_path", "")))
