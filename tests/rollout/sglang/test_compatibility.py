@@ -260,3 +260,16 @@ def test_a_real_server_that_was_left_paused_is_judged_as_any(sglang_urls: dict[s
     finally:
         group.call("/continue_generation", {})
         engine.close()
+
+
+def test_the_folder_that_a_server_was_started_from_counts_and_not_that_of_the_newest_weights(
+    stand_in: StandIn, tmp_path: Path
+) -> None:
+    """A trainer has put those weights there, with a config.json of its own."""
+    published = tmp_path / "published"
+    published.mkdir()
+    served(published, stand_in, {"rope_scaling": YARN.hf_scaling()})
+    (tmp_path / "config.json").write_text(json.dumps({"rope_scaling": None}))
+    stand_in.answers["/server_info"] |= {"model_path": str(tmp_path)}
+    (problem,) = problems(stand_in.url, yarn=YARN)
+    assert f"by {tmp_path}/config.json it computes with no YaRN" in problem
