@@ -36,8 +36,27 @@ class ServersOfOthers:
         self._urls = tuple(urls)
         self._requests, self._unheard_seconds = requests, unheard_seconds
 
-    def stop(self, index: int) -> None:
-        """Ask for the end of a server that hangs or lags; of one that has ended there is nothing to end."""
+    def stop(self, index: int) -> str | None:
+        """Ask for the end of a server that hangs or lags; of one that has ended there is nothing to end.
+
+        Returns:
+            None: whoever started it knows how it ended.
+        """
+        self._ask_to_end(index)
+        return None
+
+    def start(self, index: int) -> None:
+        """Nothing: it is not ours to start."""
+
+    def wait_ready(self, index: int, waiting: Callable[[], None]) -> None:
+        """Wait until it answers; `waiting` ends that by raising, as the manager does after scheduling.start_seconds."""
+        wait_until_answering([self._urls[index]], math.inf, waiting)
+
+    def url(self, index: int) -> str:
+        """http://HOST:PORT."""
+        return self._urls[index]
+
+    def _ask_to_end(self, index: int) -> None:
         where = urlsplit(self._urls[index])
         if self._requests is None or not _listens(where.hostname or "", where.port or 80):
             return
@@ -56,17 +75,6 @@ class ServersOfOthers:
             request.unlink(missing_ok=True)
         except OSError as error:
             log.warning("%s: cannot be asked to end (sglang.restart_requests): %s", self._urls[index], error)
-
-    def start(self, index: int) -> None:
-        """Nothing: it is not ours to start."""
-
-    def wait_ready(self, index: int, waiting: Callable[[], None]) -> None:
-        """Wait until it answers; `waiting` ends that by raising, as the manager does after scheduling.start_seconds."""
-        wait_until_answering([self._urls[index]], math.inf, waiting)
-
-    def url(self, index: int) -> str:
-        """http://HOST:PORT."""
-        return self._urls[index]
 
 
 def _listens(host: str, port: int) -> bool:
