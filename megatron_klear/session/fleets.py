@@ -7,12 +7,15 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
-from megatron_klear.errors import ConfigError, RolloutError
+from megatron_klear.errors import ConfigError, KlearError, RolloutError
 from megatron_klear.parallel import Machines
-from megatron_klear.rollout.sglang import ServerFleet
+from megatron_klear.rollout.sglang import ServerFleet, StartReport
+from megatron_klear.session.start_counts import StartCounts
 
 _WAKE_SECONDS = 0.2
+_COUNT_SECONDS = 1.0
 
 
 def require_reachable(host: str, host_names: Sequence[str]) -> None:
@@ -54,17 +57,24 @@ class MachineFleets:
         """Servers, by number, that did not start, and why."""
         if machines.is_leader:
             machines.offer("start its servers", lambda most, waiting: self._here().start_most(most, waiting))
+            machines.offer("count its servers", lambda _: self._here().started())
             machines.offer("look after its servers", self._look_after_here)
             machines.offer("start a server", lambda index, _: self._here().start(index))
             machines.offer("end a server", lambda index, _: self._here().stop(index))
             machines.offer("wait for a server", self._wait_here)
 
-    def start_all(self, waiting: Callable[[], None], least: int | None = None) -> list[str]:
+    def start_all(
+        self,
+        waiting: Callable[[], None],
+        least: int | None = None,
+        on_ready: Callable[[int], None] = lambda more: None,
+    ) -> list[str]:
         """Start all servers of all machines at once and wait until each answers, or has failed.
 
         Args:
             waiting: called while waiting, several times a second.
             least: how few servers will do; None needs all of them.
+            on_ready: called with how many more are ready, each time that some are.
 
         Returns:
             their URLs, in order; those in `failed` do not answer.
@@ -73,40 +83,54 @@ class MachineFleets:
             ConfigError: no SGLang environment on a machine, too few GPUs, or a fixed port that is taken.
             RolloutError: too many servers ended or are not ready in time; carries the ends of their logs.
         """
-        self._here()  # writes what the others read
-        given_up = threading.Event()
+        here = self._here()  # writes what the others read
+        count = self._machines.count
+        total = count * here.size
+        report = StartReport(total, here.start_seconds, "sglang.start_seconds", on_ready=on_ready)
+        counts = StartCounts(total, least, report)
+        given_up, is_over = threading.Event(), threading.Event()
 
         def between() -> None:
             if given_up.is_set():
                 raise RolloutError("servers elsewhere cannot be started")
 
-        count = self._machines.count
-        with ThreadPoolExecutor(count, thread_name_prefix="start servers") as threads:
+        def count_on(machine: int) -> None:
+            while not is_over.wait(_COUNT_SECONDS):
+                with suppress(KlearError):  # the call that starts them tells what is wrong with a machine
+                    counts.take(machine, *self._machines.call(machine, "count its servers", waiting=between))
+
+        with ThreadPoolExecutor(2 * count, thread_name_prefix="start servers") as threads:
             # A machine does not know of the others' failures; together they are counted below.
             most = 0 if least is None else 10**6
             calls = [
                 threads.submit(self._machines.call, m, "start its servers", most, waiting=between) for m in range(count)
             ]
+            for machine in range(count):
+                threads.submit(count_on, machine)
             try:
                 left = set(calls)
                 while left:
                     ended, left = concurrent.futures.wait(left, timeout=_WAKE_SECONDS)
                     for call in ended:
                         call.result()
+                    counts.look()
                     waiting()
+                is_over.set()
+                found: list[list[tuple[str, str]]] = [call.result() for call in calls]
+                for machine, served in enumerate(found):
+                    problems = [problem for _, problem in served if problem]
+                    counts.take(machine, len(served) - len(problems), problems)
+                counts.look()
             except BaseException:
                 given_up.set()
                 self.close()  # as every other rank does when it is told of the failure
                 raise
-        found = [call.result() for call in calls]
+            finally:
+                is_over.set()
         self._places = [(machine, index) for machine, served in enumerate(found) for index in range(len(served))]
         servers = [server for served in found for server in served]
         self._urls = [url for url, _ in servers]
         self.failed = {number: problem for number, (_, problem) in enumerate(servers) if problem}
-        if least is not None and len(servers) - len(self.failed) < least:
-            self.close()
-            few = f"{len(servers) - len(self.failed)} of {len(servers)} servers started, and scheduling.min_engines is"
-            raise RolloutError("\n".join([f"{few} {least}:", *self.failed.values()]))
         return list(self._urls)
 
     def require_running(self, seconds: float, waiting: Callable[[], None]) -> None:
@@ -130,10 +154,11 @@ class MachineFleets:
         machine, local = self._places[index]
         self._urls[index] = self._machines.call(machine, "wait for a server", local, waiting=waiting)
 
-    def stop(self, index: int) -> None:
-        """End server number `index` and all its processes; nothing happens when it does not run."""
+    def stop(self, index: int) -> str | None:
+        """End server number `index` and all its processes, and tell how it had ended; see `ServerFleet.stop`."""
         machine, local = self._places[index]
-        self._machines.call(machine, "end a server", local)
+        ended: str | None = self._machines.call(machine, "end a server", local)
+        return ended
 
     def place(self, index: int) -> tuple[int, int]:
         """Machine of server number `index`, and its number among the servers there."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import socket
@@ -37,23 +38,17 @@ class ServersOfOthers:
         self._requests, self._unheard_seconds = requests, unheard_seconds
 
     def stop(self, index: int) -> None:
-        """Ask for the end of a server that hangs or lags; of one that has ended there is nothing to end."""
+        """Ask for the end of a server that hangs or lags; of one that has ended there is nothing to end.
+
+        `wait_ready` then waits until somebody has ended it.
+        """
         where = urlsplit(self._urls[index])
-        if self._requests is None or not _listens(where.hostname or "", where.port or 80):
+        request = self._request(index)
+        if request is None or not _listens(where.hostname or "", where.port or 0):
             return
-        request = self._requests / f"{where.hostname}_{where.port}"
         try:
-            self._requests.mkdir(parents=True, exist_ok=True)
+            request.parent.mkdir(parents=True, exist_ok=True)
             request.touch()
-            deadline = time.monotonic() + self._unheard_seconds
-            while request.exists() and time.monotonic() < deadline:
-                time.sleep(_WAKE_SECONDS)
-            if request.exists():
-                log.warning(
-                    "%s: nobody ended it within %.0f s of being asked to by %s (sglang.restart_requests)",
-                    self._urls[index], self._unheard_seconds, request,
-                )  # fmt: skip
-            request.unlink(missing_ok=True)
         except OSError as error:
             log.warning("%s: cannot be asked to end (sglang.restart_requests): %s", self._urls[index], error)
 
@@ -62,11 +57,34 @@ class ServersOfOthers:
 
     def wait_ready(self, index: int, waiting: Callable[[], None]) -> None:
         """Wait until it answers; `waiting` ends that by raising, as the manager does after scheduling.start_seconds."""
+        request = self._request(index)
+        if request is not None:
+            try:
+                self._wait_until_heard(index, request, waiting)
+            finally:
+                with contextlib.suppress(OSError):  # it could not be made either
+                    request.unlink(missing_ok=True)
         wait_until_answering([self._urls[index]], math.inf, waiting)
 
     def url(self, index: int) -> str:
         """http://HOST:PORT."""
         return self._urls[index]
+
+    def _request(self, index: int) -> Path | None:
+        where = urlsplit(self._urls[index])
+        return None if self._requests is None else self._requests / f"{where.hostname}_{where.port}"
+
+    def _wait_until_heard(self, index: int, request: Path, waiting: Callable[[], None]) -> None:
+        deadline = time.monotonic() + self._unheard_seconds
+        while request.exists():
+            if time.monotonic() > deadline:
+                log.warning(
+                    "%s: nobody ended it within %.0f s of being asked to by %s (sglang.restart_requests)",
+                    self._urls[index], self._unheard_seconds, request,
+                )  # fmt: skip
+                return
+            waiting()
+            time.sleep(_WAKE_SECONDS)
 
 
 def _listens(host: str, port: int) -> bool:

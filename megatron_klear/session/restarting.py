@@ -54,6 +54,7 @@ class EngineRestarts:
         self._numbers: dict[int, tuple[int, Endpoint]] = {}  # by id, which no other object gets while it stands here
         self._publishing = threading.Lock()
         self._one_at_a_time = [threading.Lock() for _ in engine.engines]
+        self._ends: dict[int, str] = {}
         self._closed = threading.Event()
         # Threads of its own: a server takes minutes to start, and the manager's threads write the ledger meanwhile.
         self._threads = ThreadPoolExecutor(len(engine.engines), thread_name_prefix="restart")
@@ -118,7 +119,9 @@ class EngineRestarts:
                 raise RolloutError(f"{name} did not come back within {seconds:.0f} s (sglang.start_seconds)")
 
         log.warning("%s does not answer and is to come back", name)
-        self._fleet.stop(index)
+        ended = self._fleet.stop(index)
+        if ended is not None:
+            log.warning("%s %s", name, ended)
         self._group.leave(self._engine.engines[index].caller)
         self._fleet.start(index)
         self._fleet.wait_ready(index, wait)
@@ -127,6 +130,10 @@ class EngineRestarts:
         self._engine.replace(index, fresh)
         self._group.take_in(fresh.caller)
         log.info("%s is back with the current weights", fresh.endpoint.name)
+
+    def note_end(self, index: int, how: str) -> None:
+        """Take how a server had ended that was ended elsewhere, for the restart to tell: that is told only once."""
+        self._ends[index] = how
 
     def close(self) -> None:
         """Give up what is being started, and wait for that; the servers themselves are the fleet's."""
@@ -149,7 +156,7 @@ class EngineRestarts:
         began = time.monotonic()
         with self._one_at_a_time[index]:
             waiting()
-            self._fleet.stop(index)  # a publish that waits for an answer of it goes on without
+            self._stop(index, limit)  # a publish that waits for an answer of it goes on without
             with _after_others(self.publishing(waiting), limit):
                 self._group.leave(self._engine.engines[index].caller)
             with nullcontext() if self._turn is None else _after_others(self._turn.starting(waiting), limit):
@@ -157,9 +164,16 @@ class EngineRestarts:
                     fresh = self._start(index, waiting, limit)
                 except BaseException:
                     if self._turn is not None:
-                        self._fleet.stop(index)  # it may hold memory, and the trainer's turn may begin now
+                        self._stop(index, limit)  # it may hold memory, and the trainer's turn may begin now
                     raise
         log.info("%s is back with the current weights after %.0f s", fresh.endpoint.name, time.monotonic() - began)
+
+    def _stop(self, index: int, limit: StartLimit) -> None:
+        """End what is left of a server, and tell what it died of where it had ended by itself."""
+        ended = self._fleet.stop(index) or self._ends.pop(index, None)
+        if ended is not None:
+            log.warning("%s %s", self._engine.engines[index].endpoint.name, ended)
+            limit.tell_end(ended)
 
     def _start(self, index: int, waiting: Callable[[], None], limit: StartLimit) -> ConnectedEngine:
         """Start a server, and have it join with the weights of the last publish."""

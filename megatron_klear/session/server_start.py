@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 from megatron_klear.config.server_options import longest_sequence
 from megatron_klear.errors import ConfigError
 from megatron_klear.model import hf_config
+from megatron_klear.observe.readable import duration
 from megatron_klear.parallel import FirstRank, Machines
 from megatron_klear.rollout.sglang import (
     ConnectedEngine,
@@ -18,6 +19,8 @@ from megatron_klear.rollout.sglang import (
     FleetPlace,
     ServerFleet,
     SglangEngine,
+    StartReport,
+    shown,
     wait_until_answering,
 )
 from megatron_klear.session.fleets import MachineFleets, require_reachable
@@ -55,15 +58,24 @@ class ServerStart:
             self.fleets = MachineFleets(machines, self._fleet)
             self._resources.callback(self.fleets.close)
 
-    def start(self) -> EngineLayout:
+    @property
+    def count(self) -> int:
+        """Servers in all."""
+        sglang = self._session.settings.sglang
+        return len(sglang.urls) or sglang.servers * self._machines.count
+
+    def start(self, on_ready: Callable[[int], None]) -> EngineLayout:
         """Start or find the servers; returns how they hold weights (a collective).
+
+        Args:
+            on_ready: called on the first rank with how many more are ready, each time that some are.
 
         Raises:
             ConfigError: on every rank: servers cannot be started or reached, or do not serve our model.
             RolloutError: on every rank: a server failed while starting.
             Preempted: on every rank: one was asked to stop meanwhile.
         """
-        found = self._first_rank.run("start SGLang's servers", self._start)
+        found = self._first_rank.run("start SGLang's servers", lambda: self._start(on_ready))
         if found is None:
             self._session.stop_if_asked()
         assert found is not None
@@ -99,23 +111,23 @@ class ServerStart:
             quantized=facts.quantization is not None,
         )
 
-    def _start(self) -> dict[str, Any] | None:
+    def _start(self, on_ready: Callable[[int], None]) -> dict[str, Any] | None:
         """On the first rank: how the servers hold weights; None if asked to stop before."""
         try:
-            return self._started()
+            return self._started(on_ready)
         except AskedToStop:
             return None
 
-    def _started(self) -> dict[str, Any]:
+    def _started(self, on_ready: Callable[[int], None]) -> dict[str, Any]:
         settings, arch, chat = self._session.settings, self._session.arch, self._session.chat
         encode = chat.hf
         with ExitStack() as on_failure:
             urls: Sequence[str] = settings.sglang.urls
             if self.fleets is not None:
                 require_reachable(settings.sglang.host, self._machines.host_names)
-                urls = self.fleets.start_all(self.alive_unless_asked_to_stop, self._least())
+                urls = self.fleets.start_all(self.alive_unless_asked_to_stop, self._least(), on_ready)
             else:
-                wait_until_answering(urls, settings.sglang.connect_seconds, self.alive_unless_asked_to_stop)
+                self._wait_for_others(on_ready)
             samples = [(text, encode(text, add_special_tokens=False)["input_ids"]) for text in _SAMPLE_TEXTS]
             expected = Expected(
                 vocab_size=arch.vocab_size,
@@ -146,6 +158,19 @@ class ServerStart:
             self._resources.push(on_failure.pop_all())
         log.info("SGLang %s: %s", engine.engines[0].facts.version, ", ".join(urls))
         return asdict(layout)
+
+    def _wait_for_others(self, on_ready: Callable[[int], None]) -> None:
+        """Give servers at `sglang.urls` that are being started their time; those that do not answer are judged next."""
+        sglang = self._session.settings.sglang
+        urls, seconds, setting = sglang.urls, sglang.connect_seconds, "sglang.connect_seconds"
+        if not seconds:
+            return
+        limit = f"{duration(seconds)} ({setting})"
+        log.info("waiting up to %s for %d servers at sglang.urls: %s", limit, len(urls), shown(urls))
+        report = StartReport(len(urls), seconds, setting, verb="answer", on_ready=on_ready)
+        if left := wait_until_answering(urls, seconds, self.alive_unless_asked_to_stop, report):
+            text = "%d of %d servers at sglang.urls do not answer after %s: %s"
+            log.warning(text, len(left), len(urls), limit, ", ".join(left))
 
     def _least(self) -> int | None:
         """How few servers the run begins with, where the rollout manager can have the others brought back; or None."""

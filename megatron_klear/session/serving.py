@@ -88,11 +88,12 @@ class ServedEngine:
         transport: Transport | None = None
         colocated = settings.sglang.placement == "colocated"
         self._handover = Handover(session, self._first_rank) if colocated else None
-        with session.phase("start engines"), ExitStack() as on_failure, told_at_once():
+        count = self._start.count
+        with session.phase("start engines", count) as advance, ExitStack() as on_failure, told_at_once():
             on_failure.callback(self._resources.close)
             if self._handover is not None:
                 self._handover.make_room()
-            layout = self._start.start()
+            layout = self._start.start(advance)
             on_failure.pop_all()
         self._layout = layout
         self._engine, self._fleets = self._start.engine, self._start.fleets
@@ -391,7 +392,12 @@ class ServedEngine:
         for index, engine in enumerate(self._engine.engines):
             if engine.caller is caller:
                 log.warning("%s is ended, for its memory", caller.name)
-                self._fleets.stop(index)
+                ended = self._fleets.stop(index)
+                if ended is None:
+                    continue
+                log.warning("%s %s", caller.name, ended)
+                if self._restarts is not None:
+                    self._restarts.note_end(index, ended)
 
     def _check_logprobs(self) -> None:
         """Compare the engines' log-probabilities of a probe sequence with the trainer's (a collective)."""

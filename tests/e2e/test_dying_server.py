@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -85,5 +86,18 @@ def test_a_server_that_ends_when_it_was_ready_is_no_mistake_of_the_settings(
     output = launch.output()
     assert "SGLang server 0 ended with status 134 as soon as it was ready; the end of " in output
     assert "CUDA error: an illegal memory access" in output
+    assert re.search(r"starting 1 SGLang server on this machine: port \d+ \(found free\), log .*engine_0.log, ", output)
+    assert "start engines 1/1" in output
     assert "sglang.urls" not in output
     assert not servers_of(tmp_path / "dying")
+
+
+def test_servers_of_others_that_do_not_answer_in_time_are_named_together(
+    start: Callable[..., Any], rl_overrides: Callable[[str], list[str]]
+) -> None:
+    urls = "sglang.urls=[http://127.0.0.1:1,http://127.0.0.1:2]"
+    launch = start("train_rl", CONFIG, [*rl_overrides("no"), "rollout.engine=sglang", urls, "sglang.connect_seconds=2"])
+    assert launch.wait() == [2, 2], launch.output()
+    output, two = launch.output(), "http://127.0.0.1:1, http://127.0.0.1:2"
+    assert f"waiting up to 0:02 (sglang.connect_seconds) for 2 servers at sglang.urls: {two}" in output
+    assert f"2 of 2 servers at sglang.urls do not answer after 0:02 (sglang.connect_seconds): {two}" in output

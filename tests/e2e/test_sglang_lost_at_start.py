@@ -37,6 +37,7 @@ def test_the_first_publish_goes_on_without_a_server_that_was_lost_before_it(
     before_first = output[: output.index("published version 0: ")]
     if how == "killed":
         assert "publishing goes on with 1 engines" in before_first
+        assert re.search(r"engine 1 \(http://.*\) ended with status 137; the end of .*engine_1.log:\n", output)
     else:
         assert re.search(r"the run begins without engine 1: SGLang server 1 ended with status 3.*:\nno memory", output)
     assert published(launch) == list(range(6))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import re
 import sys
 import threading
 import time
@@ -15,7 +17,7 @@ import pytest
 
 from megatron_klear.config.serving import SglangSettings
 from megatron_klear.errors import ConfigError, RolloutError
-from megatron_klear.rollout.sglang import FleetPlace, ServerFleet
+from megatron_klear.rollout.sglang import FleetPlace, ServerFleet, start_report
 from megatron_klear.session.fleets import MachineFleets, require_reachable
 
 SERVER = """#!/bin/sh
@@ -24,6 +26,7 @@ while [ $# -gt 0 ]; do
     case $1 in --host) host=$2;; --port) port=$2;; --served-model-name) name=$2;; esac; shift
 done
 [ -e "$BROKEN" ] && [ "$host" = 127.0.0.2 ] && { echo "no kernels on $host"; exit 3; }
+[ -e "$SLOW" ] && [ "$host" = 127.0.0.1 ] && exec sleep 600
 mkdir -p "$PAGES/$port/v1" && cd "$PAGES/$port" && touch model_info || exit
 echo '{"data": [{"id": "'"$name"'"}]}' >v1/models
 exec $PAGER_PYTHON -m http.server --bind "$host" "$port"
@@ -59,6 +62,7 @@ def start(
         "PAGES": tmp_path / "pages",
         "PAGER_PYTHON": sys.executable,
         "BROKEN": tmp_path / "broken",
+        "SLOW": tmp_path / "slow",
     }.items():
         monkeypatch.setenv(name, str(value))
     made: list[MachineFleets] = []
@@ -95,13 +99,15 @@ def test_they_are_numbered_machine_by_machine_and_one_is_replaced_where_it_was(
 ) -> None:
     first, second = start()
     waits: list[int] = []
-    urls = first.start_all(lambda: waits.append(1))
+    ready: list[int] = []
+    urls = first.start_all(lambda: waits.append(1), on_ready=ready.append)
+    assert sum(ready) == 4
     assert [url.rpartition(":")[0] for url in urls] == ["http://127.0.0.1"] * 2 + ["http://127.0.0.2"] * 2
     assert all(answers(url) for url in urls)
     assert waits, "the other ranks must be told while servers load"
     logs = tmp_path / "run" / "logs"
     assert sorted(path.name for path in logs.glob("*.log")) == [f"engine_{i}.log" for i in range(4)]
-    first.stop(3)
+    assert first.stop(3) is None
     assert [answers(url) for url in urls] == [True, True, True, False]
     first.start(3)
     first.wait_ready(3, lambda: None)
@@ -151,11 +157,53 @@ def test_a_run_that_may_begin_with_fewer_is_told_which_servers_failed(
     again, _ = start()
     with pytest.raises(
         RolloutError,
-        match=r"(?s)2 of 4 servers started, and scheduling.min_engines is 3:.*server 2 on.*server 3 on.*no kernels",
+        match=r"(?s)2 of 4 servers did not start, and scheduling.min_engines is 3:\nSGLang server 2 on.*\n"
+        r"SGLang server 3 on.*no kernels",
     ):
         again.start_all(lambda: None, 3)
     assert again._fleet is not None
     assert not any(again._fleet.is_alive(index) for index in range(2))
+
+
+def test_failures_on_all_machines_are_counted_while_servers_start(
+    start: Callable[[], tuple[MachineFleets, MachineFleets]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr(start_report, "_EVERY_SECONDS", 0.5)
+    for name in ("broken", "slow"):
+        (tmp_path / name).touch()
+    first, _ = start()
+    began = time.monotonic()
+    with pytest.raises(RolloutError, match=r"2 of 4 servers did not start, and scheduling.min_engines is 3:"):
+        first.start_all(lambda: None, 3)
+    assert time.monotonic() - began < 40.0, "the servers of the first machine have a minute"
+    again, _ = start()
+    deadline = time.monotonic() + 40.0
+
+    def waiting() -> None:
+        told = sum("no kernels" in message for message in caplog.messages)
+        if (told == 2 and "2 failed" in caplog.text) or time.monotonic() > deadline:
+            raise RolloutError(f"{told} told")
+
+    with pytest.raises(RolloutError, match="2 told"):
+        again.start_all(waiting, 2)
+    assert re.search(r"0 of 4 servers are ready after 0:\d\d of 1:00 \(sglang.start_seconds\); 2 failed", caplog.text)
+
+
+def test_what_a_server_died_of_is_told_by_its_machine(
+    start: Callable[[], tuple[MachineFleets, MachineFleets]], tmp_path: Path
+) -> None:
+    first, second = start()
+    first.start_all(lambda: None)
+    assert second._fleet is not None
+    [page] = psutil.Process(second._fleet.pid(1)).children()
+    page.kill()
+    told = first.stop(3)
+    assert told is not None
+    assert told.startswith(f"ended with status 137; the end of {tmp_path}/run/logs/engine_3.log:\n")
 
 
 def test_a_server_that_ends_when_it_was_ready_is_named_with_its_log(

@@ -45,6 +45,7 @@ class StandIn:
 
     def __init__(self) -> None:
         self.done: list[str] = []
+        self.ends: list[str] = []
         self.ready = threading.Event()
         self.ready.set()
         self.engines = [self.connected("old 0"), self.connected("old 1")]
@@ -52,8 +53,9 @@ class StandIn:
     def connected(self, name: str) -> Any:
         return SimpleNamespace(caller=Caller(name), endpoint=SimpleNamespace(name=name))
 
-    def stop(self, index: int) -> None:
+    def stop(self, index: int) -> str | None:
         self.done.append(f"stop {index}")
+        return self.ends.pop() if self.ends else None
 
     def start(self, index: int) -> None:
         self.done.append(f"start {index}")
@@ -108,6 +110,45 @@ def test_it_joins_those_published_to_when_it_has_the_current_weights(stand_in: S
     again = asyncio.run(restarted(restarts, fresh, "died again"))
     assert again.name == "new 1"
     assert [caller.name for caller in group.callers] == ["old 0", "new 1"]
+    restarts.close()
+
+
+KILLED = "ended with status 137; the end of logs/engine_1.log:\nloading"
+BROKEN = "ended with status 134; the end of logs/engine_1.log:\nCUDA error"
+
+
+async def ends_told(restarts: EngineRestarts, told: list[str]) -> None:
+    """Restart number 1, and add what the manager is told that its process ended with."""
+    async with StartLimit(30.0, on_end=told.append) as limit:
+        await restarts.restart(restarts.endpoints()[1], "no connection", limit)
+
+
+@pytest.mark.parametrize("ended", ["itself", "elsewhere", "not"])
+def test_what_the_lost_server_died_of_is_told(stand_in: StandIn, caplog: pytest.LogCaptureFixture, ended: str) -> None:
+    restarts, _ = restarts_of(stand_in, lambda engine, waiting: None)
+    if ended == "itself":
+        stand_in.ends = [KILLED]
+    elif ended == "elsewhere":  # the trainer needed its memory
+        restarts.note_end(1, KILLED)
+    told: list[str] = []
+    asyncio.run(ends_told(restarts, told))
+    assert told == ([] if ended == "not" else [KILLED])
+    assert (f"old 1 {KILLED}" in caplog.messages) == (ended != "not")
+    restarts.close()
+
+
+def test_what_a_server_died_of_that_was_being_brought_up_is_told(stand_in: StandIn) -> None:
+    def bring_up(engine: Any, waiting: Callable[[], None]) -> None:
+        stand_in.ends = [BROKEN]
+        raise WeightSyncError("no connection")
+
+    turn = Turn()
+    turn.give()
+    restarts, _ = restarts_of(stand_in, bring_up, turn)
+    told: list[str] = []
+    with pytest.raises(WeightSyncError):
+        asyncio.run(ends_told(restarts, told))
+    assert told == [BROKEN]
     restarts.close()
 
 

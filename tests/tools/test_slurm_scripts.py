@@ -160,8 +160,8 @@ def test_an_engine_that_hangs_is_ended_with_all_its_processes_when_the_trainer_a
             others.stop(0)
             assert not requests.exists(), "one that does not listen has ended, or is being started"
             until(lambda: lives.read_text() == "1")
-            others.stop(0)  # returns when it has ended
-            assert list(requests.iterdir()) == []
+            others.stop(0)
+            until(lambda: list(requests.iterdir()) == [])
             until(lambda: lives.read_text() == "2")  # on the same port, which no process of its first life keeps
         finally:
             step.terminate()
@@ -175,15 +175,35 @@ def test_an_engine_that_hangs_is_ended_with_all_its_processes_when_the_trainer_a
 
 
 def test_a_request_that_nobody_hears_is_taken_back(tmp_path, caplog):
+    class GivenUp(Exception):
+        pass
+
+    def give_up() -> None:
+        if not requests.exists() or not list(requests.iterdir()):
+            raise GivenUp  # it is waited for no longer
+
+    requests = tmp_path / "requests"
     with socket.create_server(("127.0.0.1", 0)) as hung:
         url = f"http://127.0.0.1:{hung.getsockname()[1]}"
-        ServersOfOthers([url], tmp_path, unheard_seconds=0.5).stop(0)
+        unheard = ServersOfOthers([url], requests, unheard_seconds=0.5)
+        unheard.stop(0)
+        assert len(list(requests.iterdir())) == 1
+        with pytest.raises(GivenUp):
+            unheard.wait_ready(0, give_up)
         ServersOfOthers([url]).stop(0)
         (tmp_path / "file").touch()
         ServersOfOthers([url], tmp_path / "file").stop(0)
-    assert [path.name for path in tmp_path.iterdir()] == ["file"]
-    unheard, unwritable = caplog.messages
-    assert unheard.startswith(f"{url}: nobody ended it within 0 s of being asked to by {tmp_path}/127.0.0.1_")
+
+        def end_the_run() -> None:
+            raise GivenUp
+
+        patient = ServersOfOthers([url], requests)
+        patient.stop(0)
+        with pytest.raises(GivenUp):
+            patient.wait_ready(0, end_the_run)
+    assert list(requests.iterdir()) == [], "nobody may find it later"
+    first, unwritable = caplog.messages
+    assert first.startswith(f"{url}: nobody ended it within 0 s of being asked to by {requests}/127.0.0.1_")
     assert unwritable.startswith(f"{url}: cannot be asked to end (sglang.restart_requests): ")
 
 

@@ -31,6 +31,7 @@ class Engine:
         unanswered: checks in a row without an answer, while it had no requests.
         is_asked: such a check is under way.
         last_error: why it was last in trouble.
+        last_end: how its process had ended by itself, found at one of the last restarts in a row; may be unknown.
         down_since: loop time.
         tokens: brought in all.
         slow_windows: measurements in a row in which it was slow.
@@ -52,6 +53,7 @@ class Engine:
     unanswered: int = 0
     is_asked: bool = False
     last_error: str = ""
+    last_end: str = ""
     down_since: float = 0.0
     tokens: int = 0
     slow_windows: int = 0

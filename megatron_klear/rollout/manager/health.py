@@ -146,6 +146,8 @@ class EngineCare:
         self.lost += 1
         self._blamed.pop(engine.number, None)
         engine.status, engine.last_error = "down", why
+        if not engine.restarts:
+            engine.last_end = ""  # it has answered since
         log.warning("%s is lost: %s", engine.name, why)
         engine.down_since = asyncio.get_running_loop().time()
         self._on_lost(engine)
@@ -189,11 +191,14 @@ class EngineCare:
         def judge_absence(is_absent: bool) -> None:
             engine.status = "down" if is_absent else "starting"
 
+        def note_end(how: str) -> None:
+            engine.last_end = how
+
         while engine.restarts < MOST_RESTARTS:
             engine.restarts += 1
             engine.status = "starting"
             try:
-                async with StartLimit(self._settings.start_seconds, judge_absence) as limit:
+                async with StartLimit(self._settings.start_seconds, judge_absence, note_end) as limit:
                     endpoint = await restart(engine.endpoint, engine.last_error, limit)
                     engine.endpoint = endpoint
                 found = await self._settled_version_of(engine)
@@ -342,7 +347,7 @@ class EngineCare:
 
     def _account(self, serving: int, waited: float) -> str:
         others = [engine for engine in self._pool if engine.status not in ("serving", "checked")]
-        lines = [f"  - {engine.name}: {engine.status}, {engine.last_error}" for engine in others[:16]]
+        lines = [f"  - {engine.name}: {engine.status}, {_trouble(engine)}" for engine in others[:16]]
         more = [f"  - and {len(others) - 16} more"] if len(others) > 16 else []
         return "\n".join(
             [
@@ -358,6 +363,10 @@ class EngineCare:
         task = asyncio.ensure_future(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+
+def _trouble(engine: Engine) -> str:
+    return engine.last_error + (f"; before that its server {engine.last_end}" if engine.last_end else "")
 
 
 def _text(error: BaseException) -> str:

@@ -19,17 +19,23 @@ class StartLimit:
         seconds: of the engine's own start.
         on_absence: called in the event loop with True when a server of others is waited for, which nobody here starts,
             and with False when it is there.
+        on_end: called in the event loop with how the engine's process had ended by itself, where that is known.
 
     Attributes:
         is_of_others: the engine is started by others.
     """
 
-    def __init__(self, seconds: float, on_absence: Callable[[bool], None] = lambda is_absent: None) -> None:
+    def __init__(
+        self,
+        seconds: float,
+        on_absence: Callable[[bool], None] = lambda is_absent: None,
+        on_end: Callable[[str], None] = lambda how: None,
+    ) -> None:
         self._loop = asyncio.get_running_loop()
         self._timeout = asyncio.timeout(seconds)
         self._left = seconds
         self._is_over = False
-        self._on_absence = on_absence
+        self._on_absence, self._on_end = on_absence, on_end
         self.is_of_others = False
 
     @property
@@ -64,6 +70,10 @@ class StartLimit:
         with self.waiting_for_others():
             yield
         self._soon(lambda: self._tell(is_absent=False))
+
+    def tell_end(self, how: str) -> None:
+        """Tell how the engine's process had ended; from any thread."""
+        self._soon(lambda: self._on_end(how))
 
     def _tell(self, *, is_absent: bool) -> None:
         if self._counts():

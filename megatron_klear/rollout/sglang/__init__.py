@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from megatron_klear.rollout.sglang.answering import shown, wait_until_answering
 from megatron_klear.rollout.sglang.compatibility import EngineFacts, Expected, examine
 from megatron_klear.rollout.sglang.connection import Connection
 from megatron_klear.rollout.sglang.endpoint import SglangEndpoint
 from megatron_klear.rollout.sglang.engine import EndpointPool
-from megatron_klear.rollout.sglang.fleet import FleetPlace, ServerFleet, wait_until_answering
+from megatron_klear.rollout.sglang.fleet import ServerFleet
+from megatron_klear.rollout.sglang.place import FleetPlace
 from megatron_klear.rollout.sglang.serving import ConnectedEngine, SglangCaller, SglangEngine
+from megatron_klear.rollout.sglang.start_report import StartReport
 
 __all__ = [
     "ConnectedEngine",
@@ -20,6 +23,8 @@ __all__ = [
     "SglangCaller",
     "SglangEndpoint",
     "SglangEngine",
+    "StartReport",
     "examine",
+    "shown",
     "wait_until_answering",
 ]

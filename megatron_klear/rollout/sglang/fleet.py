@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import atexit
-import errno
 import json
 import logging
 import re
-import socket
 import time
 import uuid
 import weakref
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -22,13 +19,18 @@ import httpx2
 from megatron_klear.config.serving import SglangSettings
 from megatron_klear.errors import ConfigError, RolloutError
 from megatron_klear.observe.replace import replace_file
+from megatron_klear.rollout.sglang.answering import POLL_SECONDS, asking, is_ready
 from megatron_klear.rollout.sglang.command import server_command, server_environment
+from megatron_klear.rollout.sglang.place import FleetPlace
+from megatron_klear.rollout.sglang.ports import free_port, is_free
 from megatron_klear.rollout.sglang.process import ServerProcess
+from megatron_klear.rollout.sglang.start_report import StartTally, say_started
 
 log = logging.getLogger(__name__)
 
-_POLL_SECONDS = 0.25
 _PORT_ATTEMPTS = 3
+_END_SECONDS = 0.5
+"""A process that ends breaks off its connections a moment before it has ended."""
 _PORT_TAKEN = re.compile(r"address already in use|port .*(in use|not available)", re.IGNORECASE)
 
 _fleets: weakref.WeakSet[ServerFleet] = weakref.WeakSet()
@@ -42,21 +44,6 @@ def _close_all() -> None:
 
 class StartFailed(RolloutError):
     """A server ended, or did not answer in time."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FleetPlace:
-    """Where among the machines of a launch a fleet is.
-
-    Attributes:
-        first_number: of its servers among all, for names of logs.
-        address: of this machine, as the first rank reaches it.
-        companions: processes beside this one with any of which the servers end.
-    """
-
-    first_number: int = 0
-    address: str = "127.0.0.1"
-    companions: tuple[int, ...] = ()
 
 
 class ServerFleet:
@@ -103,6 +90,7 @@ class ServerFleet:
         self._processes: dict[int, ServerProcess] = {}
         self._ports: dict[int, int] = {}
         self._names: dict[int, str] = {}
+        self._tally = StartTally()
         self._closed = False
         _fleets.add(self)
 
@@ -114,6 +102,20 @@ class ServerFleet:
     ) -> None:
         self.close()
 
+    @property
+    def size(self) -> int:
+        """How many servers it has."""
+        return self._settings.servers
+
+    @property
+    def start_seconds(self) -> float:
+        """How long each may take to start."""
+        return self._settings.start_seconds
+
+    def started(self) -> tuple[int, list[str]]:
+        """How many of those that `start_most` starts are ready, and what is wrong with those that failed."""
+        return self._tally.ready, list(self._tally.problems.values())
+
     def start(self, index: int) -> None:
         """Start server number `index`, or start it anew on a port of its own; it is not ready yet.
 
@@ -121,16 +123,16 @@ class ServerFleet:
             ConfigError: no SGLang environment, too few GPUs, or a fixed port that is taken.
             RolloutError: the fleet has been closed.
         """
-        self.stop(index)
+        self._end([index])
         if self._closed:
-            raise RolloutError(f"{self._name(index)} is not started: the run is ending")
+            raise RolloutError(f"{self._place.name(index)} is not started: the run is ending")
         port = self._choose_port(index)
         name = f"klear-{uuid.uuid4().hex}"
         command = server_command(self._settings, self._model_dir.absolute(), port=port, name=name, **self._shape)
         environment = server_environment(self._settings, index, on_cpu=self._on_cpu)
         self._ports[index], self._names[index] = port, name
-        log_file = self._logs / f"engine_{self._place.first_number + index}.log"
-        self._processes[index] = ServerProcess(command, environment, log_file, companions=self._place.companions)
+        log_file, companions = self._log_file(index), self._place.companions
+        self._processes[index] = ServerProcess(command, environment, log_file, companions=companions)
 
     def start_all(self, waiting: Callable[[], None] | None = None) -> list[str]:
         """Start all servers at once and wait until each answers; see `start_most`.
@@ -154,30 +156,23 @@ class ServerFleet:
             ConfigError: see `start`.
             RolloutError: more servers ended or are not ready in time; carries the ends of their logs.
         """
-        found: list[tuple[str, str]] = []
+        tally = self._tally = StartTally()
+        servers = range(self.size)
         try:
-            deadline = time.monotonic() + self._settings.start_seconds  # one for all: they start at the same time
-            for index in range(self._settings.servers):
+            for index in servers:
                 self.start(index)
-            for index in range(self._settings.servers):
-                problem = ""
-                try:
-                    self.wait_ready(index, waiting, deadline=deadline)
-                except StartFailed as failure:
-                    problem = str(failure)
-                    self.stop(index)
-                found.append((self.url(index), problem))
-                if len(problems := [problem for _, problem in found if problem]) > most_failures:
-                    raise RolloutError("\n".join(problems))
+            say_started(
+                [self._ports[index] for index in servers], [self._log_file(index) for index in servers], self._settings
+            )
+            self._wait(servers, tally, most_failures, waiting)
         except BaseException:
             self.close()
             raise
-        return found
+        return [(self.url(index), tally.problems.get(index, "")) for index in servers]
 
     def url(self, index: int) -> str:
         """Where server number `index` answers."""
-        host = self._place.address if self._host in ("0.0.0.0", "::") else self._host
-        return f"http://{f'[{host}]' if ':' in host else host}:{self._ports[index]}"
+        return self._place.url(self._host, self._ports[index])
 
     def pid(self, index: int) -> int:
         """Process id of the server's supervisor."""
@@ -188,48 +183,18 @@ class ServerFleet:
         process = self._processes.get(index)
         return process is not None and process.exit_status() is None
 
-    def log_tail(self, index: int) -> str:
-        """The end of the server's log."""
-        return self._processes[index].log_tail()
-
-    def wait_ready(
-        self, index: int, waiting: Callable[[], None] | None = None, *, deadline: float | None = None
-    ) -> None:
+    def wait_ready(self, index: int, waiting: Callable[[], None] | None = None) -> None:
         """Wait until a started server answers; one whose free port was taken meanwhile is given another.
 
         Args:
             index: of the server.
             waiting: called while waiting, several times a second.
-            deadline: by time.monotonic; None is `sglang.start_seconds` from now.
 
         Raises:
-            StartFailed: it ended, or is not ready after `sglang.start_seconds`; carries the end of its log.
+            StartFailed: it ended, or is not ready after `sglang.start_seconds`, and is ended then; carries the end of
+                its log.
         """
-        if deadline is None:
-            deadline = time.monotonic() + self._settings.start_seconds
-        attempts = 1
-        with httpx2.Client(trust_env=False, timeout=5.0) as client:
-            while not (is_ready(client, self.url(index)) and self._is_ours(client, index)):
-                process = self._processes.get(index)
-                if process is None:
-                    raise StartFailed(f"{self._name(index)} was ended while it was starting")
-                status = process.exit_status()
-                if status is not None:
-                    taken = _PORT_TAKEN.search(process.log_tail())
-                    if taken and self._settings.port is None and attempts < _PORT_ATTEMPTS:
-                        attempts += 1
-                        self.start(index)
-                        continue
-                    raise self._ended(index, status, "while starting (sglang.*)")
-                if time.monotonic() > deadline:
-                    raise StartFailed(
-                        f"{self._name(index)} is not ready after {self._settings.start_seconds:.0f} s "
-                        f"(sglang.start_seconds); the end of {process.log}:\n{process.log_tail()}"
-                    )
-                if waiting is not None:
-                    waiting()
-                time.sleep(_POLL_SECONDS)
-        log.info("%s is ready: %s, log %s", self._name(index), self.url(index), self._processes[index].log)
+        self._wait([index], StartTally(), 0, waiting)
 
     def require_running(self, seconds: float, waiting: Callable[[], None] | None = None) -> None:
         """Require that every server that was started still runs; asked where one of them gives no answer.
@@ -244,29 +209,85 @@ class ServerFleet:
         deadline = time.monotonic() + seconds
         while True:
             for index, process in self._processes.items():
-                status = process.exit_status()
-                if status is not None:
-                    raise self._ended(index, status, "as soon as it was ready")
+                if process.exit_status() is not None:
+                    raise RolloutError(self._ended(index, process, "as soon as it was ready"))
             if time.monotonic() > deadline:
                 return
             if waiting is not None:
                 waiting()
-            time.sleep(_POLL_SECONDS)
+            time.sleep(POLL_SECONDS)
 
-    def stop(self, index: int) -> None:
-        """End server number `index` and all its processes; nothing happens when it does not run."""
+    def stop(self, index: int) -> str | None:
+        """End server number `index` and all its processes; nothing happens when it does not run.
+
+        Returns:
+            Of one that had ended by itself, "ended with status N; the end of LOG: ..."; otherwise None.
+        """
         process = self._processes.pop(index, None)
-        if process is not None:
-            process.stop()
+        if process is None:
+            return None
+        had_ended = process.has_ended_itself(_END_SECONDS)
+        process.stop()
+        return f"ended with status {process.exit_status()}; {_log_end(process)}" if had_ended else None
 
     def close(self) -> None:
         """End all servers and their processes; a second call does nothing, and no server is started after it."""
         self._closed = True
-        for process in self._processes.values():
-            process.request_stop()  # all at once, so that their times to end do not add up
-        for index in list(self._processes):
-            self.stop(index)
+        self._end(list(self._processes))
         _fleets.discard(self)
+
+    def _wait(
+        self, servers: Sequence[int], tally: StartTally, most_failures: int, waiting: Callable[[], None] | None
+    ) -> None:
+        """Wait until each of them answers or has failed, and end those that fail.
+
+        Each time all are looked at: what ends at once is told at once, however long others compile.
+
+        Raises:
+            StartFailed: more than `most_failures` have; says of each why.
+        """
+        deadline = time.monotonic() + self._settings.start_seconds  # one for all: they start at the same time
+        left, attempts = list(servers), dict.fromkeys(servers, 1)
+        with asking(len(left)) as those:
+            while True:
+                failed = self._failed(left, attempts)
+                ready = those(self._answers, [index for index in left if index not in failed])
+                if time.monotonic() > deadline:
+                    late = [index for index in left if index not in failed and index not in ready]
+                    failed |= {index: self._late(index) for index in late}
+                for index in ready:
+                    log.info("%s is ready: %s, log %s", self._place.name(index), self.url(index), self._log_file(index))
+                self._end(failed)
+                tally.ready += len(ready)
+                tally.problems |= failed
+                if len(tally.problems) > most_failures:
+                    raise StartFailed("\n".join(tally.problems.values()))
+                left = [index for index in left if index not in failed and index not in ready]
+                if not left:
+                    return
+                if waiting is not None:
+                    waiting()
+                time.sleep(POLL_SECONDS)
+
+    def _failed(self, servers: Sequence[int], attempts: dict[int, int]) -> dict[int, str]:
+        """What is wrong with those that have ended; one whose free port was taken is given another instead."""
+        failed: dict[int, str] = {}
+        for index in servers:
+            process = self._processes.get(index)
+            status = None if process is None else process.exit_status()
+            if process is None:
+                failed[index] = f"{self._place.name(index)} was ended while it was starting"
+            elif status is not None:
+                taken = _PORT_TAKEN.search(process.log_tail())
+                if taken and self._settings.port is None and attempts[index] < _PORT_ATTEMPTS:
+                    attempts[index] += 1
+                    self.start(index)
+                else:
+                    failed[index] = self._ended(index, process, "while starting (sglang.*)")
+        return failed
+
+    def _answers(self, client: httpx2.Client, index: int) -> bool:
+        return is_ready(client, self.url(index)) and self._is_ours(client, index)
 
     def _is_ours(self, client: httpx2.Client, index: int) -> bool:
         """Whether the server that answers is the one that was started, and not one that took its port meanwhile."""
@@ -276,22 +297,32 @@ class ServerFleet:
         except (httpx2.HTTPError, ValueError, KeyError, IndexError, TypeError):
             return False
 
-    def _ended(self, index: int, status: int, when: str) -> StartFailed:
-        process = self._processes[index]
-        return StartFailed(
-            f"{self._name(index)} ended with status {status} {when}; the end of {process.log}:\n{process.log_tail()}"
-        )
+    def _late(self, index: int) -> str:
+        process = self._processes.get(index)
+        told = "" if process is None else f"; {_log_end(process)}"
+        limit = f"{self._settings.start_seconds:.0f} s (sglang.start_seconds)"
+        return f"{self._place.name(index)} is not ready after {limit}{told}"
 
-    def _name(self, index: int) -> str:
-        number, place = self._place.first_number + index, self._place
-        return f"SGLang server {number}" + (f" on {place.address}" if place.first_number else "")
+    def _ended(self, index: int, process: ServerProcess, when: str) -> str:
+        return f"{self._place.name(index)} ended with status {process.exit_status()} {when}; {_log_end(process)}"
+
+    def _end(self, servers: Iterable[int]) -> None:
+        """End those that run, all at once, so that their times to end do not add up."""
+        processes = [process for index in servers if (process := self._processes.pop(index, None)) is not None]
+        for process in processes:
+            process.request_stop()
+        for process in processes:
+            process.stop()
+
+    def _log_file(self, index: int) -> Path:
+        return self._logs / self._place.log_name(index)
 
     def _choose_port(self, index: int) -> int:
         try:
             if self._settings.port is None:
-                return _free_port(self._host)
+                return free_port(self._host)
             port = self._settings.port + index
-            if _is_free(self._host, port):
+            if is_free(self._host, port):
                 return port
         except OSError as error:
             text = f"sglang.host: {self._host} is no address that a server can listen on here: {error}"
@@ -303,47 +334,5 @@ class ServerFleet:
         )  # fmt: skip
 
 
-def wait_until_answering(urls: Sequence[str], seconds: float, waiting: Callable[[], None]) -> None:
-    """Give servers that others start so long to load their model; whoever asks them next says what is wrong.
-
-    Args:
-        urls: of the servers.
-        seconds: for all of them together.
-        waiting: called while waiting, several times a second.
-    """
-    deadline = time.monotonic() + seconds
-    with httpx2.Client(trust_env=False, timeout=5.0) as client:
-        left = list(urls)
-        while time.monotonic() < deadline and (left := [url for url in left if not is_ready(client, url)]):
-            waiting()
-            time.sleep(_POLL_SECONDS)
-
-
-def is_ready(client: httpx2.Client, url: str) -> bool:
-    """Whether the server has loaded its model: it answers HTTP only then."""
-    try:
-        return client.get(f"{url.rstrip('/')}/model_info").status_code == 200
-    except httpx2.HTTPError:
-        return False
-
-
-def _free_port(host: str) -> int:
-    with socket.socket(_family(host)) as probe:
-        probe.bind((host, 0))
-        return int(probe.getsockname()[1])
-
-
-def _is_free(host: str, port: int) -> bool:
-    with socket.socket(_family(host)) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            if error.errno not in (errno.EADDRINUSE, errno.EACCES):
-                raise
-            return False
-    return True
-
-
-def _family(host: str) -> socket.AddressFamily:
-    return socket.AF_INET6 if ":" in host else socket.AF_INET
+def _log_end(process: ServerProcess) -> str:
+    return f"the end of {process.log}:\n{process.log_tail()}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -59,6 +60,19 @@ class ServerProcess:
     def exit_status(self) -> int | None:
         """None while it runs; 128 + number when a signal ended the server."""
         return self._supervisor.poll()
+
+    def has_ended_itself(self, seconds: float = 0.0) -> bool:
+        """Whether the server ended without being asked to; processes that it left may still be on their way out.
+
+        Args:
+            seconds: how long to wait for that.
+        """
+        stdin = self._supervisor.stdin
+        if stdin is None or stdin.closed:  # it was asked
+            return False
+        reader = select.poll()
+        reader.register(stdin.fileno(), 0)  # that a pipe has no reader is told without being asked for
+        return bool(reader.poll(seconds * 1000)) or self.exit_status() is not None
 
     def log_tail(self, lines: int = 25) -> str:
         """The end of what this process has printed, without that of earlier ones into the same file."""

@@ -54,6 +54,8 @@ def main(parent_pid: int, companions: list[int], command: list[str]) -> int:
         command, stdin=subprocess.DEVNULL, preexec_fn=lambda: _die_with_supervisor(own_pid), start_new_session=True
     )
     abandoned = _wait(server, parent_pid, companions, wake_reader)
+    if server.poll() is not None:
+        os.close(0)  # tells the trainer that it ended by itself, while what it left is still being ended
     status = _end(server, at_once=abandoned)
     return status if status >= 0 else 128 - status
 

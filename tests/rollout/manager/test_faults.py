@@ -561,6 +561,24 @@ def test_an_engine_that_cannot_be_restarted_is_given_up(make_world):
         world.run(STEPS)
 
 
+def test_the_account_tells_what_a_server_died_of_that_starts_well_and_dies_at_its_first_batch(make_world):
+    words = "ended with status 134; the end of logs/engine_0.log:\nCUDA error: illegal access"
+    starts = []
+
+    async def restart(endpoint, why, limit):
+        starts.append(why)
+        limit.tell_end(words)
+        endpoint.revive(world.scheduler.dispatcher.version)
+        later(1e-6, endpoint.die)
+        return endpoint
+
+    world = make_world(engines=1, restart=restart, before_step=once(2, lambda w: later(1.0, w.engines[0].die)))
+    with pytest.raises(RolloutError) as caught:
+        world.run(STEPS)
+    assert len(starts) == 3
+    assert re.search(rf"engine 0: given up, .*; before that its server {re.escape(words)}", str(caught.value))
+
+
 def test_a_request_that_fails_everywhere_ends_the_run_by_its_prompt(make_world):
     def poison(world):
         for engine in world.engines:

@@ -14,7 +14,7 @@ from megatron_klear.errors import WeightSyncError
 from megatron_klear.records import EncodedJson
 from megatron_klear.rollout.endpoint import EndpointError
 from megatron_klear.rollout.sglang import Connection
-from megatron_klear.rollout.sglang.fleet import is_ready
+from megatron_klear.rollout.sglang.answering import is_ready
 from megatron_klear.rollout.sglang.loop import LoopThread
 from megatron_klear.rollout.sglang.serving import SglangCaller
 from megatron_klear.weight_sync import EngineGroup

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import socket
 import sys
 import time
@@ -66,6 +67,88 @@ def test_servers_that_start_together_have_one_deadline(tmp_path: Path) -> None:
     assert waits[-1] - waits[0] < 8.0, "twelve seconds, were they given up one after another"
 
 
+def test_all_that_are_not_ready_in_time_are_named(tmp_path: Path) -> None:
+    venv = fake_environment(tmp_path, "echo compiling; exec sleep 600")
+    with pytest.raises(RolloutError) as caught:
+        fleet(tmp_path, venv=venv, servers=3, start_seconds=1.0).start_all()
+    assert str(caught.value).count("is not ready after 1 s (sglang.start_seconds); the end of ") == 3
+
+
+SECOND_FAILS = """case "$*" in *"--port 1002"*) echo 'ImportError: no kernels'; exit 3;; esac
+exec sleep 600"""
+"""The server at port 1002 ends at once, the others are never ready."""
+
+
+def at_ports(monkeypatch: pytest.MonkeyPatch, *ports: int) -> None:
+    """Has servers be started at these ports, where nobody listens."""
+    left = iter(ports)
+    monkeypatch.setattr(module, "free_port", lambda host: next(left))
+
+
+def test_a_server_that_fails_is_told_of_while_those_before_it_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at_ports(monkeypatch, 1001, 1002, 1003)
+    servers = fleet(tmp_path, venv=fake_environment(tmp_path, SECOND_FAILS), servers=3, start_seconds=120.0)
+    began = time.monotonic()
+    with pytest.raises(RolloutError, match=r"(?s)^SGLang server 1 ended with status 3 .*_1.log:\nImportError"):
+        servers.start_all()
+    assert time.monotonic() - began < 60.0, "server 0 has two minutes"
+    assert not any(servers.is_alive(index) for index in range(3))
+
+
+def test_more_failures_than_may_be_are_counted_as_they_come(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    at_ports(monkeypatch, 1001, 1002, 1003)
+    servers = fleet(tmp_path, venv=fake_environment(tmp_path, SECOND_FAILS), servers=3, start_seconds=4.0)
+    counts: list[tuple[int, int]] = []
+
+    def waiting() -> None:
+        ready, problems = servers.started()
+        counts.append((ready, len(problems)))
+
+    with pytest.raises(RolloutError) as caught:
+        servers.start_most(1, waiting)
+    assert counts[-1] == (0, 1), "one may fail, so it goes on"
+    assert [f"server {index} {what}" in str(caught.value) for index, what in
+            enumerate(("is not ready", "ended with status 3", "is not ready"))] == [True] * 3  # fmt: skip
+
+
+def test_what_is_started_is_told_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    at_ports(monkeypatch, 1001, 1003)
+    servers = fleet(tmp_path, venv=fake_environment(tmp_path, "exec sleep 600"), servers=2, start_seconds=1800.0)
+
+    def waiting() -> None:
+        raise RolloutError("seen enough")
+
+    with pytest.raises(RolloutError, match="seen enough"):
+        servers.start_all(waiting)
+    assert caplog.messages == [
+        f"starting 2 SGLang servers on this machine: ports 1001, 1003 (found free), logs {tmp_path}/run/logs/"
+        "engine_0.log to engine_1.log, at most 30:00 to be ready (sglang.start_seconds)"
+    ]
+
+
+def test_the_end_of_a_server_that_had_ended_by_itself_is_told_once(tmp_path: Path) -> None:
+    venv = fake_environment(tmp_path, "echo 'CUDA error: illegal access'; exit 134")
+    with fleet(tmp_path, venv=venv) as servers:
+        servers.start(0)  # not waited for: `stop` finds out
+        log = tmp_path / "run" / "logs" / "engine_0.log"
+        while "CUDA" not in log.read_text():
+            time.sleep(0.01)
+        assert servers.stop(0) == f"ended with status 134; the end of {log}:\nCUDA error: illegal access"
+        assert servers.stop(0) is None
+
+
+def test_a_server_that_runs_until_it_is_ended_has_no_end_to_tell_of(tmp_path: Path) -> None:
+    with fleet(tmp_path, venv=fake_environment(tmp_path, "exec sleep 600")) as servers:
+        servers.start(0)
+        assert servers.stop(0) is None
+        assert servers.stop(0) is None
+
+
 def test_a_server_that_is_ended_while_it_starts_says_so(tmp_path: Path) -> None:
     venv = fake_environment(tmp_path, "exec sleep 600")
     with fleet(tmp_path, venv=venv) as servers:
@@ -99,9 +182,9 @@ def test_another_server_on_the_port_is_not_taken_for_ours(
     tmp_path: Path, stand_in: StandIn, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The port was free when it was chosen; then a healthy server of others took it, before ours did."""
-    taken, free = urlsplit(stand_in.url).port, module._free_port
+    taken, free = urlsplit(stand_in.url).port, module.free_port
     ports = iter([taken])
-    monkeypatch.setattr(module, "_free_port", lambda host: next(ports, None) or free(host))
+    monkeypatch.setattr(module, "free_port", lambda host: next(ports, None) or free(host))
     stand_in.answers["/v1/models"] = {"data": [{"id": "klear-of-another-run", "max_model_len": 512}]}
     with fleet(tmp_path, venv=fake_environment(tmp_path, ANSWERING % sys.executable), start_seconds=60.0) as servers:
         [url] = servers.start_all()

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ import psutil
 import pytest
 
 from megatron_klear.config.serving import SglangSettings
+from megatron_klear.rollout.sglang import process
 from megatron_klear.rollout.sglang.process import ServerProcess
 
 ROOT = Path(__file__).parents[3]
@@ -85,6 +87,39 @@ def test_a_server_that_ends_by_itself_is_noticed_and_its_orphans_are_ended(tmp_p
     until(lambda: server.exit_status() is not None)
     assert server.exit_status() == 128 + signal.SIGKILL
     assert all(gone(number) for number in numbers)
+
+
+def test_the_end_of_a_server_is_its_own_until_it_is_asked_for(tmp_path: Path) -> None:
+    """Also where its connections break off a moment before it has ended."""
+    for name in ("asked", "killed"):
+        (tmp_path / name).mkdir()
+    asked, killed = start(tmp_path / "asked"), start(tmp_path / "killed")
+    pids(tmp_path / "asked")
+    server = pids(tmp_path / "killed")[0]
+    assert not asked.has_ended_itself()
+    asked.stop()
+    assert not asked.has_ended_itself()
+    assert not killed.has_ended_itself()
+    threading.Timer(0.3, os.kill, (server, signal.SIGKILL)).start()
+    assert killed.has_ended_itself(30.0)
+    killed.stop()
+    assert killed.exit_status() == 128 + signal.SIGKILL
+
+
+def test_that_a_server_has_ended_is_known_before_its_processes_have(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their GPUs may take seconds to let them go, and the trainer asks for the server's end meanwhile."""
+    slow, line = tmp_path / "supervisor.py", "deadline = time.monotonic() + 30.0"
+    text = process._SUPERVISOR.read_text()
+    assert text.count(line) == 1
+    slow.write_text(text.replace(line, f"time.sleep(6.0); {line}"))
+    monkeypatch.setattr(process, "_SUPERVISOR", slow)
+    server = ServerProcess(["/bin/sh", "-c", "exit 134"], os.environ, tmp_path / "engine.log")
+    assert server.has_ended_itself(5.0)
+    assert server.exit_status() is None
+    server.stop()
+    assert server.exit_status() == 134
 
 
 def test_a_log_is_added_to_and_the_tail_is_of_the_last_start(tmp_path: Path) -> None:
