@@ -86,6 +86,34 @@ def test_a_warning_while_the_trainer_is_being_started_reaches_it(tmp_path):
     assert done.stdout.splitlines()[-1] == "75", done.stdout + done.stderr
 
 
+WAITS = """
+source "$1/slurm_job.sh"
+say() { echo "$@"; }
+end_of_engines_log() { :; }
+ask_trainer_to_stop() { :; }
+logs=$1 job=1 attempt=0 warned='' ended='' gave_up=''
+(sleep 0.2; exit "$2") & engines=$!
+sleep 9 & trainer=$!
+wait_for_trainer
+kill -0 "$trainer" 2>/dev/null && echo left || echo waited
+"""
+
+
+@pytest.mark.parametrize(
+    ("status", "how"),
+    [("0", "Slurm told the engines to end, as it does before a preemption\nwaited\n"), ("1", "it is ended\nleft\n")],
+)
+def test_only_a_trainer_whose_engines_gave_up_has_a_limit(tmp_path, status, how):
+    """How long a preempted one may finish its step and save is Slurm's to say."""
+    script = (ROOT / "tools" / "slurm_job.sh").read_text()
+    assert "readonly GIVE_UP_SECONDS=120" in script
+    (tmp_path / "slurm_job.sh").write_text(script.replace("GIVE_UP_SECONDS=120", "GIVE_UP_SECONDS=1"))
+    done = subprocess.run(
+        ["bash", "-c", WAITS, "waits", str(tmp_path), status], env=OUTSIDE, capture_output=True, text=True, timeout=50
+    )
+    assert done.stdout.endswith(how), done.stdout + done.stderr
+
+
 def engines(tmp_path: Path, port: int, *command: str) -> subprocess.CompletedProcess[str]:
     """Two engines on two ports; nothing sleeps."""
     sleep = tmp_path / "sleep"
