@@ -125,10 +125,7 @@ class EngineRestarts:
         self._group.leave(self._engine.engines[index].caller)
         self._fleet.start(index)
         self._fleet.wait_ready(index, wait)
-        fresh = self._engine.connect(index, self._fleet.url(index))
-        self._bring_up(fresh, wait)
-        self._engine.replace(index, fresh)
-        self._group.take_in(fresh.caller)
+        fresh = self._joined(index, wait)
         log.info("%s is back with the current weights", fresh.endpoint.name)
 
     def note_end(self, index: int, how: str) -> None:
@@ -181,11 +178,15 @@ class EngineRestarts:
         with limit.absent() if isinstance(self._fleet, ServersOfOthers) else nullcontext():
             self._fleet.wait_ready(index, waiting)
         with _after_others(self.publishing(waiting), limit):
-            fresh = self._engine.connect(index, self._fleet.url(index))
-            self._bring_up(fresh, waiting)
-            waiting()  # whoever has given it up would not use it, and yet it would be published to
-            self._engine.replace(index, fresh)
-            self._group.take_in(fresh.caller)
+            return self._joined(index, waiting)
+
+    def _joined(self, index: int, waiting: Callable[[], None]) -> ConnectedEngine:
+        """A server that is ready, with the weights of the last publish, and published to from now on."""
+        fresh = self._engine.connect(index, self._fleet.url(index))
+        self._bring_up(fresh, waiting)
+        waiting()  # whoever has given it up would not use it, and yet it would be published to
+        self._engine.replace(index, fresh)
+        self._group.take_in(fresh.caller)
         return fresh
 
 
