@@ -224,6 +224,7 @@ def _engine_charts(logs: Sequence[PhaseLog]) -> list[Chart]:
     def engines(log: PhaseLog) -> list[Line]:
         return [
             Line("serving", log.series(names.ENGINES_SERVING), GREEN, smooth=False),
+            Line("busy, on average", log.series(names.ENGINES_BUSY), SKY, smooth=False),
             Line("lost", log.series(names.ENGINES_LOST), RED, dashed=True, smooth=False),
             Line("back again", log.series(names.ENGINES_REJOINED), BLUE, dashed=True, smooth=False),
         ]
@@ -244,7 +245,7 @@ def _engine_charts(logs: Sequence[PhaseLog]) -> list[Chart]:
             key="engines",
             title="Rollout engines",
             y_label="engines",
-            note="Engines that serve after a step's publish; lost and back again since the step before.",
+            note="Engines that serve after a step's publish; busy, lost and back again since the step before.",
             panels=_panels(logs, engines),
             from_zero=True,
         ),

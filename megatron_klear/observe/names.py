@@ -51,8 +51,11 @@ RESPONSE_TRUNCATED_FRACTION = "response/truncated_fraction"
 FILTER_GROUPS_KEPT = "filter/groups_kept"
 FILTER_GROUPS_TOTAL = "filter/groups_total"
 ENGINES_SERVING = "engines/serving"
+ENGINES_BUSY = "engines/busy"
+ENGINES_TOKENS_PER_SECOND = "engines/tokens_per_second"
 ENGINES_LOST = "engines/lost"
 ENGINES_REJOINED = "engines/rejoined"
+REQUESTS_IN_FLIGHT = "requests/in_flight"
 REQUESTS_SENT = "requests/sent"
 REQUESTS_FAILED = "requests/failed"
 REQUESTS_MALFORMED = "requests/malformed"
@@ -135,8 +138,11 @@ METRICS: dict[str, Metric] = {
     FILTER_GROUPS_KEPT: Metric("groups", "prompt groups left after the zero-advantage filter"),
     FILTER_GROUPS_TOTAL: Metric("groups", "prompt groups before the zero-advantage filter"),
     ENGINES_SERVING: Metric("engines", "engines that take requests at the end of the step's publish"),
+    ENGINES_BUSY: Metric("engines", "engines with a request in flight, mean over the time since the step before"),
+    ENGINES_TOKENS_PER_SECOND: Metric("tokens/s", "tokens that all engines brought, per second since the step before"),
     ENGINES_LOST: Metric("engines", "engines given up since the step before: dead, hung, or with other weights"),
     ENGINES_REJOINED: Metric("engines", "lost engines that serve again, since the step before"),
+    REQUESTS_IN_FLIGHT: Metric("requests", "requests in flight, mean over the time since the step before"),
     REQUESTS_SENT: Metric("requests", "requests sent to engines since the step before, repeated ones counted again"),
     REQUESTS_FAILED: Metric("requests", "requests that brought no sound answer and were repeated, malformed included"),
     REQUESTS_MALFORMED: Metric("requests", "answers that cannot be right; the response is drawn again from there"),

@@ -216,7 +216,7 @@ class ManagedGroups:
     def _news(self) -> dict[str, float]:
         """On the first rank: metrics of what was generated since this was last asked."""
         before, self._counts = self._counts, self._running.counts()
-        return since(before, self._counts)
+        return since(before, self._counts) | self._running.take_load()
 
     def _in_flight(self, engines: int) -> int:
         """Requests for one engine at a time: none that would only wait in it.

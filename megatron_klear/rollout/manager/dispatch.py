@@ -22,6 +22,7 @@ from megatron_klear.rollout.engine import SamplingParams
 from megatron_klear.rollout.manager.answers import extended
 from megatron_klear.rollout.manager.engines import Engine, EnginePool
 from megatron_klear.rollout.manager.health import EngineCare, Restart
+from megatron_klear.rollout.manager.load import Load
 from megatron_klear.rollout.manager.work import GroupWork, Request, ResponseWork, response_seed
 from megatron_klear.rollout.soundness import problem_with
 
@@ -82,6 +83,7 @@ class Dispatcher:
         self.version = -1
         self.paused = True
         self.num_flying = 0
+        self.load = Load(lambda: asyncio.get_running_loop().time())
         self._queue: list[tuple[int, GroupWork]] = []
         self._life, self._numbers = uuid.uuid4().hex[:8], itertools.count()
         self._side_tasks: set[asyncio.Task[Any]] = set()
@@ -135,6 +137,7 @@ class Dispatcher:
             sent_version=self.version,
             last_progress=now,
         )
+        self.load.sent(first_of_engine=not engine.requests)
         if not engine.requests:
             engine.last_progress = now
         engine.requests[request.request_id] = request
@@ -224,6 +227,7 @@ class Dispatcher:
             return
         rollout = extended(response.head, part, is_full=len(part.token_ids) == asked.max_new_tokens)
         self.counts["tokens"] += len(part.token_ids)
+        self.load.brought(len(part.token_ids))
         if rollout.finish_reason == "abort":
             self.counts["interrupted"] += 1
             response.head = rollout if len(rollout.response_ids) else None
@@ -293,6 +297,7 @@ class Dispatcher:
     def _release(self, request: Request) -> None:
         if request.engine.requests.pop(request.request_id, None) is not None:
             self.num_flying -= 1
+            self.load.ended(last_of_engine=not request.engine.requests)
             self.pool.offer(request.engine)
             if self.num_flying == 0:
                 self._on_idle()

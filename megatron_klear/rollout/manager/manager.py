@@ -190,6 +190,15 @@ class RolloutManager:
         """What happened since the manager was made, under names of `observe.names`, and how many engines serve now."""
         return self._call(self._made(self._counted))
 
+    def take_load(self) -> dict[str, float]:
+        """How busy the engines were since this was last asked, under names of `observe.names`."""
+        flying, busy, tokens = self._call(self._made(self._scheduler.dispatcher.load.take))
+        return {
+            names.REQUESTS_IN_FLIGHT: flying,
+            names.ENGINES_BUSY: busy,
+            names.ENGINES_TOKENS_PER_SECOND: tokens,
+        }
+
     def _counted(self) -> dict[str, float]:
         dispatcher = self._scheduler.dispatcher
         pool, care = dispatcher.pool, dispatcher.care

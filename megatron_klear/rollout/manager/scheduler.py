@@ -86,6 +86,7 @@ class Scheduler:
         self.dispatcher.version, self._next_step = version, next_step
         for group_id in self._ledger.unfinished():
             self._add(self._ledger.load([group_id])[0])
+        self.dispatcher.load.take()
         self.dispatcher.care.start()
 
     def add(self, group_ids: Sequence[int]) -> None:
