@@ -11,23 +11,28 @@ import pytest
 import torch
 
 from megatron_klear.config import SchedulingSettings
-from megatron_klear.records import Grade, RolloutGroup
+from megatron_klear.records import Grade, Prompt, RolloutGroup
 from megatron_klear.rollout import LocalEngine
 from megatron_klear.rollout.endpoint import GeneratedPart, GenerationRequest
 from megatron_klear.rollout.engine import SamplingParams
 from megatron_klear.rollout.ledger import Ledger, LedgerReader
 from megatron_klear.rollout.manager import RolloutManager, Sampling
+from megatron_klear.rollout.manager.work import response_seed
 
-M, PER_STEP, STEPS, VOCAB = 2, 2, 5, 29
+M, PER_STEP, STEPS, VOCAB, SEED = 2, 2, 5, 29, 11
 PARAMS = SamplingParams(temperature=0.8, top_p=1.0, max_response_tokens=40, stop_token_ids=(3,))
 
 
 class Gate:
-    """Closed, it keeps every response behind its first tokens, until that is interrupted."""
+    """Keeps the responses of some prompts behind their first tokens, until they are interrupted."""
 
     def __init__(self) -> None:
-        self.closed = False
+        self.held: set[int] = set()  # by their seeds
         self.reached = threading.Event()
+
+    def hold(self, prompts: Sequence[Prompt]) -> None:
+        self.reached.clear()
+        self.held = {response_seed(SEED, 0, prompt.prompt_id, index) for prompt in prompts for index in range(M)}
 
 
 class LocalEndpoint:
@@ -52,7 +57,7 @@ class LocalEndpoint:
                 finish = rollout.finish_reason
             if on_tokens is not None:
                 on_tokens(len(tokens))
-            while self.gate.closed and finish == "abort" and self._interruptions == began:
+            while request.seed in self.gate.held and finish == "abort" and self._interruptions == began:
                 self.gate.reached.set()
                 await asyncio.sleep(0.005)
         return GeneratedPart(
@@ -62,14 +67,12 @@ class LocalEndpoint:
     def _some(self, request: GenerationRequest, so_far: np.ndarray):
         from dataclasses import replace
 
-        from megatron_klear.records import Prompt
-
         prompt = Prompt(
             prompt_id=f"{request.seed}+{len(so_far)}", domain="math", reference="",
             token_ids=np.concatenate([request.token_ids, so_far]),
         )  # fmt: skip
         # One, where it is to be interrupted: of four the last may be the end.
-        most = 1 if self.gate.closed else 4
+        most = 1 if request.seed in self.gate.held else 4
         few = replace(request.sampling, max_response_tokens=min(most, request.max_new_tokens - len(so_far)))
         [group] = self.engine.generate([prompt], num_responses=1, sampling=few, seed=request.seed)
         return group.rollouts[0]
@@ -103,7 +106,7 @@ def test_logprobs_are_those_of_each_tokens_version(make_reference, make_engine, 
     trained = []
     with Ledger(tmp_path / "ledger.sqlite") as ledger:
         settings = SchedulingSettings(mode=mode, max_staleness=2, in_flight=4)
-        sampling = Sampling(params=PARAMS, num_responses=M, seed=11, vocab_size=VOCAB)
+        sampling = Sampling(params=PARAMS, num_responses=M, seed=SEED, vocab_size=VOCAB)
         with RolloutManager(
             endpoints, ledger, settings=settings, sampling=sampling, groups_per_step=PER_STEP, grade=grade, version=0,
             next_step=1,
@@ -116,19 +119,17 @@ def test_logprobs_are_those_of_each_tokens_version(make_reference, make_engine, 
                 submitted = steps * PER_STEP
 
             for step in range(1, STEPS + 1):
+                if mode == "async":  # however quick the engines are, the publish comes into some response
+                    gate.hold(prompts[step * PER_STEP :])
                 submit(step + manager.steps_ahead)
                 groups = None
                 while groups is None:
                     groups = manager.take(step, PER_STEP, timeout=0.2)
                 trained += groups
                 manager.trained(step, saved_step=step)
-                if mode == "async":  # however quick the engines are, the publish comes into some response
-                    gate.closed = True
-                    submit(step + 1 + manager.steps_ahead)
+                if mode == "async":
                     assert gate.reached.wait(60.0)
                 manager.pause_for_publish()
-                gate.closed = False
-                gate.reached.clear()
                 for endpoint in endpoints:
                     endpoint.engine.update_weights(weights[step].named_parameters(), version=step)
                 manager.resume(step)
