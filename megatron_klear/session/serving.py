@@ -123,6 +123,8 @@ class ServedEngine:
                 others = ServersOfOthers(settings.sglang.urls, None if asked is None else Path(asked))
                 fleet = self._fleets or others
                 self._restarts = EngineRestarts(fleet, self._engine, group, self._bring_up, turn)
+                if not colocated:
+                    group.least = 0  # one that is lost in a publish is brought back when it is missed
                 self._resources.callback(self._restarts.close)
         if self._handover is not None:
             self._handover.engines_started(memory)

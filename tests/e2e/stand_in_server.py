@@ -5,13 +5,15 @@ stand_in_server.py --port PORT --context-length LENGTH ...
 The directory named by STAND_IN_FAULTS counts over all servers how often memory for weights was given up; a file in it
 named `N.die` has the server end after the N-th answer, `N.hang` has it never give that answer, and `N.drop` has it
 break the connection when it is told to generate again after that. So it counts the responses that are asked for, and a
-file named `N.end` has the server end that is asked for the N-th, and `N.leave` a moment after it has answered that.
+file named `N.end` has the server end that is asked for the N-th, and `N.leave` that has it end with its N-th answer,
+`N.pause` when it is told to pause for the N-th time.
 STAND_IN_SECONDS is how long a response takes.
 """
 
 from __future__ import annotations
 
 import base64
+import itertools
 import json
 import os
 import random
@@ -32,6 +34,7 @@ class State:
     version = "default"
     gone: set[str] = set()  # noqa: RUF012  (one server, one state)
     drops = False
+    sent, pauses = itertools.count(1), itertools.count(1)
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -58,7 +61,11 @@ class Handler(BaseHTTPRequestHandler):
         if self.path == "/generate" and body.get("stream"):
             print("TOKENS", flush=True)
             count_response()
-            return self.reply(200, b"data: " + json.dumps(generated(body)).encode() + b"\n\ndata: [DONE]\n\n")
+            self.reply(200, b"data: " + json.dumps(generated(body)).encode() + b"\n\ndata: [DONE]\n\n")
+            end_if_told(next(State.sent), "leave")
+            return None
+        if self.path == "/pause_generation":
+            end_if_told(next(State.pauses), "pause")
         status, value = 200, known(self.path, body)
         if self.path == "/generate":
             status, value = 400, {"error": {"message": f"logit_bias must has keys in [0, {VOCAB - 1}], got more"}}
@@ -124,8 +131,11 @@ def count_response() -> None:
             number += 1
     if (FAULTS / f"{number}.end").exists():
         os._exit(9)
-    if (FAULTS / f"{number}.leave").exists():
-        threading.Timer(0.3, os._exit, [9]).start()
+
+
+def end_if_told(number: int, fault: str) -> None:
+    if (FAULTS / f"{number}.{fault}").exists():
+        os._exit(9)
 
 
 def generated(body: dict[str, Any]) -> dict[str, Any]:

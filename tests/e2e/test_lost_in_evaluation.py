@@ -36,15 +36,18 @@ def test_a_server_that_is_lost_in_the_last_evaluation_comes_back(
     assert (evaluated["step"], evaluated["accuracy/heldout_count"]) == (1, 8)
 
 
-@pytest.mark.parametrize("when", ["in the first evaluation", "before the second"])
+@pytest.mark.parametrize(
+    ("when", "fault"),
+    [("in the first evaluation", "5.end"), ("before the second", "8.leave"), ("in its publish", "2.pause")],
+)
 def test_fine_tuning_brings_a_lost_server_back_for_its_evaluations(
     start: Callable[..., Any], sft_overrides: Callable[[str], list[str]], stand_ins: Callable[..., list[str]],
-    tmp_path: Path, when: str,
+    tmp_path: Path, when: str, fault: str,
 ) -> None:  # fmt: skip
     """It has no rollout manager that would."""
     overrides = [
         *sft_overrides("run"), "sft.steps=2", "evaluation.every_steps=1", "evaluation.at_end=false",
-        *stand_ins("5.end" if when.startswith("in") else "8.leave"),
+        *stand_ins(fault),
     ]  # fmt: skip
     launch = start(str(Path(__file__).with_name("stand_in_sft_worker.py")), SFT_CONFIG, overrides)
     assert launch.wait(180) == [0, 0], launch.output()
