@@ -114,7 +114,13 @@ def off_policy(
     settings = session.settings.correction
     tokens = sampled_tokens(groups, old)
     weights, stats = tokens.weigh(settings)
-    require_agreement(tokens, stats, settings, step=session.step + 1, published=published, proof=proof)
+    step = session.step + 1
+    require_agreement(
+        tokens, stats, settings, step=step, published=published, proof=proof, agreed=session.agreed_in_step
+    )
+    current = tokens.sampled & (tokens.versions >= published)
+    if session.agreed_in_step is None and current.any() and not _exceeded(tokens.weigh(settings, current)[1], settings):
+        session.agreed_in_step = step
     values, metrics = stats.values(), _distance(tokens, stats, published)
     if settings.kind == "none":
         return None, metrics
@@ -147,7 +153,10 @@ def left_out_mismatch(
     tokens = sampled_tokens(groups, old)
     _, stats = tokens.weigh(settings)
     of = f" on {len(groups)} responses of groups that are not trained on"
-    require_agreement(tokens, stats, settings, step=session.step + 1, published=published, proof=proof, of=of)
+    require_agreement(
+        tokens, stats, settings, step=session.step + 1, published=published, proof=proof,
+        agreed=session.agreed_in_step, of=of,
+    )  # fmt: skip
     metrics = _distance(tokens, stats, published)
     return metrics | {names.MISMATCH_LEFT_OUT_MEAN_ABS: metrics[names.MISMATCH_MEAN_ABS]}
 
@@ -173,13 +182,15 @@ def require_agreement(
     step: int,
     published: int,
     proof: WeightProof,
+    agreed: int | None = None,
     of: str = "",
 ) -> None:
     """Stop a run whose engine and trainer are too far apart, and say where the difference comes from.
 
     Three causes look alike in the mean. Tokens of the published version that differ are numerics, when the engine's
     weights are known to be the trainer's bit by bit; else they may be of other weights than the engine reports. Where
-    only tokens of older versions differ, it is their age; where there are no others, nothing tells age from numerics.
+    only tokens of older versions differ, it is their age. Where there are no others, those of an earlier step, `agreed`,
+    may have shown that both compute alike; else nothing tells age from numerics.
 
     Raises:
         MismatchError: past a limit, or a log-probability is not a number.
@@ -202,8 +213,13 @@ def require_agreement(
         lines.append(_AT_PUBLISHED_VERSION[proof].format(version=published))
     else:
         first, last = int(tokens.versions[older].min()), int(tokens.versions[older].max())
-        text = _STALENESS if current.any() else _RECORDED_EARLIER if proof == "recorded" else _ALL_ARE_OLD
-        lines.append(text.format(first=first, last=last, version=published))
+        if current.any():
+            text = _STALENESS
+        elif proof == "recorded":
+            text = _RECORDED_EARLIER
+        else:
+            text = _ALL_ARE_OLD if agreed is None else _STALENESS + _AGREED_BEFORE
+        lines.append(text.format(first=first, last=last, version=published, agreed=agreed))
     raise MismatchError("\n".join(lines))
 
 
@@ -231,6 +247,9 @@ _STALENESS = (
     "Cause: staleness. These tokens were sampled by versions {first} to {last}, and version {version} is published: "
     "allow less staleness, or lower optimizer.lr; a correction.kind makes up for some of it, under a higher limit."
 )
+_AGREED_BEFORE = (
+    " All tokens of this step are older than the published version; those that were not agreed in step {agreed}."
+)
 _RECORDED_EARLIER = (
     "Cause: other weights, staleness, or numerics. The tokens were recorded by the run in scheduling.replay_from as of "
     "its versions {first} to {last}, and nothing tells whether this run's weights are the ones that it had at version "
@@ -238,9 +257,10 @@ _RECORDED_EARLIER = (
 )
 _ALL_ARE_OLD = (
     "Cause: staleness, or numerics. All tokens were sampled by versions {first} to {last}, and version {version} is "
-    "published, so that none tells one from the other. weight_sync.verify=logprobs compares engine and trainer with "
-    "the same weights at every publish, and so does every step with scheduling.mode=sync: where these agree it is "
-    "staleness, and less of it, a lower optimizer.lr, or a correction.kind under a higher limit helps."
+    "published, so that none tells one from the other, and no step since this start of the run has. "
+    "weight_sync.verify=logprobs compares engine and trainer with the same weights at every publish, and so does every "
+    "step with scheduling.mode=sync: where these agree it is staleness, and less of it, a lower optimizer.lr, or a "
+    "correction.kind under a higher limit helps."
 )
 
 

@@ -146,6 +146,7 @@ class Session:
         self.ledger_position: Callable[[], Any] = lambda: None  # the rollout ledger's; rank 0's is stored
         self.around_save: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
         self.noted: dict[str, float] = {}  # metrics that come up in the middle of a step
+        self.agreed_in_step: int | None = None  # the first whose tokens showed that engine and trainer compute alike
 
     def _prepare_directory(self, checkpoints: Path) -> list[int]:
         """Make the run directory; returns the steps of the checkpoints in it, the same on every rank."""

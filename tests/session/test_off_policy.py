@@ -60,7 +60,9 @@ def trainer(**differences: list[float]) -> dict[str, np.ndarray]:
 
 
 def compare(old, *, proof: str = "checksum", **settings):
-    session = SimpleNamespace(settings=SimpleNamespace(correction=CorrectionSettings(**settings)), step=PUBLISHED)
+    session = SimpleNamespace(
+        settings=SimpleNamespace(correction=CorrectionSettings(**settings)), step=PUBLISHED, agreed_in_step=None
+    )
     return off_policy(session, GROUPS, old, published=PUBLISHED, proof=proof)
 
 
@@ -121,7 +123,9 @@ def test_staleness_is_told_by_version():
 
 def test_where_all_tokens_are_old_neither_cause_is_claimed():
     """As in every step but the first with scheduling.mode=one_step_off."""
-    session = SimpleNamespace(settings=SimpleNamespace(correction=CorrectionSettings()), step=PUBLISHED + 1)
+    session = SimpleNamespace(
+        settings=SimpleNamespace(correction=CorrectionSettings()), step=PUBLISHED + 1, agreed_in_step=None
+    )
     with pytest.raises(MismatchError) as caught:
         off_policy(session, GROUPS, trainer(p0=[9.0, -3.0, 3.0]), published=PUBLISHED + 1, proof="checksum")
     told = str(caught.value)
@@ -133,6 +137,20 @@ def test_where_all_tokens_are_old_neither_cause_is_claimed():
     assert "Cause: other weights, staleness, or numerics. The tokens were recorded by the run" in told
     assert "as of its versions 5 to 7" in told
     assert "weight_sync" not in told, "a replay has no engines whose settings would help"
+
+
+def test_where_all_tokens_are_old_an_earlier_step_tells_numerics_from_age():
+    session = SimpleNamespace(
+        settings=SimpleNamespace(correction=CorrectionSettings()), step=PUBLISHED, agreed_in_step=None
+    )
+    off_policy(session, GROUPS, trainer(p0=[0.5, -0.25, 0.0]), published=PUBLISHED, proof="checksum")
+    assert session.agreed_in_step == PUBLISHED + 1
+    session.step += 1
+    with pytest.raises(MismatchError) as caught:
+        off_policy(session, GROUPS, trainer(p0=[9.0, -3.0, 3.0]), published=PUBLISHED + 1, proof="checksum")
+    told = str(caught.value)
+    assert "Cause: staleness. These tokens were sampled by versions 5 to 7, and version 8 is published" in told
+    assert f"those that were not agreed in step {PUBLISHED + 1}." in told
 
 
 def test_limits_and_no_limits():
