@@ -189,7 +189,7 @@ def require_agreement(
 
     Three causes look alike in the mean. Tokens of the published version that differ are numerics, when the engine's
     weights are known to be the trainer's bit by bit; else they may be of other weights than the engine reports. Where
-    only tokens of older versions differ, it is their age. Where there are no others, those of an earlier step (`agreed`)
+    only tokens of older versions differ it is their age. Where there are no others, those of an earlier step, `agreed`,
     may have shown that both compute alike; else nothing tells age from numerics.
 
     Raises:
