@@ -57,7 +57,7 @@ def start(stand_in: StandIn, context: ParallelContext, tmp_path: Path) -> Iterat
 
 
 def test_a_server_of_our_model_is_taken(start: ServerStart) -> None:
-    assert start.start().dtype == "float32"
+    assert start.start(lambda count: None).dtype == "float32"
 
 
 def test_a_server_of_another_size_is_refused_before_the_first_publish_would_end_it(
@@ -65,4 +65,4 @@ def test_a_server_of_another_size_is_refused_before_the_first_publish_would_end_
 ) -> None:
     stand_in.answers["/server_info"] |= {"json_model_override_args": json.dumps({"num_hidden_layers": 5})}
     with pytest.raises(ConfigError, match=r"num_hidden_layers 5, ours 4 \(model.num_layers\)"):
-        start.start()
+        start.start(lambda count: None)
