@@ -67,7 +67,8 @@ def test_async_a_publish_holds_unfinished_responses_in_the_server(
         "train_rl", CONFIG,
         [*rl_overrides(pause_mode), *VARIED, f"rl.steps={steps}", "rollout.engine=sglang",
          f"sglang.venv={sglang_settings.venv}", "scheduling.mode=async", "scheduling.max_staleness=2",
-         "scheduling.order=completion", f"weight_sync.pause_mode={pause_mode}"],
+         "scheduling.order=completion", f"weight_sync.pause_mode={pause_mode}",
+         "rollout.batch_responses=4"],  # few at a time, so that the trainer waits for them and not they for it
     )  # fmt: skip
     assert launch.wait(900) == [0, 0], launch.output()
     assert published(launch) == list(range(steps + 1))
