@@ -324,7 +324,8 @@ class ServedEngine:
             try:
                 return self._engine.generate(prompts, waiting=waiting, **how)
             except EndpointError as error:
-                if self._restarts is None or not error.retry or left == 0:
+                can_come_back = self._restarts is not None if self._is_managed else self._brings_back
+                if not can_come_back or not error.retry or left == 0:
                     raise
                 log.warning("%s; asking again when a server answers", error)
                 if self._is_managed:
@@ -333,18 +334,22 @@ class ServedEngine:
                     self._bring_back_lost(waiting)
         raise AssertionError("the last attempt returns or raises")
 
+    @property
+    def _brings_back(self) -> bool:
+        """Whether lost servers are started anew here; not where they share GPUs with the trainer: it may be its turn."""
+        has_weights = self._files is not None and self._files.newest is not None
+        return has_weights and self._restarts is not None and self._handover is None and not self._is_managed
+
     def _bring_back_lost(self, waiting: Callable[[], None]) -> None:
         """On the first rank, where no manager does it: start servers anew that do not answer, with the weights in use.
-
-        Not where they share GPUs with the trainer: its turn may be now.
 
         Raises:
             KlearError: one does not come back.
         """
-        assert self._engine is not None
-        has_weights = self._files is not None and self._files.newest is not None
-        if self._is_managed or self._handover is not None or self._restarts is None or not has_weights:
+        if not self._brings_back:
             return
+        assert self._engine is not None
+        assert self._restarts is not None
         alive = self._engine.answering(self.policy_version)
         for index in range(len(self._engine.engines)):
             if index not in alive:
