@@ -336,7 +336,7 @@ class ServedEngine:
 
     @property
     def _brings_back(self) -> bool:
-        """Whether lost servers are started anew here; not where they share GPUs with the trainer: it may be its turn."""
+        """Whether lost servers are started anew here; not where they share the trainer's GPUs: it may be its turn."""
         has_weights = self._files is not None and self._files.newest is not None
         return has_weights and self._restarts is not None and self._handover is None and not self._is_managed
 
