@@ -1,6 +1,6 @@
 """The real rollout manager and ledger over simulated engines: overhead, memory, and how long engines stand idle.
 
-    python benchmarks/rollout_simulation.py [--engines 1000] [--slots 12] [--steps 8] [--out FILE]
+    python benchmarks/rollout_simulation.py [--engines 1000] [--slots 100] [--steps 6] [--out FILE]
 
 Engines only count: a response takes the time of its tokens, in simulated seconds, and its tokens are random numbers.
 Everything between them and the trainer is real: scheduling, balancing, checks of answers, the SQLite file. The
@@ -11,8 +11,8 @@ as many responses as the engines have slots.
 - one_step_off: the next step is generated while one is trained; a publish waits for it.
 - async: engines are refilled at once; a publish interrupts responses, which go on under the new weights.
 
-A fourth run has 100 slots on each engine, filled: 100,000 requests in flight. Its memory is noted after every step: it
-is that of what is in flight and not trained, however much was trained before.
+With the defaults 100,000 requests are in flight. Memory is noted after every step: it is that of what is in flight and
+not trained, however much was trained before.
 
 Overhead is the processor time of the whole process, engines included, per request: an upper bound on that of manager
 and ledger; requests of HTTP clients are not made. The ledger syncs to the disk; a commit is taken to last 20 simulated
@@ -289,10 +289,8 @@ def draw(results: Sequence[Result], file: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--engines", type=int, default=1000)
-    parser.add_argument("--slots", type=int, default=12, help="requests in flight on one engine")
-    parser.add_argument("--full-slots", type=int, default=100, help="the same in the fourth run")
-    parser.add_argument("--steps", type=int, default=8)
-    parser.add_argument("--full-steps", type=int, default=6, help="the same in the fourth run")
+    parser.add_argument("--slots", type=int, default=100, help="requests in flight on one engine")
+    parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/rollout_simulation"))
     parser.add_argument("--mode", choices=MODES, help="one placement only, its result printed as JSON")
     options = parser.parse_args()
@@ -300,12 +298,9 @@ def main() -> None:
         print(json.dumps(asdict(measure(options.mode, options.engines, options.slots, options.steps))))
         return
     results, told = [], origin()
-    runs = [(mode, options.slots, options.steps) for mode in MODES] + [
-        ("async", options.full_slots, options.full_steps)
-    ]
-    for mode, slots, steps in runs:  # each in a process of its own: peak memory never goes down
+    for mode in MODES:  # each in a process of its own: peak memory never goes down
         command = [sys.executable, __file__, "--mode", mode, "--engines", str(options.engines), "--slots",
-                   str(slots), "--steps", str(steps)]  # fmt: skip
+                   str(options.slots), "--steps", str(options.steps)]  # fmt: skip
         output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
         result = Result(**json.loads(output))
         results.append(result)
@@ -329,7 +324,7 @@ def main() -> None:
     }
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
-    draw(results[: len(MODES)], options.out.with_suffix(".png"))
+    draw(results, options.out.with_suffix(".png"))
     print(f"written: {options.out}.json, {options.out}.png")
 
 

@@ -28,6 +28,7 @@ class Engine:
         has_answered: it brought a token since it was started; before, it may be compiling.
         failures: in a row; requests that fail together count once.
         restarts: in a row without a whole response in between.
+        is_of_others: nobody here starts it, as its last restart showed.
         unanswered: checks in a row without an answer, while it had no requests.
         is_asked: such a check is under way.
         last_error: why it was last in trouble.
@@ -50,6 +51,7 @@ class Engine:
     has_answered: bool = False
     failures: int = 0
     restarts: int = 0
+    is_of_others: bool = False
     unanswered: int = 0
     is_asked: bool = False
     last_error: str = ""

@@ -28,6 +28,8 @@ _FAILURES_IN_A_ROW = 5
 _CHECK_SECONDS = 10.0
 _UNANSWERED_CHECKS = 2
 """Checks of an idle engine in a row without an answer, after which it is lost."""
+_MOST_DOUBLINGS = 10
+"""Of the pause between restarts, which `stall_seconds` bounds, too."""
 _SLOW_WINDOWS = 2
 
 
@@ -194,13 +196,15 @@ class EngineCare:
         def note_end(how: str) -> None:
             engine.last_end = how
 
-        while engine.restarts < MOST_RESTARTS:
+        while engine.is_of_others or engine.restarts < MOST_RESTARTS:
             engine.restarts += 1
             engine.status = "starting"
             try:
                 async with StartLimit(self._settings.start_seconds, judge_absence, note_end) as limit:
-                    endpoint = await restart(engine.endpoint, engine.last_error, limit)
-                    engine.endpoint = endpoint
+                    try:
+                        engine.endpoint = await restart(engine.endpoint, engine.last_error, limit)
+                    finally:
+                        engine.is_of_others |= limit.is_of_others
                 found = await self._settled_version_of(engine)
                 if found == self.version:
                     self._let_in(engine)
@@ -211,9 +215,7 @@ class EngineCare:
                 is_late = isinstance(error, TimeoutError) and limit.is_exceeded
                 engine.last_error = f"restart {engine.restarts} failed: {late if is_late else _text(error)}"
             engine.status = "down"
-            await asyncio.sleep(min(2.0**engine.restarts, self._settings.stall_seconds))
-            if limit.is_of_others:
-                engine.restarts = min(engine.restarts, MOST_RESTARTS - 1)
+            await asyncio.sleep(min(2.0 ** min(engine.restarts, _MOST_DOUBLINGS), self._settings.stall_seconds))
         engine.status = "given up"
         self._judge()
 

@@ -533,6 +533,31 @@ def test_an_engine_of_others_is_never_given_up_while_enough_serve(make_world, un
     assert world.trace == undisturbed
 
 
+@pytest.mark.parametrize("is_of_others", [True, False])
+def test_only_an_engine_of_ours_is_given_up_for_leaving_again_and_again(make_world, undisturbed, is_of_others):
+    """It comes back right each time, and is lost before it brought a whole response, more often than any limit."""
+    tries = []
+
+    async def restart(endpoint, why, limit):
+        tries.append(why)
+        with limit.absent() if is_of_others else limit.waiting_for_others():
+            await asyncio.sleep(0.5)
+        endpoint.revive(world.scheduler.dispatcher.version)
+        if len(tries) < 6:
+            later(0.1, endpoint.die)
+        return endpoint
+
+    world = make_world(
+        engines=2, restart=restart, before_step=once(2, lambda w: later(1.0, w.engines[0].die)), stall_seconds=4.0,
+        train_seconds=20.0,
+    )  # fmt: skip
+    world.run(STEPS)
+    assert len(tries) == (6 if is_of_others else 3)
+    assert world.scheduler.dispatcher.pool.engines[0].status == ("serving" if is_of_others else "given up")
+    trained_once(world)
+    assert world.trace == undisturbed
+
+
 def test_an_absent_engine_of_others_is_an_outage(make_world):
     """Nobody here starts it: the run must not wait for it as for a server of its own."""
     began = []
