@@ -18,7 +18,8 @@ With --fixed-order the run is synchronous, prompts are trained in the order of t
 (`sglang.deterministic`). A second run of as many steps is then left in peace, and both are compared bit by bit.
 
 Writes benchmarks/results/soak.json, or soak_fixed_order.json; exit status 1 when a prompt was not trained exactly once,
-or was skipped, a process is left, or the two runs differ.
+or was skipped, a process is left, the two runs differ, or the time was too short for what the soak is to show: as many
+kills as were asked for and, but for --fixed-order, each kind of fault.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 
@@ -53,8 +55,9 @@ from benchmarks.soak_ledger import NOT_ONCE, TIMES, is_whole, walk_of_ledger  # 
 from megatron_klear.rollout.ledger import LedgerReader  # noqa: E402
 
 RESULTS = Path(__file__).with_name("results")
+SILENCE = "network silent"
 FAULTS = {
-    "server killed": 0.45, "trainer killed": 0.25, "server stopped": 0.1, "network silent": 0.1, "disk full": 0.1,
+    "server killed": 0.45, "trainer killed": 0.25, "server stopped": 0.1, SILENCE: 0.1, "disk full": 0.1,
 }  # fmt: skip
 FULL = ("too large", "disk is full", "disk I/O error", "File too large", "No space left", "cannot grow", "cannot write")
 """Words by which a trainer tells that it could not write."""
@@ -157,10 +160,11 @@ class Soak:
     Args:
         trainer: to be disturbed.
         rng: decides what happens when.
+        shares: of the kinds of faults.
     """
 
-    def __init__(self, trainer: Trainer, rng: random.Random) -> None:
-        self.trainer, self.rng = trainer, rng
+    def __init__(self, trainer: Trainer, rng: random.Random, shares: dict[str, float]) -> None:
+        self.trainer, self.rng, self.shares = trainer, rng, shares
         self.faults: Counter[str] = Counter()
         self.endings: list[str] = []
         self.full_disks: list[dict[str, object]] = []
@@ -187,9 +191,9 @@ class Soak:
             if not self.trainer.is_alive():
                 self._start_again()
                 continue
-            kinds = [kind for kind in FAULTS if not late or kind.endswith("killed")]
+            kinds = [kind for kind in self.shares if not late or kind.endswith("killed")]
             # One that has not happened yet comes sooner: a soak is to have met them all.
-            weights = [FAULTS[kind] * (1.0 if self.faults[kind] else 4.0) for kind in kinds]
+            weights = [self.shares[kind] * (1.0 if self.faults[kind] else 4.0) for kind in kinds]
             kind = self.rng.choices(kinds, weights)[0]
             print(f"{time.strftime('%H:%M:%S')} step {self.trainer.step()}: {kind}", flush=True)
             self._cause(kind)
@@ -218,6 +222,11 @@ class Soak:
         """Times that SIGKILL met a server or was sent to a trainer."""
         return self.faults["server killed"] + self.faults["trainer killed"]
 
+    def unmet(self, kills: int, kinds: Iterable[str]) -> list[str]:
+        """What was to happen and did not, in words."""
+        found = [f"{self.kills()} kills of {kills}"] if self.kills() < kills else []
+        return found + [f"no {kind}" for kind in kinds if not self.faults[kind]]
+
     def end_life(self, why: str) -> None:
         """Count what the life that has ended says of restarts.
 
@@ -229,14 +238,14 @@ class Soak:
 
     def _cause(self, kind: str) -> None:
         trainer, rng = self.trainer, self.rng
-        if kind in ("server killed", "server stopped", "network silent"):
+        if kind in ("server killed", "server stopped", SILENCE):
             servers = trainer.servers()
             if not servers:  # they start some time after the trainer
                 self.faults[f"not {kind}: there was no server yet"] += 1
                 return
             server = rng.choice(servers)
             processes = _with_children(server)
-            if kind == "network silent":
+            if kind == SILENCE:
                 kind = kind if _silence(server, STOPPED_SECONDS) else "network could not be silenced"
                 self.faults[kind] += 1
                 return
@@ -451,7 +460,8 @@ def main() -> int:
     overrides = settings(work, venv, given.servers, fixed_order=given.fixed_order)
     overrides.append(f"weight_sync.transport={given.transport}")
     told = origin(venv) | {"transport": given.transport}
-    soak = Soak(Trainer(work, overrides), random.Random(given.seed))
+    shares = {kind: share for kind, share in FAULTS.items() if not (given.without_network and kind == SILENCE)}
+    soak = Soak(Trainer(work, overrides), random.Random(given.seed), shares)
     trainer = soak.trainer
     try:
         soak.disturb(given.minutes, given.kills)
@@ -465,7 +475,8 @@ def main() -> int:
     finally:
         trainer.kill([0, 1])
     time.sleep(2.0)
-    told |= report(soak, given.minutes, given.seed, given.servers, statuses)
+    unmet = soak.unmet(given.kills, () if given.fixed_order else shares)
+    told |= report(soak, given.minutes, given.seed, given.servers, statuses) | {"unmet": unmet}
     same = True
     if given.fixed_order:
         peaceful = left_in_peace(work, overrides, trainer.step())
@@ -477,7 +488,7 @@ def main() -> int:
     sound = told["every_step_has_its_prompts"] and set(told["times_trained"]) == {"1"}  # type: ignore[call-overload]
     sound = sound and is_whole(told["walk"])  # type: ignore[arg-type]
     clean = not told["not_trained_exactly_once"] and not told["server_processes_left"] and statuses == [0, 0]
-    return 0 if sound and clean and same else 1
+    return 0 if sound and clean and same and not unmet else 1
 
 
 if __name__ == "__main__":

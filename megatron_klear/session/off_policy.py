@@ -14,6 +14,7 @@ from megatron_klear.config import CorrectionSettings
 from megatron_klear.errors import MismatchError
 from megatron_klear.observe import names
 from megatron_klear.records import FloatArray, ScoredGroup
+from megatron_klear.session.agreement import Agreement
 from megatron_klear.session.session import Session
 from megatron_klear.trainer import rollout_logprobs
 
@@ -115,12 +116,12 @@ def off_policy(
     tokens = sampled_tokens(groups, old)
     weights, stats = tokens.weigh(settings)
     step = session.step + 1
-    require_agreement(
-        tokens, stats, settings, step=step, published=published, proof=proof, agreed=session.agreed_in_step
-    )
+    require_agreement(tokens, stats, settings, step=step, published=published, proof=proof, agreed=session.agreement)
     current = tokens.sampled & (tokens.versions >= published)
-    if session.agreed_in_step is None and current.any() and not _exceeded(tokens.weigh(settings, current)[1], settings):
-        session.agreed_in_step = step
+    if current.any():
+        alike = tokens.weigh(settings, current)[1]
+        agrees = not _exceeded(alike, settings)
+        session.agreement = Agreement(step, int(current.sum()), alike.values()["mean_abs"]) if agrees else None
     values, metrics = stats.values(), _distance(tokens, stats, published)
     if settings.kind == "none":
         return None, metrics
@@ -155,7 +156,7 @@ def left_out_mismatch(
     of = f" on {len(groups)} responses of groups that are not trained on"
     require_agreement(
         tokens, stats, settings, step=session.step + 1, published=published, proof=proof,
-        agreed=session.agreed_in_step, of=of,
+        agreed=session.agreement, of=of,
     )  # fmt: skip
     metrics = _distance(tokens, stats, published)
     return metrics | {names.MISMATCH_LEFT_OUT_MEAN_ABS: metrics[names.MISMATCH_MEAN_ABS]}
@@ -182,7 +183,7 @@ def require_agreement(
     step: int,
     published: int,
     proof: WeightProof,
-    agreed: int | None = None,
+    agreed: Agreement | None = None,
     of: str = "",
 ) -> None:
     """Stop a run whose engine and trainer are too far apart, and say where the difference comes from.
@@ -219,7 +220,7 @@ def require_agreement(
             text = _RECORDED_EARLIER
         else:
             text = _ALL_ARE_OLD if agreed is None else _STALENESS + _AGREED_BEFORE
-        lines.append(text.format(first=first, last=last, version=published, agreed=agreed))
+        lines.append(text.format(first=first, last=last, version=published, agreed=agreed, now=step))
     raise MismatchError("\n".join(lines))
 
 
@@ -248,7 +249,9 @@ _STALENESS = (
     "allow less staleness, or lower optimizer.lr; a correction.kind makes up for some of it, under a higher limit."
 )
 _AGREED_BEFORE = (
-    " All tokens of this step are older than the published version; those that were not agreed in step {agreed}."
+    " All tokens of this step are older than the published version; the newest that were not, {agreed.tokens} of step "
+    "{agreed.step}, agreed: mean |difference| {agreed.mean_abs:.3g} nats. Where that says too little of step {now}, "
+    "weight_sync.verify=logprobs compares engine and trainer with the same weights at every publish."
 )
 _RECORDED_EARLIER = (
     "Cause: other weights, staleness, or numerics. The tokens were recorded by the run in scheduling.replay_from as of "

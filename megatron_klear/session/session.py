@@ -37,6 +37,7 @@ from megatron_klear.observe import (
 )
 from megatron_klear.observe.names import phase_seconds
 from megatron_klear.observe.replace import replace_file
+from megatron_klear.session.agreement import Agreement
 from megatron_klear.session.device_rates import device_rates
 from megatron_klear.session.launch import Preempted, StopRequest
 from megatron_klear.session.profiling import ProfileWindow
@@ -146,7 +147,7 @@ class Session:
         self.ledger_position: Callable[[], Any] = lambda: None  # the rollout ledger's; rank 0's is stored
         self.around_save: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
         self.noted: dict[str, float] = {}  # metrics that come up in the middle of a step
-        self.agreed_in_step: int | None = None  # the first whose tokens showed that engine and trainer compute alike
+        self.agreement: Agreement | None = None  # engine and trainer compute alike; of the newest step that shows it
 
     def _prepare_directory(self, checkpoints: Path) -> list[int]:
         """Make the run directory; returns the steps of the checkpoints in it, the same on every rank."""

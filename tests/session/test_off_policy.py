@@ -12,6 +12,7 @@ from megatron_klear.algorithm import OffPolicyCorrection
 from megatron_klear.config import CorrectionSettings
 from megatron_klear.errors import MismatchError
 from megatron_klear.records import Grade, Prompt, Rollout, RolloutGroup, ScoredGroup
+from megatron_klear.session.agreement import Agreement
 from megatron_klear.session.off_policy import off_policy
 
 PUBLISHED = 7
@@ -61,7 +62,7 @@ def trainer(**differences: list[float]) -> dict[str, np.ndarray]:
 
 def compare(old, *, proof: str = "checksum", **settings):
     session = SimpleNamespace(
-        settings=SimpleNamespace(correction=CorrectionSettings(**settings)), step=PUBLISHED, agreed_in_step=None
+        settings=SimpleNamespace(correction=CorrectionSettings(**settings)), step=PUBLISHED, agreement=None
     )
     return off_policy(session, GROUPS, old, published=PUBLISHED, proof=proof)
 
@@ -124,7 +125,7 @@ def test_staleness_is_told_by_version():
 def test_where_all_tokens_are_old_neither_cause_is_claimed():
     """As in every step but the first with scheduling.mode=one_step_off."""
     session = SimpleNamespace(
-        settings=SimpleNamespace(correction=CorrectionSettings()), step=PUBLISHED + 1, agreed_in_step=None
+        settings=SimpleNamespace(correction=CorrectionSettings()), step=PUBLISHED + 1, agreement=None
     )
     with pytest.raises(MismatchError) as caught:
         off_policy(session, GROUPS, trainer(p0=[9.0, -3.0, 3.0]), published=PUBLISHED + 1, proof="checksum")
@@ -140,17 +141,31 @@ def test_where_all_tokens_are_old_neither_cause_is_claimed():
 
 
 def test_where_all_tokens_are_old_an_earlier_step_tells_numerics_from_age():
-    session = SimpleNamespace(
-        settings=SimpleNamespace(correction=CorrectionSettings()), step=PUBLISHED, agreed_in_step=None
-    )
+    session = SimpleNamespace(settings=SimpleNamespace(correction=CorrectionSettings()), step=PUBLISHED, agreement=None)
     off_policy(session, GROUPS, trainer(p0=[0.5, -0.25, 0.0]), published=PUBLISHED, proof="checksum")
-    assert session.agreed_in_step == PUBLISHED + 1
+    assert session.agreement == Agreement(PUBLISHED + 1, 6, pytest.approx(0.75 / 6))
     session.step += 1
     with pytest.raises(MismatchError) as caught:
         off_policy(session, GROUPS, trainer(p0=[9.0, -3.0, 3.0]), published=PUBLISHED + 1, proof="checksum")
     told = str(caught.value)
     assert "Cause: staleness. These tokens were sampled by versions 5 to 7, and version 8 is published" in told
-    assert f"those that were not agreed in step {PUBLISHED + 1}." in told
+    assert f"the newest that were not, 6 of step {PUBLISHED + 1}, agreed: mean |difference| 0.125 nats" in told
+
+
+def test_only_the_newest_step_with_current_tokens_says_that_both_compute_alike():
+    session = SimpleNamespace(settings=SimpleNamespace(correction=CorrectionSettings()), step=PUBLISHED, agreement=None)
+    # 6 current tokens differ by 1.2 nats, and with 2 old ones that do not the step passes: 0.9.
+    apart = trainer(p0=[1.2, 1.2, 1.2], p1=[1.2], q0=[0.0, 0.0, 1.2, 1.2])
+    off_policy(session, GROUPS, trainer(), published=PUBLISHED, proof="checksum")
+    assert session.agreement == Agreement(PUBLISHED + 1, 6, 0.0)
+    session.step += 1
+    off_policy(session, GROUPS, trainer(), published=PUBLISHED + 1, proof="checksum")
+    assert session.agreement == Agreement(PUBLISHED + 1, 6, 0.0), "a step with old tokens alone shows nothing"
+    session.step += 1
+    off_policy(session, GROUPS, apart, published=PUBLISHED, proof="checksum")
+    assert session.agreement is None
+    with pytest.raises(MismatchError, match="Cause: staleness, or numerics"):
+        off_policy(session, GROUPS, trainer(p0=[9.0, -3.0, 3.0]), published=PUBLISHED + 1, proof="checksum")
 
 
 def test_limits_and_no_limits():

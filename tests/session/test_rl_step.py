@@ -140,7 +140,7 @@ class Run:
     """What `train_rl.train` is given, with the order of what it does noted."""
 
     def __init__(self, context: ParallelContext, groups: dict[str, ScoredGroup], normalizer: str) -> None:
-        self.agreed_in_step: int | None = None
+        self.agreement = None
         sizes = ParallelSettings(distributed_optimizer=False)
         model_settings = ModelSettings(**asdict(ARCH), dtype="float32", layer_spec="local", vocab_multiple=16)
         self.settings = Settings(
