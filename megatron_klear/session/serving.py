@@ -17,7 +17,7 @@ import torch.distributed as dist
 from megatron_klear.config.server_options import longest_sequence
 from megatron_klear.errors import WeightSyncError
 from megatron_klear.parallel import FirstRank, Machines
-from megatron_klear.records import FloatArray, IntArray, Prompt, RolloutGroup, TrainSequence
+from megatron_klear.records import FloatArray, IntArray, Prompt, Rollout, RolloutGroup, TrainSequence
 from megatron_klear.rollout import ProgressCallback, RolloutCallback, SamplingParams
 from megatron_klear.rollout.endpoint import Endpoint, EndpointError
 from megatron_klear.rollout.manager import Restart
@@ -318,11 +318,12 @@ class ServedEngine:
         self._resources.close()
 
     def _drawn(self, prompts: Sequence[Prompt], *, waiting: Callable[[], None], **how: Any) -> list[RolloutGroup]:
-        """On the first rank: responses; again when servers were lost meanwhile and are brought back."""
+        """On the first rank: responses; those that are missing again when servers were lost and are brought back."""
         assert self._engine is not None
+        finished: dict[tuple[str, int], Rollout] = {}
         for left in reversed(range(_ATTEMPTS)):
             try:
-                return self._engine.generate(prompts, waiting=waiting, **how)
+                return self._engine.generate(prompts, finished=finished, waiting=waiting, **how)
             except EndpointError as error:
                 can_come_back = self._restarts is not None if self._is_managed else self._brings_back
                 if not can_come_back or not error.retry or left == 0:

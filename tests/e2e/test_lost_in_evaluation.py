@@ -1,4 +1,4 @@
-"""The only server ends while it answers an evaluation: it is started anew, and the evaluation goes on."""
+"""The only server ends while it answers without a rollout manager: it is started anew, and asked for the rest."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from megatron_klear.rollout.ledger import LedgerReader
 from tests.e2e.served_runs import CONFIG
 
 WORKER = str(Path(__file__).with_name("stand_in_worker.py"))
@@ -56,3 +57,21 @@ def test_fine_tuning_brings_a_lost_server_back_for_its_evaluations(
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     found = [(row["step"], row["accuracy/heldout_count"]) for row in rows if row["phase"] == "eval"]
     assert found == [(1, 8), (2, 8)]
+
+
+def test_responses_that_a_lost_server_finished_are_not_drawn_again(
+    start: Callable[..., Any], rl_overrides: Callable[[str], list[str]], stand_ins: Callable[..., list[str]],
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    """Recording alone; it has one request at a time, and ends with the tenth."""
+    overrides = [
+        *rl_overrides("run"), "rl.steps=1", "evaluation.every_steps=0", "evaluation.at_end=false",
+        "scheduling.rollout_only=true", "rollout.batch_responses=1", *stand_ins("10.end"),
+    ]  # fmt: skip
+    launch = start(WORKER, CONFIG, overrides)
+    assert launch.wait(180) == [0, 0], launch.output()
+    assert launch.output().count("is back with the current weights") == 1
+    (faults,) = {file.parent for file in tmp_path.glob("*/10.end")}
+    assert len(list(faults.glob("*.asked"))) == TRAINED + 1
+    with LedgerReader(tmp_path / "run" / "ledger.sqlite") as reader:
+        assert [len(group.rollouts) for group in reader.groups_of_step(1)] == [4] * 8

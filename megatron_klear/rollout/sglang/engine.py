@@ -7,7 +7,7 @@ import hashlib
 import itertools
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -57,10 +57,21 @@ class EndpointPool:
         seed: int,
         on_progress: ProgressCallback | None = None,
         on_rollout: RolloutCallback | None = None,
+        finished: dict[tuple[str, int], Rollout] | None = None,
     ) -> list[RolloutGroup]:
         """Draw `num_responses` responses to each prompt; groups come back in the order of `prompts`.
 
         A response's seed depends on (seed, prompt_id, its index) alone; so do its tokens with `sglang.deterministic`.
+
+        Args:
+            prompts: each with an id of its own.
+            num_responses: M, at least 1.
+            sampling: temperature, nucleus, length and stop tokens.
+            seed: of the requests.
+            on_progress: called now and then and at the end.
+            on_rollout: called with every response that is drawn.
+            finished: responses by prompt and index. Those that it holds are not drawn again; those drawn are added, so
+                that they outlive a failure of others.
 
         Raises:
             RolloutError: a request that cannot be served, or one that failed more often than it is retried.
@@ -68,8 +79,8 @@ class EndpointPool:
         require_unique_ids(prompts)
         if num_responses < 1:
             raise RolloutError(f"num_responses is {num_responses} (rollout.responses_per_prompt); must be at least 1")
-        progress = _Progress(len(prompts) * num_responses, on_progress)
-        rollouts: dict[tuple[str, int], Rollout] = {}
+        rollouts = {} if finished is None else finished
+        progress = _Progress(len(prompts) * num_responses, on_progress, rollouts)
 
         async def one(prompt: Prompt, index: int, place: int) -> None:
             rollout = await self._respond(prompt, index, sampling, seed, place, progress)
@@ -80,10 +91,13 @@ class EndpointPool:
         try:
             async with asyncio.TaskGroup() as tasks:
                 for prompt in prompts:
+                    missing = [i for i in range(num_responses) if (prompt.prompt_id, i) not in rollouts]
+                    if not missing:
+                        continue
                     # A whole group at one server: all but the first of it find the prompt in its cache.
                     place = self._least_busy()
-                    self._outstanding[place] += num_responses
-                    for index in range(num_responses):
+                    self._outstanding[place] += len(missing)
+                    for index in missing:
                         tasks.create_task(one(prompt, index, place))
         except BaseExceptionGroup as group:
             raise group.exceptions[0] from group
@@ -183,12 +197,14 @@ class EndpointPool:
 class _Progress:
     """Counts tokens and finished responses, and passes them on now and then."""
 
-    def __init__(self, total: int, callback: ProgressCallback | None) -> None:
+    def __init__(
+        self, total: int, callback: ProgressCallback | None, finished: Mapping[tuple[str, int], Rollout]
+    ) -> None:
         self._total = total
         self._callback = callback
-        self._tokens: dict[tuple[str, int], int] = {}
-        self._generated = 0
-        self._finished = 0
+        self._tokens = {key: len(rollout.response_ids) for key, rollout in finished.items()}
+        self._generated = sum(self._tokens.values())
+        self._finished = len(finished)
         self._reported = 0.0
 
     def counter(self, key: tuple[str, int], done: int) -> Callable[[int], None]:

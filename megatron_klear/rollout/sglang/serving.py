@@ -150,6 +150,7 @@ class SglangEngine:
         seed: int,
         on_progress: ProgressCallback | None = None,
         on_rollout: RolloutCallback | None = None,
+        finished: dict[tuple[str, int], Rollout] | None = None,
         waiting: Callable[[], None] | None = None,
     ) -> list[RolloutGroup]:
         """Draw `num_responses` responses to each prompt, in the order of `prompts`.
@@ -160,6 +161,8 @@ class SglangEngine:
             seed: of the requests; give each step its own.
             on_progress: called from this thread, now and then and at the end.
             on_rollout: called from this thread with every response soon after it is complete.
+            finished: responses by prompt and index. Those that it holds are not drawn again; those drawn are added, so
+                that they outlive a failure of others.
             waiting: called from this thread while it waits, several times a second.
 
         Raises:
@@ -174,6 +177,7 @@ class SglangEngine:
             seed=seed,
             on_progress=news.append,
             on_rollout=None if on_rollout is None else lambda *rollout: complete.append(rollout),
+            finished=finished,
         )
 
         def between() -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from megatron_klear.errors import RolloutError
-from megatron_klear.records import Prompt, RolloutGroup
+from megatron_klear.records import Prompt, Rollout, RolloutGroup
 from megatron_klear.rollout import RolloutProgress, SamplingParams
 from megatron_klear.rollout.endpoint import EndpointError, GeneratedPart, GenerationRequest, TokensCallback
 from megatron_klear.rollout.sglang import EndpointPool, engine
@@ -85,6 +85,7 @@ def run(
     progress: list[RolloutProgress] | None = None,
     version: int | None = None,
     is_in_use: Callable[[int], bool] = lambda place: True,
+    finished: dict[tuple[str, int], Rollout] | None = None,
 ) -> list[RolloutGroup]:
     async def generate() -> list[RolloutGroup]:
         pool = EndpointPool(endpoints, in_flight=in_flight, retries=retries)
@@ -92,7 +93,7 @@ def run(
         sampling = SamplingParams(temperature=1.0, top_p=1.0, max_response_tokens=LIMIT, stop_token_ids=())
         callback = None if progress is None else progress.append
         groups = await pool.generate(
-            prompts(count), num_responses=responses, sampling=sampling, seed=4, on_progress=callback
+            prompts(count), num_responses=responses, sampling=sampling, seed=4, on_progress=callback, finished=finished
         )
         assert pool._outstanding == [0] * len(endpoints)
         assert failures is None or pool.failures == failures
@@ -116,6 +117,27 @@ def test_groups_are_whole_in_order_and_each_on_one_server() -> None:
     places = [{int(r.token_ids[0]) for r in e.seen} for e in endpoints]
     assert sorted(map(len, places)) == [3, 3, 4]
     assert not places[0] & places[1] | places[1] & places[2]
+
+
+def test_what_is_finished_outlives_a_failure_of_others() -> None:
+    """The second call draws what is missing, of whole groups and of a group in part, and counts the rest as done."""
+    finished: dict[tuple[str, int], Rollout] = {}
+
+    def lost(request: GenerationRequest) -> GeneratedPart:
+        return whole(request) if len(server.seen) <= 5 else fail(retry=True)(request)
+
+    server = Fake("a", [lost] * 20)
+    with pytest.raises(EndpointError):
+        run([server], 3, responses=3, in_flight=1, retries=0, finished=finished)
+    assert len(finished) == 5
+    kept, again, progress = dict(finished), Fake("b"), list[RolloutProgress]()
+    groups = run([again], 3, responses=3, progress=progress, finished=finished)
+    assert len(again.seen) == 4
+    drawn = [rollout for group in groups for rollout in group.rollouts]
+    assert [r.response_ids.tolist() for r in drawn] == [[n] * LIMIT for n in (0, 0, 0, 1, 1, 1, 2, 2, 2)]
+    assert all(finished[key] is rollout for key, rollout in kept.items())
+    assert min(p.finished_responses for p in progress) >= 5
+    assert (progress[-1].finished_responses, progress[-1].generated_tokens) == (9, 9 * LIMIT)
 
 
 def test_a_server_that_is_not_in_use_is_asked_for_nothing() -> None:
