@@ -112,7 +112,8 @@ class WeightSyncSettings:
     transport: Literal["auto", "disk", "distributed", "tensor"] = "auto"
     """By files in `run.dir`/weights, by broadcast (gloo or NCCL), or through memory of the machine (of the GPU itself
     where `sglang.placement` is colocated); auto takes tensor when all servers run on the first rank's machine, and
-    distributed otherwise."""
+    distributed otherwise. A server in a container of its own that does not see this machine's /dev/shm ends when it is
+    sent a tensor: it needs disk or distributed."""
 
     pause_mode: Literal["abort", "in_place", "retract"] = "abort"
     """What a publish does to unfinished responses: end them, the run's own to be continued from where they were; hold

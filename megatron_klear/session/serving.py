@@ -108,6 +108,7 @@ class ServedEngine:
                 group,
                 layout,
                 are_ours=self._fleets is not None,
+                urls=[engine.caller.url for engine in self._engine.engines],
                 sharing=self._sharing,
                 ranks_of=self._ranks_of,
             )

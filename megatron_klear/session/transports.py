@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from urllib.parse import urlsplit
 
 import torch
@@ -35,6 +35,7 @@ def choose_transport(
     layout: EngineLayout,
     *,
     are_ours: bool,
+    urls: Sequence[str],
     sharing: BucketSharing | None = None,
     ranks_of: Callable[[EngineCaller], range] = lambda caller: range(0),
 ) -> tuple[Transport, WeightFiles | None]:
@@ -43,6 +44,7 @@ def choose_transport(
     Args:
         session: the run.
         engines: that get the weights.
+        urls: of all servers, also of those that do not answer yet: the transport is the same to the end.
         layout: how they hold them.
         are_ours: whether we started them: a broadcast's group may be kept, as nobody else ends them unseen.
         sharing: every rank offers its weights to the engine on its GPU.
@@ -53,7 +55,7 @@ def choose_transport(
     """
     settings = session.settings
     kind = settings.weight_sync.transport
-    near = all(_is_this_machine(caller.url) for caller in engines.callers)
+    near = all(_is_this_machine(url) for url in urls)
     if kind == "auto":
         kind = "tensor" if near or settings.sglang.placement == "colocated" else "distributed"
     keeps = settings.weight_sync.keep_on_disk and settings.sglang.router_url is None

@@ -30,7 +30,6 @@ class ExpectedChecksums:
     def __init__(self, layout: EngineLayout, *, head_dim: int, context: ParallelContext) -> None:
         self._layout, self._head_dim, self._context = layout, head_dim, context
         self._mine: dict[str, list[str]] = {}
-        self._pending: list[tuple[str, torch.Tensor]] = []
 
     def watch(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
         """Pass the stream on, and hash this rank's share of the engines' tensors as their parts go by."""

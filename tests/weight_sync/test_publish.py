@@ -61,13 +61,16 @@ INTERRUPTING: list[dict[str, Any]] = [
     {"transport": "tensor", "version": 8, "during": 32, "stop": STOP, "pause": "retract"},
     {"transport": "tensor", "version": 9, "during": 32, "stop": STOP, "pause": "abort"},
     {"transport": "tensor", "version": 10, "during": 32, "stop": STOP, "pause": "in_place"},
+    # SGLang loads these two in ways of their own while it is paused.
+    {"transport": "disk", "version": 11, "during": 32, "stop": STOP, "pause": "retract"},
+    {"transport": "distributed", "version": 12, "during": 32, "stop": STOP, "pause": "in_place"},
 ]
 
 
 SHARED: list[dict[str, Any]] = [
-    {"transport": "shared", "version": 11, "ranks": [1]},
-    {"transport": "shared", "version": 12, "ranks": [1], "corrupt_rank": 1, "corrupt_name": "model.norm.weight"},
-    {"transport": "shared", "version": 13, "ranks": [0], "corrupt_rank": 1, "corrupt_name": "model.norm.weight"},
+    {"transport": "shared", "version": 13, "ranks": [1]},
+    {"transport": "shared", "version": 14, "ranks": [1], "corrupt_rank": 1, "corrupt_name": "model.norm.weight"},
+    {"transport": "shared", "version": 15, "ranks": [0], "corrupt_rank": 1, "corrupt_name": "model.norm.weight"},
 ]
 """The engine lies on this rank's GPU, and one rank offers something else than the others."""
 
@@ -104,13 +107,15 @@ def test_a_damaged_tensor_is_named(layout: str, request: pytest.FixtureRequest) 
 @pytest.mark.parametrize("layout", ["two_tensor_ranks", "two_stages"])
 def test_an_engine_takes_what_the_rank_on_its_gpu_offers(layout: str, request: pytest.FixtureRequest) -> None:
     from_second, damaged, from_first = request.getfixturevalue(layout)[-len(SHARED) :]
-    check_equal(from_second, 11)
+    check_equal(from_second, 13)
     assert damaged["error"] == "WeightSyncError"
     assert damaged["text"].endswith("1 differ: model.norm.weight")
-    check_equal(from_first, 13)  # what the other rank offers does not matter to it
+    check_equal(from_first, 15)  # what the other rank offers does not matter to it
 
 
-@pytest.mark.parametrize("number", range(len(INTERRUPTING)), ids=[a["pause"] for a in INTERRUPTING])
+@pytest.mark.parametrize(
+    "number", range(len(INTERRUPTING)), ids=[f"{a['transport']}-{a['pause']}" for a in INTERRUPTING]
+)
 def test_unfinished_responses_go_on_under_new_weights(two_tensor_ranks: list[dict[str, Any]], number: int) -> None:
     action, result = INTERRUPTING[number], two_tensor_ranks[len(TRANSPORTS) + number]
     version, cut = action["version"], result["interrupted"]

@@ -18,12 +18,13 @@ from megatron_klear.config.architecture import PRESETS, Architecture
 from megatron_klear.config.serving import SglangSettings, WeightSyncSettings
 from megatron_klear.session import transports
 from megatron_klear.session.transports import choose_transport
-from megatron_klear.weight_sync import EngineGroup, EngineLayout, TensorTransport, shared_memory
+from megatron_klear.weight_sync import DistributedTransport, EngineGroup, EngineLayout, TensorTransport, shared_memory
 
 ROOT = Path(__file__).parents[2]
 QWEN = PRESETS["qwen3-8b"]
 EMBEDDING = 151936 * 4096 * 2
 MIB = 2**20
+HERE = "http://127.0.0.1:30000"
 needs_bubblewrap = pytest.mark.skipif(shutil.which("bwrap") is None, reason="needs bubblewrap")
 WORDY = replace(PRESETS["qwen3-tiny"], vocab_size=8192)
 """Its embedding, 4 MiB, is many times a bucket of 256 KiB."""
@@ -53,12 +54,33 @@ def test_a_run_sends_requests_where_shared_memory_does_not_hold_its_largest_tens
     )
     session: Any = SimpleNamespace(settings=settings, arch=QWEN, root=tmp_path, entry="rl")
     monkeypatch.setattr(transports, "served_config", lambda session, dtype: {})
-    group = EngineGroup([SimpleNamespace(url="http://127.0.0.1:30000")], 1.0)  # type: ignore[list-item]
     layout = EngineLayout(tp=1, device="cuda", dtype="bfloat16")
-    made, files = choose_transport(session, group, layout, are_ours=True)
+    made, files = choose_transport(session, EngineGroup([], 1.0), layout, are_ours=True, urls=[HERE])
     assert files is None
     assert isinstance(made, TensorTransport)
     assert made._by_value == by_value
+
+
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_a_server_elsewhere_that_comes_later_is_not_sent_names_in_this_machines_memory(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, elsewhere: bool
+) -> None:
+    """Only the one that is here answers when the transport is chosen, which is for the whole run."""
+    monkeypatch.setattr(shared_memory, "free_bytes", lambda: 10**11)
+    monkeypatch.setattr(transports, "served_config", lambda session, dtype: {})
+    made: list[Any] = []
+    for transport in ("auto", "tensor"):
+        settings = SimpleNamespace(
+            weight_sync=WeightSyncSettings(transport=transport, keep_on_disk=False), sglang=SglangSettings()
+        )
+        session: Any = SimpleNamespace(settings=settings, arch=QWEN, root=tmp_path, entry="rl")
+        group = EngineGroup([SimpleNamespace(url=HERE)], 1.0)  # type: ignore[list-item]
+        urls = [HERE, "http://gpu7:30000"] if elsewhere else [HERE, HERE]
+        layout = EngineLayout(tp=1, device="cuda", dtype="bfloat16")
+        made.append(choose_transport(session, group, layout, are_ours=False, urls=urls)[0])
+    assert isinstance(made[0], DistributedTransport if elsewhere else TensorTransport)
+    assert isinstance(made[1], TensorTransport)
+    assert made[1]._by_value == elsewhere
 
 
 SEND = """

@@ -12,6 +12,9 @@ from megatron_klear.records import EncodedJson
 from megatron_klear.rollout.endpoint import EndpointError
 
 _CONNECT_SECONDS = 10.0
+_KEPT_SECONDS = 2.0
+"""Of a connection without a request: a server closes one after 5 s (SGLANG_TIMEOUT_KEEP_ALIVE), and a request that is
+sent at that moment gets no answer, as if the server had died."""
 _SHOWN_CHARACTERS = 400
 _PIECE_BYTES = 2**18
 _MAY_PASS = frozenset({408, 425, 429, 500, 502, 503, 504})
@@ -44,7 +47,7 @@ class Connection:
         self.name = name
         self.url = url.rstrip("/")
         # No limit on connections: whoever sends bounds what is in flight. No proxies: engines are near.
-        limits = httpx2.Limits(max_connections=None, max_keepalive_connections=64)
+        limits = httpx2.Limits(max_connections=None, max_keepalive_connections=64, keepalive_expiry=_KEPT_SECONDS)
         self._client = httpx2.AsyncClient(trust_env=False, limits=limits)
 
     async def get(self, path: str, *, timeout_seconds: float) -> Any:

@@ -14,6 +14,7 @@ from megatron_klear.errors import WeightSyncError
 from megatron_klear.records import EncodedJson
 from megatron_klear.rollout.endpoint import EndpointError
 from megatron_klear.rollout.sglang import Connection
+from megatron_klear.rollout.sglang import connection as connection_module
 from megatron_klear.rollout.sglang.answering import is_ready
 from megatron_klear.rollout.sglang.loop import LoopThread
 from megatron_klear.rollout.sglang.serving import SglangCaller
@@ -97,3 +98,28 @@ def test_what_is_encoded_is_sent_as_it_is() -> None:
             assert dict(sent) == one.seen[0][1]
     finally:
         loop.close()
+
+
+def test_a_connection_without_a_request_is_left_before_the_server_closes_it(
+    stand_in: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server closes an idle one after 5 s; a request that is sent at that moment would never be answered."""
+    assert connection_module._KEPT_SECONDS < 5.0 / 2
+    monkeypatch.setattr(connection_module, "_KEPT_SECONDS", 0.5)
+    used: list[int] = []
+
+    def note(handler: Handler, body: dict[str, Any]) -> None:
+        used.append(handler.client_address[1])
+        handler.reply(200, {})
+
+    stand_in.answers["/asked"] = note
+
+    async def run() -> None:
+        connection = Connection("engine 0", stand_in.url)
+        for pause in (0.0, 0.0, 1.0):
+            await asyncio.sleep(pause)
+            await connection.post("/asked", {}, timeout_seconds=5.0)
+        await connection.close()
+
+    asyncio.run(run())
+    assert used[0] == used[1] != used[2]
