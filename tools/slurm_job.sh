@@ -227,7 +227,8 @@ wait_for_trainer() {
             say "the trainer did not stop within $GIVE_UP_SECONDS s; it is ended"
             return # its step ends with this script
         elif [[ -z $deadline ]] && ! kill -0 "$engines" 2>/dev/null; then
-            if wait "$engines"; then
+            # Where one node had given up before, the step's status is its.
+            if wait "$engines" || [[ -e $KLEAR_ENGINE_REQUESTS/told_to_end ]]; then
                 # However long a step and a save take: how much time there is Slurm alone knows.
                 deadline=never
                 say "Slurm told the engines to end, as it does before a preemption"

@@ -134,8 +134,8 @@ class ManagedGroups:
         """Around a publish: nothing is in flight while the weights change, and generation goes on with them after.
 
         Yields:
-            whether to publish; not where the run is asked to stop while responses that are not interrupted are waited
-            for: the step that was trained is then to be finished, and with it the run.
+            whether to publish; not where the run is asked to stop, perhaps while responses that are not interrupted are
+            waited for: the step that was trained is then to be finished, and with it the run.
         """
         context = self.session.context
         if self._published and not self._is_paused(version):
@@ -148,13 +148,17 @@ class ManagedGroups:
 
     def _is_paused(self, version: int) -> bool:
         """Wait until nothing is in flight, as long as the longest response takes; False when asked to stop before."""
+
+        def is_to_stop() -> bool:
+            # In the last step there is nothing to come back for, and what is in flight is all that is left.
+            return version < self.session.total_steps and self.session.is_asked_to_stop()
+
         with self.session.phase("pause"):
             while not agree("pause", lambda: self._running.pause_for_publish(_POLL_SECONDS), self.session.context):
                 self.session.heartbeat.renew()
-                # In the last step there is nothing to come back for, and what is in flight is all that is left.
-                if version < self.session.total_steps and self.session.is_asked_to_stop():
+                if is_to_stop():
                     return False
-        return True
+        return not is_to_stop()
 
     @contextmanager
     def sharing_engines(self) -> Iterator[None]:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 
-from megatron_klear.errors import KlearError, RolloutError
+from megatron_klear.errors import ConfigError, KlearError, RolloutError
 from megatron_klear.rollout.endpoint import Endpoint
 from megatron_klear.rollout.manager import StartLimit
 from megatron_klear.rollout.sglang import ConnectedEngine, SglangEngine
@@ -55,7 +55,7 @@ class EngineRestarts:
         self._publishing = threading.Lock()
         self._one_at_a_time = [threading.Lock() for _ in engine.engines]
         self._ends: dict[int, str] = {}
-        self._closed = threading.Event()
+        self._closed, self._is_ending = threading.Event(), threading.Event()
         # Threads of its own: a server takes minutes to start, and the manager's threads write the ledger meanwhile.
         self._threads = ThreadPoolExecutor(len(engine.engines), thread_name_prefix="restart")
 
@@ -64,14 +64,17 @@ class EngineRestarts:
         return [self._endpoint(index) for index in range(len(self._engine.engines))]
 
     @contextmanager
-    def publishing(self, waiting: Callable[[], None]) -> Iterator[None]:
+    def publishing(self, waiting: Callable[[], None], *, is_urgent: Callable[[], bool] = bool) -> Iterator[None]:
         """Around a publish: no server joins meanwhile.
 
         Args:
             waiting: called while a server that joins is waited for, several times a second.
+            is_urgent: asked then; whether to wait no longer, as the run is about to stop: restarts are given up.
         """
         while not self._publishing.acquire(timeout=_WAKE_SECONDS):
             waiting()
+            if is_urgent():
+                self._is_ending.set()
         try:
             yield
         finally:
@@ -123,9 +126,18 @@ class EngineRestarts:
         if ended is not None:
             log.warning("%s %s", name, ended)
         self._group.leave(self._engine.engines[index].caller)
-        self._fleet.start(index)
-        self._fleet.wait_ready(index, wait)
-        fresh = self._joined(index, wait)
+        try:
+            self._fleet.start(index)
+            self._fleet.wait_ready(index, wait)
+            fresh = self._joined(index, self._engine.connect(index, self._fleet.url(index)), wait)
+        except ConfigError as error:
+            if isinstance(self._fleet, ServersOfOthers):
+                raise
+            # Our own was started with settings that had been right: it has ended, or lost its port, and none is wrong.
+            ended = self._fleet.stop(index)
+            raise RolloutError(
+                f"{name} cannot be brought back: {error}" + (f"; it {ended}" if ended else "")
+            ) from error
         log.info("%s is back with the current weights", fresh.endpoint.name)
 
     def note_end(self, index: int, how: str) -> None:
@@ -147,7 +159,8 @@ class EngineRestarts:
 
         def waiting() -> None:
             is_urgent = self._turn is not None and self._turn.is_urgent
-            if given_up.is_set() or self._closed.is_set() or is_urgent:
+            is_over = self._closed.is_set() or self._is_ending.is_set()
+            if given_up.is_set() or is_over or is_urgent:
                 raise RolloutError(f"the restart of server {index} was given up")
 
         began = time.monotonic()
@@ -160,8 +173,10 @@ class EngineRestarts:
                 try:
                     fresh = self._start(index, waiting, limit)
                 except BaseException:
-                    if self._turn is not None:
-                        self._stop(index, limit)  # it may hold memory, and the trainer's turn may begin now
+                    if not (isinstance(self._fleet, ServersOfOthers) or self._closed.is_set()):
+                        # It serves nobody, perhaps to the end of the run, and holds its GPUs and memory, which may be
+                        # the trainer's from now on.
+                        self._stop(index, limit)
                     raise
         log.info("%s is back with the current weights after %.0f s", fresh.endpoint.name, time.monotonic() - began)
 
@@ -177,12 +192,12 @@ class EngineRestarts:
         self._fleet.start(index)
         with limit.absent() if isinstance(self._fleet, ServersOfOthers) else nullcontext():
             self._fleet.wait_ready(index, waiting)
+        fresh = self._engine.connect(index, self._fleet.url(index))  # which no publish need wait for
         with _after_others(self.publishing(waiting), limit):
-            return self._joined(index, waiting)
+            return self._joined(index, fresh, waiting)
 
-    def _joined(self, index: int, waiting: Callable[[], None]) -> ConnectedEngine:
+    def _joined(self, index: int, fresh: ConnectedEngine, waiting: Callable[[], None]) -> ConnectedEngine:
         """A server that is ready, with the weights of the last publish, and published to from now on."""
-        fresh = self._engine.connect(index, self._fleet.url(index))
         self._bring_up(fresh, waiting)
         waiting()  # whoever has given it up would not use it, and yet it would be published to
         self._engine.replace(index, fresh)

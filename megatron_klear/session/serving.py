@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
@@ -163,7 +163,7 @@ class ServedEngine:
         self._first_rank.run("see whether the servers live", lambda: self._bring_back_lost(self._first_rank.alive))
 
         def publish() -> PublishReport:
-            with nullcontext() if self._restarts is None else self._restarts.publishing(self._first_rank.alive):
+            with self._no_server_joins():
                 return self._publisher.publish(named_tensors, version=version)
 
         report = publish() if self._handover is None else self._handover.to_engines(publish)
@@ -175,6 +175,11 @@ class ServedEngine:
                 "published version %d: %.1f MB in %.2f s, %s",
                 report.version, report.num_bytes / 1e6, report.seconds, proof,
             )  # fmt: skip
+
+    def _no_server_joins(self) -> AbstractContextManager[None]:
+        if self._restarts is None:
+            return nullcontext()
+        return self._restarts.publishing(self._first_rank.alive, is_urgent=self._first_rank.is_stop_asked_for)
 
     @property
     def holds_weights(self) -> bool:

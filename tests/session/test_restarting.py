@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from megatron_klear.errors import RolloutError, WeightSyncError
+from megatron_klear.errors import ConfigError, RolloutError, WeightSyncError
 from megatron_klear.rollout.manager import StartLimit
 from megatron_klear.session.others import ServersOfOthers
 from megatron_klear.session.restarting import EngineRestarts
@@ -256,8 +256,61 @@ def test_a_server_that_cannot_be_proved_stays_out(stand_in: StandIn) -> None:
     with pytest.raises(WeightSyncError, match="1 differ"):
         asyncio.run(restarted(restarts, restarts.endpoints()[0], "died"))
     assert [caller.name for caller in group.callers] == ["old 1"]
+    assert stand_in.done == ["stop 0", "start 0", "stop 0"], "it would hold its GPU and serve nobody"
     with restarts.publishing(lambda: None):
         pass  # the failure left nothing locked
+    restarts.close()
+
+
+def test_a_server_that_ends_as_soon_as_it_was_back_is_no_bad_input(
+    stand_in: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where ranks bring it back themselves, whose ConfigError would end the run with the status of a wrong setting."""
+
+    def connect(index: int, url: str) -> Any:
+        stand_in.ends.append("ended with status -9; the end of LOG")
+        raise ConfigError(["sglang.servers: engine 0: /server_info: no connection"])
+
+    monkeypatch.setattr(stand_in, "connect", connect)
+    restarts, _ = restarts_of(stand_in, lambda engine, waiting: None)
+    with pytest.raises(
+        RolloutError, match=r"(?s)old 0 cannot be brought back: .*no connection.*; it ended with status -9"
+    ):
+        restarts.restart_here(0, lambda: None, 5.0)
+    assert stand_in.done == ["stop 0", "start 0", "stop 0"]
+    restarts.close()
+
+
+def test_a_publish_of_a_run_that_is_to_stop_does_not_wait_for_a_server_that_joins(stand_in: StandIn) -> None:
+    joins = threading.Event()
+
+    def bring_up(engine: Any, waiting: Callable[[], None]) -> None:
+        joins.set()
+        while True:  # it hangs, for as long as weight_sync.timeout_seconds
+            waiting()
+            time.sleep(0.01)
+
+    restarts, group = restarts_of(stand_in, bring_up)
+
+    async def run() -> None:
+        work = asyncio.ensure_future(restarted(restarts, restarts.endpoints()[0], "died"))
+        await asyncio.to_thread(joins.wait, 10.0)
+        waits = 0
+
+        def waiting() -> None:
+            nonlocal waits
+            waits += 1
+
+        def publish() -> None:
+            with restarts.publishing(waiting, is_urgent=lambda: waits >= 3):
+                assert [caller.name for caller in group.callers] == ["old 1"]
+
+        await asyncio.wait_for(asyncio.to_thread(publish), 10.0)
+        assert waits >= 3, "until then it is worth to wait"
+        with pytest.raises(RolloutError, match="given up"):
+            await work
+
+    asyncio.run(run())
     restarts.close()
 
 
@@ -305,7 +358,9 @@ def test_a_restart_is_given_up_at_once(stand_in: StandIn, how: str) -> None:
     restarts.close()
     assert time.monotonic() - began < 5.0
     stand_in.ready.set()
-    assert stand_in.done == ["stop 0", "start 0"]
+    # Whoever closes the restarts ends all servers; one that was given up before is ended at once.
+    assert stand_in.done[:2] == ["stop 0", "start 0"]
+    assert stand_in.done[2:] in ([], ["stop 0"] if how == "cancelled" else [])
 
 
 def test_a_server_of_others_is_waited_for_and_taken_in_when_it_answers_at_its_url(stand_in: StandIn) -> None:

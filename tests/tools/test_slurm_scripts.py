@@ -91,7 +91,7 @@ source "$1/slurm_job.sh"
 say() { echo "$@"; }
 end_of_engines_log() { :; }
 ask_trainer_to_stop() { :; }
-logs=$1 job=1 attempt=0 warned='' ended='' gave_up=''
+logs=$1 job=1 attempt=0 warned='' ended='' gave_up='' KLEAR_ENGINE_REQUESTS=$1
 (sleep 0.2; exit "$2") & engines=$!
 sleep 9 & trainer=$!
 wait_for_trainer
@@ -99,12 +99,18 @@ kill -0 "$trainer" 2>/dev/null && echo left || echo waited
 """
 
 
+TOLD = "Slurm told the engines to end, as it does before a preemption\nwaited\n"
+
+
 @pytest.mark.parametrize(
-    ("status", "how"),
-    [("0", "Slurm told the engines to end, as it does before a preemption\nwaited\n"), ("1", "it is ended\nleft\n")],
+    ("status", "are_told", "how"),
+    [("0", False, TOLD), ("1", False, "it is ended\nleft\n"), ("1", True, TOLD)],
+    ids=["told", "gave up", "one gave up before the others were told"],
 )
-def test_only_a_trainer_whose_engines_gave_up_has_a_limit(tmp_path, status, how):
+def test_only_a_trainer_whose_engines_gave_up_has_a_limit(tmp_path, status, are_told, how):
     """How long a preempted one may finish its step and save is Slurm's to say."""
+    if are_told:
+        (tmp_path / "told_to_end").touch()
     script = (ROOT / "tools" / "slurm_job.sh").read_text()
     assert "readonly GIVE_UP_SECONDS=120" in script
     (tmp_path / "slurm_job.sh").write_text(script.replace("GIVE_UP_SECONDS=120", "GIVE_UP_SECONDS=1"))
@@ -153,6 +159,51 @@ def test_engines_that_give_up_end_the_step(tmp_path):
     ]
 
 
+def test_an_engine_that_never_listens_is_ended_and_starts_again(tmp_path):
+    """As one that hangs while it loads: nobody has a connection to tell by."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    done = subprocess.run(
+        ["bash", str(ROOT / "tools" / "slurm_engines.sh"), "1", "1", str(port), "/bin/sh", "-c", "exec sleep 100"],
+        env={**OUTSIDE, "KLEAR_ENGINE_RESTARTS": "1", "KLEAR_ENGINE_SECONDS": "1"},
+        capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 1
+    name = f"engine of port {port} on this node"
+    told = [line for line in done.stdout.splitlines() if line.startswith(name)]
+    late = f"{name} is ended: it does not listen 1 s after its start (KLEAR_ENGINE_SECONDS)"
+    assert told == [late, f"{name} ended with status 143; 1 restarts left", late,
+                    f"{name} ended with status 143; 0 restarts left"]  # fmt: skip
+
+
+def test_a_request_for_an_earlier_server_does_not_end_the_next(tmp_path):
+    """It came when that one had ended by itself."""
+    (tmp_path / "serves.py").write_text(SERVES)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    requests = tmp_path / "requests"
+    requests.mkdir()
+    (requests / f"127.0.0.1_{port}").touch()
+    done = subprocess.run(
+        ["bash", str(ROOT / "tools" / "slurm_engines.sh"), "1", "1", str(port),
+         sys.executable, str(tmp_path / "serves.py")],
+        env={
+            **OUTSIDE, "KLEAR_ENGINE_REQUESTS": str(requests), "SLURMD_NODENAME": "n2",
+            "KLEAR_ENGINE_ADDRESSES": "n2=127.0.0.1", "KLEAR_ENGINE_RESTARTS": "0",
+        },
+        capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert "the trainer asks for it" not in done.stdout
+    assert "ended with status 7; 0 restarts left" in done.stdout
+
+
+SERVES = """
+import socket, sys, time
+with socket.create_server(("127.0.0.1", int(sys.argv[-1]))):
+    time.sleep(4)
+sys.exit(7)
+"""
+
 HANGS = """
 import os, signal, socket, sys, time
 lives = int(open(sys.argv[1]).read()) + 1
@@ -195,6 +246,7 @@ def test_an_engine_that_hangs_is_ended_with_all_its_processes_when_the_trainer_a
             step.terminate()
             output, _ = step.communicate(timeout=30)
     assert step.returncode == 0
+    assert [file.name for file in requests.iterdir()] == ["told_to_end"]
     ended = f"engine of port {port} on n2 ended with status 137; 10 restarts left"
     told = [line for line in output.splitlines() if line.startswith("engine ")]
     assert told == [f"engine of port {port} on n2 is ended: the trainer asks for it", ended], output
