@@ -96,6 +96,7 @@ class Run:
         if life.falls_back:
             self.checkpoints.pop()
         session = self._session(life)
+        session.is_asked_to_stop = lambda: life.stopped_at == session.step + 1
         data: Any = Data()
         cursor = DataCursor(ROWS, life.per_step, seed=3, fingerprint="data")
         if self.checkpoint is not None:
@@ -124,8 +125,11 @@ class Run:
                 found = source.groups(step, cursor, rollouts)
                 history[step] = self._keys(step, [g.group.prompt.prompt_id for g in found])
                 source.trained(step)
-                with source.publishing(step):
-                    for engine in engines:
+                is_to_stop = life.served and life.stopped_at == step < life.total
+                with source.publishing(step) as publishes:
+                    # A publish may wait for a server that joins, and whoever stops the run for nobody.
+                    assert publishes != is_to_stop
+                    for engine in engines if publishes else ():
                         engine.version = step
                 if life.killed_in == step:
                     return
