@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from benchmarks.small_disk import nearly_full
-from benchmarks.soak import Soak
+from benchmarks.soak import FAULTS, Soak
 from benchmarks.soak_kills import AGAIN, Kills, number_of
 
 
@@ -45,7 +45,7 @@ def test_a_kill_counts_where_it_meets_a_living_process(sleeper: subprocess.Popen
 def test_the_soak_counts_it_as_such(sleeper: subprocess.Popen[bytes]) -> None:
     server = psutil.Process(sleeper.pid)
     trainer = SimpleNamespace(servers=lambda: [server], output=lambda: "", lives=1, step=lambda: 2)
-    soak = Soak(trainer, random.Random(0))
+    soak = Soak(trainer, random.Random(0), FAULTS)
     soak._cause("server killed")
     sleeper.wait()
     soak._cause("server killed")
@@ -116,7 +116,7 @@ def test_a_full_disk_says_which_it_was(tmp_path: Path, monkeypatch: pytest.Monke
         run=run, servers=lambda: [], lives=4, output=lambda: "the ledger cannot grow (disk is full)",
         start=lambda steps, file_limit=None: limits.append(file_limit), wait=lambda seconds: [1, 1],
     )  # fmt: skip
-    soak = Soak(trainer, random.Random(0))
+    soak = Soak(trainer, random.Random(0), FAULTS)
     assert soak._fill_disk(70_000) == "disk full"
     [told] = soak.full_disks
     assert (told["life"], told["met"], told["spare_bytes"]) == (4, True, 70_000)
