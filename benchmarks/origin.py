@@ -22,7 +22,9 @@ def origin(venv: Path | None = None) -> dict[str, object]:
     return {
         "date": time.strftime("%Y-%m-%d"),
         "commit": _git("rev-parse", "--short", "HEAD"),
-        "uncommitted_changes": bool(_git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results")),
+        "uncommitted_changes": bool(
+            _git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results")
+        ),
         **served,
         "torch": version("torch"),
         "megatron_core": version("megatron-core"),
