@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import re
 import socket
 import sys
@@ -62,14 +63,14 @@ def stand_in(folder: Path, text: str) -> str:
 
 
 def two_free_ports() -> int:
-    """The first of two neighbouring ports that nobody listens on."""
+    """The first of two neighbouring ports that nobody listens on, below those that a system gives to anybody."""
     while True:
+        port = random.randrange(20_000, 32_000)
         with socket.socket() as first, socket.socket() as second:
-            first.bind(("127.0.0.1", 0))
-            port = first.getsockname()[1]
             try:
+                first.bind(("127.0.0.1", port))
                 second.bind(("127.0.0.1", port + 1))
-            except (OSError, OverflowError):
+            except OSError:
                 continue
             return port
 

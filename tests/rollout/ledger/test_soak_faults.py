@@ -126,3 +126,10 @@ def test_a_full_disk_says_which_it_was(tmp_path: Path, monkeypatch: pytest.Monke
     else:
         assert limits == [75_000]
         assert str(told["how"]).startswith("EFBIG: RLIMIT_FSIZE")
+
+
+def test_a_soak_says_what_it_did_not_meet() -> None:
+    soak = Soak(SimpleNamespace(output=lambda: ""), random.Random(0), FAULTS)
+    soak.faults.update({"server killed": 3, "trainer killed": 2, "disk full": 1, "network could not be silenced": 1})
+    assert soak.unmet(6, FAULTS) == ["5 kills of 6", "no server stopped", "no network silent"]
+    assert soak.unmet(5, ()) == []
