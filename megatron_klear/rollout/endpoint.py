@@ -56,6 +56,19 @@ TokensCallback = Callable[[int], None]
 """Called with the number of tokens a request has so far; the manager tells slow from hung by it."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Silence:
+    """How long an engine has brought no token to anybody of this process.
+
+    Attributes:
+        seconds: while requests wait, or since one was given up for that; 0 otherwise.
+        is_first: it has brought none since it was started, and may be compiling.
+    """
+
+    seconds: float
+    is_first: bool
+
+
 class EndpointError(RolloutError):
     """An engine gave no whole answer.
 
@@ -63,10 +76,11 @@ class EndpointError(RolloutError):
         message: names the engine and what happened.
         retry: whether the same request may be sent to another engine; false where another would fail alike.
         malformed: an answer came, and cannot be right.
+        hangs: the engine brings no token to anybody, whatever else it answers.
     """
 
-    def __init__(self, message: str, *, retry: bool, malformed: bool = False) -> None:
-        self.retry, self.malformed = retry, malformed
+    def __init__(self, message: str, *, retry: bool, malformed: bool = False, hangs: bool = False) -> None:
+        self.retry, self.malformed, self.hangs = retry, malformed, hangs
         super().__init__(message)
 
 
@@ -97,6 +111,10 @@ class Endpoint(Protocol):
         Raises:
             EndpointError: it is not alive.
         """
+        ...
+
+    def silence(self) -> Silence:
+        """How long the engine has brought no token, over all ways to it; may be asked from any thread."""
         ...
 
     async def close(self) -> None:

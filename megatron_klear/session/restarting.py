@@ -103,11 +103,12 @@ class EngineRestarts:
         del self._numbers[id(endpoint)]
         return self._endpoint(index)
 
-    def restart_here(self, index: int, waiting: Callable[[], None], seconds: float) -> None:
+    def restart_here(self, index: int, why: str, waiting: Callable[[], None], seconds: float) -> None:
         """Start a lost server anew in this thread, where nobody else restarts or publishes.
 
         Args:
             index: of the server.
+            why: it is lost, as in "does not answer".
             waiting: called meanwhile, several times a second.
             seconds: how long it may take.
 
@@ -121,7 +122,7 @@ class EngineRestarts:
             if time.monotonic() > deadline:
                 raise RolloutError(f"{name} did not come back within {seconds:.0f} s (sglang.start_seconds)")
 
-        log.warning("%s does not answer and is to come back", name)
+        log.warning("%s %s and is to come back", name, why)
         ended = self._fleet.stop(index)
         if ended is not None:
             log.warning("%s %s", name, ended)

@@ -124,8 +124,7 @@ class ServedEngine:
                 others = ServersOfOthers(settings.sglang.urls, None if asked is None else Path(asked))
                 fleet = self._fleets or others
                 self._restarts = EngineRestarts(fleet, self._engine, group, self._bring_up, turn)
-                if not colocated:
-                    group.least = 0  # one that is lost in a publish is brought back when it is missed
+                group.least = 0  # one that is lost in a publish is brought back when it is missed
                 self._resources.callback(self._restarts.close)
         if self._handover is not None:
             self._handover.engines_started(memory)
@@ -160,7 +159,8 @@ class ServedEngine:
         Raises:
             WeightSyncError: on every rank; see `Publisher.publish`.
         """
-        self._first_rank.run("see whether the servers live", lambda: self._bring_back_lost(self._first_rank.alive))
+        if self._handover is None:  # else it is the trainer's turn, and no server may start
+            self._first_rank.run("see whether the servers live", lambda: self._bring_back_lost(self._first_rank.alive))
 
         def publish() -> PublishReport:
             with self._no_server_joins():
@@ -327,11 +327,12 @@ class ServedEngine:
         """On the first rank: responses; those that are missing again when servers were lost and are brought back."""
         assert self._engine is not None
         finished: dict[tuple[str, int], Rollout] = {}
+        can_come_back = self._restarts is not None if self._is_managed else self._brings_back
+        draw = partial(self._engine.generate, prompts, finished=finished, waits_for_hanging=not can_come_back)
         for left in reversed(range(_ATTEMPTS)):
             try:
-                return self._engine.generate(prompts, finished=finished, waiting=waiting, **how)
+                return draw(waiting=waiting, **how)
             except EndpointError as error:
-                can_come_back = self._restarts is not None if self._is_managed else self._brings_back
                 if not can_come_back or not error.retry or left == 0:
                     raise
                 log.warning("%s; asking again when a server answers", error)
@@ -343,12 +344,12 @@ class ServedEngine:
 
     @property
     def _brings_back(self) -> bool:
-        """Whether lost servers are started anew here; not where they share the trainer's GPUs: it may be its turn."""
+        """Whether lost servers are started anew here, and not by the manager."""
         has_weights = self._files is not None and self._files.newest is not None
-        return has_weights and self._restarts is not None and self._handover is None and not self._is_managed
+        return has_weights and self._restarts is not None and not self._is_managed
 
     def _bring_back_lost(self, waiting: Callable[[], None]) -> None:
-        """On the first rank, where no manager does it: start servers anew that do not answer, with the weights in use.
+        """On the first rank, where no manager does it: start lost servers anew, with the weights in use.
 
         Raises:
             KlearError: one does not come back.
@@ -357,15 +358,16 @@ class ServedEngine:
             return
         assert self._engine is not None
         assert self._restarts is not None
-        alive = self._engine.answering(self.policy_version)
+        alive, hanging = self._engine.answering(self.policy_version), self._engine.hanging
         for index in range(len(self._engine.engines)):
-            if index not in alive:
-                self._restarts.restart_here(index, waiting, self.session.settings.sglang.start_seconds)
+            if index not in alive or index in hanging:
+                why = "brings no tokens" if index in alive else "does not answer"
+                self._restarts.restart_here(index, why, waiting, self.session.settings.sglang.start_seconds)
 
     def _wait_for_server(self, error: EndpointError, waiting: Callable[[], None]) -> None:
         assert self._engine is not None
         deadline = time.monotonic() + self.session.settings.scheduling.start_seconds
-        while not self._engine.answering(self.policy_version):
+        while self._engine.hanging.issuperset(self._engine.answering(self.policy_version)):
             if time.monotonic() > deadline:
                 raise error
             waiting()

@@ -6,7 +6,8 @@ The directory named by STAND_IN_FAULTS counts over all servers how often memory 
 named `N.die` has the server end after the N-th answer, `N.hang` has it never give that answer, and `N.drop` has it
 break the connection when it is told to generate again after that. So it counts the responses that are asked for, and a
 file named `N.end` has the server end that is asked for the N-th, and `N.leave` that has it end with its N-th answer,
-`N.pause` when it is told to pause for the N-th time.
+`N.pause` when it is told to pause for the N-th time. `N.mute` has the server that is asked for the N-th response bring
+no token of this one and of any later one, and be well otherwise.
 STAND_IN_SECONDS is how long a response takes.
 """
 
@@ -33,7 +34,7 @@ _SHARED_BY = re.compile(rb"torch_(\d+)_")
 class State:
     version = "default"
     gone: set[str] = set()  # noqa: RUF012  (one server, one state)
-    drops = False
+    drops = mute = False
     sent, pauses = itertools.count(1), itertools.count(1)
 
 
@@ -121,7 +122,7 @@ def release(tags: list[str]) -> None:
 
 
 def count_response() -> None:
-    """Of all servers; ends this one where it is told to at that number."""
+    """Of all servers; ends or mutes this one where it is told to at that number."""
     number = 1
     while True:
         try:
@@ -131,6 +132,9 @@ def count_response() -> None:
             number += 1
     if (FAULTS / f"{number}.end").exists():
         os._exit(9)
+    State.mute |= (FAULTS / f"{number}.mute").exists()
+    while State.mute:
+        time.sleep(1)
 
 
 def end_if_told(number: int, fault: str) -> None:

@@ -99,8 +99,9 @@ def test_a_server_of_others_leaves_comes_back_as_another_model_and_then_as_itsel
     assert launch.wait(900) == [75, 75], launch.output()  # counted from the start
 
     steps = last_step(run)
-    assert published(launch) == list(range(steps + 1))
-    assert launch.output().count("proved by checksum") == steps + 1, "every publish reached and proved at least one"
+    versions = published(launch)  # after a stop in the middle of the last step there is nobody to publish it to
+    assert versions in (list(range(steps)), list(range(steps + 1)))
+    assert launch.output().count("proved by checksum") == len(versions), "every publish reached and proved at least one"
     assert all(0.0 <= row[names.MISMATCH_MAX_ABS] < 1e-4 for row in step_rows(run))
     with LedgerReader(run / "ledger.sqlite") as reader:
         assert reader.trained_not_once() == []

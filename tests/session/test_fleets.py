@@ -134,7 +134,8 @@ def test_a_machine_that_cannot_start_its_servers_ends_the_start_elsewhere_and_sa
 ) -> None:
     (tmp_path / "broken").touch()
     first, _ = start()
-    with pytest.raises(RolloutError, match=r"(?s)server 2 on 127.0.0.2 ended with status 3.*no kernels on 127.0.0.2"):
+    told = r"(?s)server [23] on 127.0.0.2 ended with status 3.*no kernels on 127.0.0.2"  # whichever is seen first
+    with pytest.raises(RolloutError, match=told):
         first.start_all(lambda: None)
     assert first._fleet is not None
     assert not any(first._fleet.is_alive(index) for index in range(2))

@@ -37,9 +37,10 @@ class EngineCare:
     """Finds engines that are dead, hung or slow, has them restarted, and lets them in again.
 
     Dead: a request fails and the health check after it, too; or two checks in a row, when it is idle. Hung: busy and
-    without a new token for `scheduling.stall_seconds`; an engine that has not answered since its start may be compiling
-    and gets `scheduling.start_seconds`. Slow: `scheduling.slow_factor` times slower per request than the median of
-    the others; it keeps one request, by which it can show that it is quick again.
+    without a new token for `scheduling.stall_seconds`, for us or, while others use it, too, for anybody; an engine that
+    has not answered since its start may be compiling and gets `scheduling.start_seconds`. Slow:
+    `scheduling.slow_factor` times slower per request than the median of the others; it keeps one request, by which it
+    can show that it is quick again.
 
     Args:
         pool: the engines.
@@ -67,6 +68,7 @@ class EngineCare:
         self._settled = asyncio.Event()
         self._holds = False
         self._others = 0
+        self._shared_since = 0.0
         self._pool, self._settings, self._restart = pool, settings, restart
         self._on_lost, self._on_ready, self._on_failure, self._move = on_lost, on_ready, on_failure, move
         self._short_since: float | None = None
@@ -108,10 +110,12 @@ class EngineCare:
         self._holds = holding
 
     def share(self) -> None:
-        """Others use the engines, too, until `unshare`: to bring no token may only mean that they are served first.
+        """Others use the engines, too, until `unshare`: to bring us no token may only mean that they are served first.
 
-        That an engine answers nothing at all still counts.
+        An engine is hung meanwhile when it brings none to anybody; that it answers nothing at all counts as before.
         """
+        if not self._others:
+            self._shared_since = asyncio.get_running_loop().time()
         self._others += 1
 
     def unshare(self) -> None:
@@ -236,24 +240,41 @@ class EngineCare:
             await asyncio.sleep(self.tick_seconds)
             now = asyncio.get_running_loop().time()
             for engine in self._pool:
-                may_leave = engine.is_leaving and not engine.requests and not self._others
-                if engine.status == "serving" and may_leave and self._settled.is_set():
-                    engine.slow_restarts += 1
-                    self.lose(engine, engine.last_error)
-                elif engine.status == "serving" and engine.requests and (self._others or self._holds):
-                    continue
-                elif engine.status == "serving" and engine.requests:
-                    self._watch_engine(engine, now)
-                elif engine.status == "serving" and self._settled.is_set() and not engine.is_asked:
-                    # Also while others use it: only what watches it here would have it started anew.
-                    self._spawn(self._check_idle(engine))
-                elif engine.status == "down" and self._restart is None:
-                    self._spawn(self._ask_whether_back(engine))
+                self._look_at(engine, now)
             is_ours = not self._others and not self._holds
             if now - self._measured_at >= self._settings.stall_seconds / 2 and is_ours:
                 self._measure(now - self._measured_at)
                 self._measured_at = now
             self._judge()
+
+    def _look_at(self, engine: Engine, now: float) -> None:
+        if engine.status == "down" and self._restart is None:
+            self._spawn(self._ask_whether_back(engine))
+        if engine.status != "serving":
+            return
+        if engine.is_leaving and not engine.requests and not self._others and self._settled.is_set():
+            engine.slow_restarts += 1
+            self.lose(engine, engine.last_error)
+        elif self._others and self._hangs_for_all(engine, now):
+            return
+        elif engine.requests:
+            if not (self._others or self._holds):
+                self._watch_engine(engine, now)
+        elif self._settled.is_set() and not engine.is_asked:
+            # Also while others use it: one that is dead must be started anew for them.
+            self._spawn(self._check_idle(engine))
+
+    def _hangs_for_all(self, engine: Engine, now: float) -> bool:
+        """Whether an engine that others use, too, has brought no token to anybody for too long; it is then lost."""
+        silence = engine.endpoint.silence()
+        is_first = silence.is_first and not engine.has_answered
+        limit = self._settings.start_seconds if is_first else self._settings.stall_seconds
+        silent = min(silence.seconds, now - self._shared_since)
+        if silent <= limit or self._holds:
+            return False
+        name = "scheduling.start_seconds" if is_first else "scheduling.stall_seconds"
+        self.lose(engine, f"brought no token to anybody for {silent:.0f} s ({name})")
+        return True
 
     def _watch_engine(self, engine: Engine, now: float) -> None:
         settings = self._settings

@@ -13,7 +13,13 @@ import numpy as np
 from megatron_klear.config.server_options import CONTEXT_MARGIN
 from megatron_klear.errors import RolloutError
 from megatron_klear.records import FloatArray, IntArray
-from megatron_klear.rollout.endpoint import EndpointError, GeneratedPart, GenerationRequest, TokensCallback
+from megatron_klear.rollout.endpoint import (
+    EndpointError,
+    GeneratedPart,
+    GenerationRequest,
+    Silence,
+    TokensCallback,
+)
 from megatron_klear.rollout.sglang.answers import NO_VERSION, AnswerReader, parse_version
 from megatron_klear.rollout.sglang.connection import Connection, Refused
 from megatron_klear.rollout.sglang.progress import Progress
@@ -106,6 +112,7 @@ class SglangEndpoint:
                 f"{self.name}: no new token of request {request.request_id} for {self._idle_seconds:g} s or more "
                 f"(sglang.idle_seconds), {reader.num_tokens} tokens in",
                 retry=True,
+                hangs=self.silence().seconds >= self._idle_seconds,
             ) from error
         except Refused as refusal:
             finished = True
@@ -186,6 +193,10 @@ class SglangEndpoint:
             return self._version
         except (Refused, KeyError, TypeError, ValueError) as error:
             raise EndpointError(f"{self.name}: /model_info tells no weight version: {error}", retry=True) from error
+
+    def silence(self) -> Silence:
+        """How long the server has brought no token, over all ways to it."""
+        return self._progress.silence()
 
     async def close(self) -> None:
         """Release connections; a second call does nothing."""

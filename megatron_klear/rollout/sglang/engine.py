@@ -40,6 +40,8 @@ class EndpointPool:
         self._slots = [asyncio.Semaphore(in_flight) for _ in endpoints]
         self._outstanding = [0] * len(endpoints)
         self._failing: set[int] = set()
+        self.hanging: set[int] = set()
+        """Places of endpoints that brought no token to anybody in time; until one comes, or a new call begins."""
         self._retries = retries
         self.failures = self.malformed = 0
         self.version: int | None = None
@@ -58,6 +60,7 @@ class EndpointPool:
         on_progress: ProgressCallback | None = None,
         on_rollout: RolloutCallback | None = None,
         finished: dict[tuple[str, int], Rollout] | None = None,
+        waits_for_hanging: bool = True,
     ) -> list[RolloutGroup]:
         """Draw `num_responses` responses to each prompt; groups come back in the order of `prompts`.
 
@@ -72,6 +75,8 @@ class EndpointPool:
             on_rollout: called with every response that is drawn.
             finished: responses by prompt and index. Those that it holds are not drawn again; those drawn are added, so
                 that they outlive a failure of others.
+            waits_for_hanging: whether endpoints are asked again where all of them hang; not where the caller has them
+                started anew, which no further wait would do.
 
         Raises:
             RolloutError: a request that cannot be served, or one that failed more often than it is retried.
@@ -81,9 +86,10 @@ class EndpointPool:
             raise RolloutError(f"num_responses is {num_responses} (rollout.responses_per_prompt); must be at least 1")
         rollouts = {} if finished is None else finished
         progress = _Progress(len(prompts) * num_responses, on_progress, rollouts)
+        self.hanging.clear()  # each may show again that it works
 
         async def one(prompt: Prompt, index: int, place: int) -> None:
-            rollout = await self._respond(prompt, index, sampling, seed, place, progress)
+            rollout = await self._respond(prompt, index, sampling, seed, place, progress, waits_for_hanging)
             rollouts[prompt.prompt_id, index] = rollout
             if on_rollout is not None:
                 on_rollout(prompt, index, rollout)
@@ -108,7 +114,14 @@ class EndpointPool:
         ]
 
     async def _respond(
-        self, prompt: Prompt, index: int, sampling: SamplingParams, seed: int, place: int, progress: _Progress
+        self,
+        prompt: Prompt,
+        index: int,
+        sampling: SamplingParams,
+        seed: int,
+        place: int,
+        progress: _Progress,
+        waits_for_hanging: bool,
     ) -> Rollout:
         """One response; parts that were interrupted are continued, and failures tried again."""
         key, oldest = (prompt.prompt_id, index), self.version
@@ -120,6 +133,9 @@ class EndpointPool:
                 done = sum(len(part.token_ids) for part in parts)
                 try:
                     async with self._slots[place]:
+                        if place in self.hanging and not self._all_hang():
+                            place = self._moved(place)  # it waited for its turn there: rather there than for ever
+                            continue
                         part = await self.endpoints[place].generate(request, progress.counter(key, done))
                     if part.finish_reason == "abort" and not len(part.token_ids):
                         name = self.endpoints[place].name
@@ -130,7 +146,9 @@ class EndpointPool:
                     self.malformed += error.malformed
                     failures += 1
                     progress.count(key, done)
-                    if not error.retry or failures > self._retries:
+                    if error.hangs:
+                        self.hanging.add(place)
+                    if not error.retry or failures > self._retries or (not waits_for_hanging and self._all_hang()):
                         raise
                     log.warning("%s; asking again (%d of %d, sglang.retries)", error, failures, self._retries)
                     self._failing.add(place)
@@ -138,6 +156,7 @@ class EndpointPool:
                     place = self._moved(place)
                     continue
                 self._failing.discard(place)
+                self.hanging.discard(place)
                 parts.append(part)
                 length = done + len(part.token_ids)
                 if part.finish_reason != "abort":
@@ -172,6 +191,9 @@ class EndpointPool:
             seed=response_seed(seed, prompt.prompt_id, index),
         )
 
+    def _all_hang(self) -> bool:
+        return self.hanging.issuperset(self._in_use())
+
     def _least_busy(self) -> int:
         return min(self._in_use(), key=self._outstanding.__getitem__)
 
@@ -188,7 +210,7 @@ class EndpointPool:
         One that fails at once has few outstanding, and would draw all tries.
         """
         others = [i for i in self._in_use() if i != place] or [place]
-        chosen = min(others, key=lambda i: (i in self._failing, self._outstanding[i]))
+        chosen = min(others, key=lambda i: (i in self.hanging, i in self._failing, self._outstanding[i]))
         self._outstanding[place] -= 1
         self._outstanding[chosen] += 1
         return chosen

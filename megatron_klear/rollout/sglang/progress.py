@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import math
+import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+
+from megatron_klear.rollout.endpoint import Silence
 
 _MOST = 10
 """So many times as long a request may wait for its turn; one that a server has forgotten is found out, too."""
@@ -17,6 +20,15 @@ class Progress:
 
     def __init__(self) -> None:
         self._last = -math.inf
+        self._lock = threading.Lock()
+        self._waiting = 0
+        self._silent_since: float | None = None
+
+    def silence(self) -> Silence:
+        """How long the server has brought no token; from any thread."""
+        since = self._silent_since
+        seconds = 0.0 if since is None else time.monotonic() - since
+        return Silence(seconds=seconds, is_first=self._last == -math.inf)
 
     @asynccontextmanager
     async def limit(self, idle_seconds: float, first_seconds: float = 0.0) -> AsyncIterator[Callable[[], None]]:
@@ -37,10 +49,15 @@ class Progress:
             TimeoutError: on the way out.
         """
         own = time.monotonic()
+        with self._lock:
+            self._waiting += 1
+            if self._silent_since is None:
+                self._silent_since = own
 
         def brought() -> None:
             nonlocal own
-            own = self._last = time.monotonic()
+            with self._lock:
+                own = self._last = self._silent_since = time.monotonic()
 
         loop = asyncio.get_running_loop()
         async with asyncio.timeout(None) as limit:
@@ -61,3 +78,9 @@ class Progress:
                 yield brought
             finally:
                 handle.cancel()
+                with self._lock:
+                    self._waiting -= 1
+                    # A server at which everybody has given up has not answered by that.
+                    hangs = limit.expired() and time.monotonic() - self._last >= idle_seconds
+                    if not self._waiting and not hangs:
+                        self._silent_since = None

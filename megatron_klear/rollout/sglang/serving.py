@@ -151,6 +151,7 @@ class SglangEngine:
         on_progress: ProgressCallback | None = None,
         on_rollout: RolloutCallback | None = None,
         finished: dict[tuple[str, int], Rollout] | None = None,
+        waits_for_hanging: bool = True,
         waiting: Callable[[], None] | None = None,
     ) -> list[RolloutGroup]:
         """Draw `num_responses` responses to each prompt, in the order of `prompts`.
@@ -163,6 +164,7 @@ class SglangEngine:
             on_rollout: called from this thread with every response soon after it is complete.
             finished: responses by prompt and index. Those that it holds are not drawn again; those drawn are added, so
                 that they outlive a failure of others.
+            waits_for_hanging: whether servers are asked again where all of them hang.
             waiting: called from this thread while it waits, several times a second.
 
         Raises:
@@ -178,6 +180,7 @@ class SglangEngine:
             on_progress=news.append,
             on_rollout=None if on_rollout is None else lambda *rollout: complete.append(rollout),
             finished=finished,
+            waits_for_hanging=waits_for_hanging,
         )
 
         def between() -> None:
@@ -257,6 +260,7 @@ class SglangEngine:
         old = self.engines[index]
         self.engines = (*self.engines[:index], engine, *self.engines[index + 1 :])
         self._pool.endpoints[index] = engine.endpoint
+        self._pool.hanging.discard(index)
         self._loop.run(old.endpoint.close())
 
     def another_endpoint(self, index: int) -> SglangEndpoint:
@@ -275,6 +279,14 @@ class SglangEngine:
         facts = self.engines[0].facts
         workers = [self.another_endpoint(index) for index in range(len(self.engines))]
         return RoutedEndpoint(self._router(), workers, **self._options(facts))
+
+    @property
+    def hanging(self) -> frozenset[int]:
+        """Numbers of servers that brought no token in time in the last call of `generate`, whatever else they answer.
+
+        Empty with a router, which does not tell which of them it is.
+        """
+        return frozenset(self._pool.hanging if self._settings.router_url is None else ())
 
     def answering(self, version: int) -> list[int]:
         """Numbers of the servers that are alive and have weights of this version."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron_klear.records import FinishReason
-from megatron_klear.rollout.endpoint import EndpointError, GeneratedPart, GenerationRequest, TokensCallback
+from megatron_klear.rollout.endpoint import EndpointError, GeneratedPart, GenerationRequest, Silence, TokensCallback
 
 
 @dataclass(slots=True, eq=False)
@@ -42,6 +42,7 @@ class SimulatedEngine:
         version: set it to publish weights.
         corrupt: applied to every answer; None leaves them right.
         running: requests that have a slot.
+        serves_others: it brings tokens to others, also while it `hang`s for us.
     """
 
     def __init__(
@@ -65,7 +66,9 @@ class SimulatedEngine:
         self._runs: dict[str, _Run] = {}
         self._waiting: collections.deque[_Run] = collections.deque()
         self._trouble = ""
+        self.serves_others = False
         self._is_hung = False
+        self._hung_since = 0.0
         self._reporter: asyncio.TimerHandle | None = None
         self._failing = 0
         self._losing = 0
@@ -125,6 +128,12 @@ class SimulatedEngine:
             await asyncio.get_running_loop().create_future()
         return self.version
 
+    def silence(self) -> Silence:
+        """See `Endpoint`; of an engine that hangs, as if others always had requests at it."""
+        is_silent = self._is_hung and not self.serves_others
+        seconds = asyncio.get_running_loop().time() - self._hung_since if is_silent else 0.0
+        return Silence(seconds=seconds, is_first=False)
+
     async def close(self) -> None:
         """See `Endpoint`."""
         if self._reporter is not None:
@@ -141,6 +150,7 @@ class SimulatedEngine:
     def hang(self) -> None:
         """Keep connections open and never say anything again."""
         self._is_hung = True
+        self._hung_since = asyncio.get_running_loop().time()
         for run in self._runs.values():
             if run.end is not None:
                 run.end.cancel()

@@ -13,7 +13,7 @@ import pytest
 
 from megatron_klear.errors import RolloutError
 from megatron_klear.records import Rollout
-from megatron_klear.rollout.endpoint import EndpointError, GeneratedPart
+from megatron_klear.rollout.endpoint import EndpointError, GeneratedPart, Silence
 from megatron_klear.rollout.ledger import LedgerReader
 from megatron_klear.rollout.sglang.answers import AnswerReader
 
@@ -768,6 +768,7 @@ def test_an_engine_that_serves_others_first_is_not_given_up_for_its_silence(make
         def begin():
             if shared:
                 care.share()
+            world.engines[0].serves_others = True
             world.engines[0].hang()
 
         def end():
@@ -790,6 +791,7 @@ def test_silence_counts_anew_after_an_evaluation(make_world):
     def hang_after(world):
         care = world.scheduler.dispatcher.care
         care.share()
+        world.engines[0].serves_others = True
         later(1.0, world.engines[0].hang)
         later(100.0, care.unshare)
 
@@ -808,3 +810,46 @@ def test_silence_counts_anew_after_an_evaluation(make_world):
     with pytest.raises(RolloutError, match="brought no token for 2"):
         world.run(STEPS)
     assert lost_at == {99.0: 0, 115.0: 0, 135.0: 1}
+
+
+@pytest.mark.parametrize("busy", [True, False])
+def test_an_engine_that_brings_nobody_a_token_while_others_use_it_is_started_anew(make_world, undisturbed, busy):
+    """Its health check answers all the while; `busy`: we have requests at it, too, and not the others alone."""
+    lost_at = []
+
+    async def restart(endpoint, why, limit):
+        lost_at.append((asyncio.get_running_loop().time(), why))
+        endpoint.revive(world.scheduler.dispatcher.version)
+        return endpoint
+
+    def evaluate(current):
+        engine, care = current.engines[0], current.scheduler.dispatcher.care
+        engine.check = lambda: asyncio.sleep(0, engine.version)
+        later(1.0, care.share)
+        later(2.0, engine.hang)
+        hung_at.append(asyncio.get_running_loop().time() + 2.0)
+
+    hung_at: list[float] = []
+    # Asked for between two steps, when nothing is in flight, or in the middle of one.
+    when = {"before_step": once(2, evaluate)} if busy else {"train_seconds": 60.0, "before_step": once(3, evaluate)}
+    world = make_world(engines=1, mode="sync", outage_seconds=600.0, restart=restart, **when)
+    world.run(STEPS)
+    [(when_lost, why)] = lost_at
+    assert "brought no token to anybody for 2" in why
+    assert 20.0 <= when_lost - hung_at[0] <= 20.0 + 2 * world.scheduler.dispatcher.care.tick_seconds
+    trained_once(world)
+
+
+def test_silence_from_before_others_came_is_not_counted(make_world, undisturbed):
+    """Responses that a publish held brought none in it."""
+
+    def share(world):
+        world.engines[0].silence = lambda: Silence(seconds=asyncio.get_running_loop().time(), is_first=False)
+        care = world.scheduler.dispatcher.care
+        for begins in (0.0, 30.0, 60.0):
+            later(begins, care.share)
+            later(begins + 15.0, care.unshare)
+
+    world = make_world(engines=1, outage_seconds=600.0, before_step=once(3, share)).run(STEPS)
+    assert world.scheduler.dispatcher.care.lost == 0
+    trained_once(world)

@@ -13,7 +13,7 @@ import torch
 from megatron_klear.config import SchedulingSettings
 from megatron_klear.records import Grade, Prompt, RolloutGroup
 from megatron_klear.rollout import LocalEngine
-from megatron_klear.rollout.endpoint import GeneratedPart, GenerationRequest
+from megatron_klear.rollout.endpoint import GeneratedPart, GenerationRequest, Silence
 from megatron_klear.rollout.engine import SamplingParams
 from megatron_klear.rollout.ledger import Ledger, LedgerReader
 from megatron_klear.rollout.manager import RolloutManager, Sampling
@@ -82,6 +82,9 @@ class LocalEndpoint:
 
     async def check(self) -> int:
         return self.engine.policy_version
+
+    def silence(self) -> Silence:
+        return Silence(seconds=0.0, is_first=False)
 
     async def close(self) -> None:
         self.engine.close()

@@ -16,8 +16,9 @@ import pytest
 
 from megatron_klear.errors import RolloutError
 from megatron_klear.records import Prompt
-from megatron_klear.rollout.endpoint import EndpointError, GeneratedPart, GenerationRequest
+from megatron_klear.rollout.endpoint import EndpointError, GeneratedPart, GenerationRequest, Silence
 from megatron_klear.rollout.sglang import Connection, EndpointPool, SglangEndpoint, endpoint, engine
+from megatron_klear.rollout.sglang import progress as progress_module
 from megatron_klear.rollout.sglang.progress import Progress
 from tests.rollout.sglang.conftest import StandIn, chunk, standing_in
 
@@ -282,6 +283,7 @@ def test_a_stalled_response_is_given_up_and_dropped_at_the_server(stand_in: Stan
         generate(stand_in.url, make_request(), idle=0.5)
     released.set()
     assert error.value.retry
+    assert error.value.hangs
     assert time.monotonic() - start < 10
     assert ("/abort_request", {"rid": "r1"}) in stand_in.seen
 
@@ -323,8 +325,64 @@ def test_a_response_that_waits_for_its_turn_is_not_given_up_while_the_server_wor
     queued, other, seconds = asyncio.run(run())
     ended.set()
     assert "no new token of request r1" in str(queued)
+    assert queued.hangs, "by then it brought nobody a token"
     assert other.finish_reason == "stop"
     assert seconds > 1.5, "it waited as long as the other request brought tokens"
+
+
+def test_silence_is_the_servers_over_all_requests(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock that is set: two requests, of which one is brought tokens, and then nobody is."""
+    now = 100.0
+    monkeypatch.setattr(progress_module.time, "monotonic", lambda: now)
+
+    async def run() -> None:
+        nonlocal now
+        progress = Progress()
+        assert progress.silence() == Silence(seconds=0.0, is_first=True)
+        async with progress.limit(600.0):
+            now += 5.0
+            assert progress.silence() == Silence(seconds=5.0, is_first=True)
+            async with progress.limit(600.0) as brought:
+                now += 1.0
+                assert progress.silence().seconds == 6.0, "one that comes later is no sign of life"
+                brought()
+                now += 2.0
+                assert progress.silence() == Silence(seconds=2.0, is_first=False)
+            assert progress.silence().seconds == 2.0
+        now += 50.0
+        assert progress.silence() == Silence(seconds=0.0, is_first=False)
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("works_for_others", [True, False])
+def test_silence_outlives_requests_that_are_given_up_for_it(works_for_others: bool) -> None:
+    """But not those that a server has forgotten which works for others: they are given up after ten times as long."""
+
+    async def run() -> tuple[float, float]:
+        progress, over = Progress(), asyncio.Event()
+
+        async def others() -> None:
+            while works_for_others and not over.is_set():
+                async with progress.limit(0.1) as brought:
+                    brought()
+                await asyncio.sleep(0.02)
+
+        helping, began = asyncio.create_task(others()), time.monotonic()
+        with pytest.raises(TimeoutError):
+            async with progress.limit(0.1):
+                await asyncio.sleep(30)
+        took = time.monotonic() - began
+        over.set()
+        await helping
+        return took, progress.silence().seconds
+
+    took, silent = asyncio.run(run())
+    if works_for_others:
+        assert took >= 1.0
+        assert silent == 0.0
+    else:
+        assert silent >= 0.1
 
 
 def test_a_server_that_compiles_has_longer_until_its_first_token(stand_in: StandIn, make_request: Request) -> None:

@@ -12,7 +12,7 @@ import pytest
 from megatron_klear.errors import RolloutError
 from megatron_klear.records import Prompt, Rollout, RolloutGroup
 from megatron_klear.rollout import RolloutProgress, SamplingParams
-from megatron_klear.rollout.endpoint import EndpointError, GeneratedPart, GenerationRequest, TokensCallback
+from megatron_klear.rollout.endpoint import EndpointError, GeneratedPart, GenerationRequest, Silence, TokensCallback
 from megatron_klear.rollout.sglang import EndpointPool, engine
 from megatron_klear.rollout.sglang.engine import response_seed
 
@@ -47,6 +47,9 @@ class Fake:
     async def check(self) -> int:
         return 0
 
+    def silence(self) -> Silence:
+        return Silence(seconds=0.0, is_first=False)
+
     async def close(self) -> None: ...
 
 
@@ -63,9 +66,9 @@ def whole(request: GenerationRequest) -> GeneratedPart:
     return part([int(request.token_ids[0])] * request.max_new_tokens, "length", 1)
 
 
-def fail(retry: bool = True) -> Callable[[GenerationRequest], GeneratedPart]:
+def fail(retry: bool = True, hangs: bool = False) -> Callable[[GenerationRequest], GeneratedPart]:
     def raising(request: GenerationRequest) -> GeneratedPart:
-        raise EndpointError(f"{request.request_id} failed", retry=retry)
+        raise EndpointError(f"{request.request_id} failed", retry=retry, hangs=hangs)
 
     return raising
 
@@ -86,15 +89,19 @@ def run(
     version: int | None = None,
     is_in_use: Callable[[int], bool] = lambda place: True,
     finished: dict[tuple[str, int], Rollout] | None = None,
+    waits_for_hanging: bool = True,
+    hanging: set[int] | None = None,
 ) -> list[RolloutGroup]:
     async def generate() -> list[RolloutGroup]:
         pool = EndpointPool(endpoints, in_flight=in_flight, retries=retries)
+        pool.hanging = pool.hanging if hanging is None else hanging
         pool.version, pool.is_in_use = version, is_in_use
         sampling = SamplingParams(temperature=1.0, top_p=1.0, max_response_tokens=LIMIT, stop_token_ids=())
         callback = None if progress is None else progress.append
         groups = await pool.generate(
-            prompts(count), num_responses=responses, sampling=sampling, seed=4, on_progress=callback, finished=finished
-        )
+            prompts(count), num_responses=responses, sampling=sampling, seed=4, on_progress=callback, finished=finished,
+            waits_for_hanging=waits_for_hanging,
+        )  # fmt: skip
         assert pool._outstanding == [0] * len(endpoints)
         assert failures is None or pool.failures == failures
         return groups
@@ -138,6 +145,33 @@ def test_what_is_finished_outlives_a_failure_of_others() -> None:
     assert all(finished[key] is rollout for key, rollout in kept.items())
     assert min(p.finished_responses for p in progress) >= 5
     assert (progress[-1].finished_responses, progress[-1].generated_tokens) == (9, 9 * LIMIT)
+
+
+def test_a_server_that_hangs_is_left_to_whoever_starts_it_anew() -> None:
+    """Where all of them hang, nothing is asked again; where one works, it gets all that waited at the other."""
+    hanging: set[int] = set()
+    alone = Fake("a", [fail(hangs=True)] * 20)
+    with pytest.raises(EndpointError, match="failed"):
+        run([alone], 4, in_flight=1, waits_for_hanging=False, hanging=hanging)
+    assert len(alone.seen) <= 2, "the next one may have begun, and nobody waited for it"
+    assert hanging == {0}
+
+    a, b = Fake("a", [fail(hangs=True)] * 20), Fake("b")
+    run([a, b], 8, in_flight=1, waits_for_hanging=False, failures=1, hanging=hanging)
+    assert (len(a.seen), len(b.seen), hanging) == (1, 8, {0})
+
+    both = [Fake("a", [fail(hangs=True)] * 20), Fake("b", [fail(hangs=True)] * 20)]
+    with pytest.raises(EndpointError, match="failed"):
+        run(both, 8, in_flight=1, waits_for_hanging=False, hanging=hanging)
+    assert all(len(e.seen) <= 2 for e in both)
+    assert hanging == {0, 1}
+
+
+def test_a_server_that_hung_and_works_again_is_used() -> None:
+    hanging = {0}
+    passing = Fake("a", [fail(hangs=True)])
+    run([passing], 3, in_flight=1, failures=1, hanging=hanging)
+    assert (len(passing.seen), hanging) == (4, set())
 
 
 def test_a_server_that_is_not_in_use_is_asked_for_nothing() -> None:
