@@ -29,16 +29,13 @@ import json
 import os
 import random
 import re
-import resource
 import signal
-import socket
 import sqlite3
 import subprocess
 import sys
 import time
 from collections import Counter
 from collections.abc import Iterable
-from functools import partial
 from pathlib import Path
 
 import psutil
@@ -52,6 +49,8 @@ from benchmarks.run_comparison import compare, is_equal  # noqa: E402
 from benchmarks.small_disk import nearly_full  # noqa: E402
 from benchmarks.soak_kills import Kills, number_of  # noqa: E402
 from benchmarks.soak_ledger import NOT_ONCE, TIMES, is_whole, walk_of_ledger  # noqa: E402
+from benchmarks.soak_network import can_silence, silence  # noqa: E402
+from benchmarks.soak_trainer import Trainer, left_in_peace, with_children  # noqa: E402
 from megatron_klear.rollout.ledger import LedgerReader  # noqa: E402
 
 RESULTS = Path(__file__).with_name("results")
@@ -63,95 +62,6 @@ FULL = ("too large", "disk is full", "disk I/O error", "File too large", "No spa
 """Words by which a trainer tells that it could not write."""
 STALL_SECONDS, STOPPED_SECONDS = 20.0, 35.0
 PER_STEP, EVERY_STEPS, STALENESS = 8, 3, 3
-
-
-class Trainer:
-    """The lives of one run, one after another.
-
-    Args:
-        work: directory for data, run and logs.
-        overrides: settings beside examples/quickstart_rl.yaml.
-        name: of the run's directory.
-    """
-
-    def __init__(self, work: Path, overrides: list[str], name: str = "run") -> None:
-        self.work, self.run, self._overrides = work, work / name, [*overrides, f"run.dir={work / name}"]
-        self.ranks: list[subprocess.Popen[bytes]] = []
-        self.lives = 0
-
-    def start(self, steps: int, *, file_limit: int | None = None) -> None:
-        """Begin a life."""
-        self.lives += 1
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        limit = None if file_limit is None else partial(resource.setrlimit, resource.RLIMIT_FSIZE, (file_limit,) * 2)
-        self.ranks = []
-        for rank in range(2):
-            environment = {
-                **os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1",
-                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "LOCAL_RANK": str(rank),
-                "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
-            }  # fmt: skip
-            command = [sys.executable, "-m", "megatron_klear.train_rl", "examples/quickstart_rl.yaml"]
-            with self._log(rank).open("wb") as output:
-                started = subprocess.Popen(
-                    [*command, *self._overrides, f"rl.steps={steps}"], cwd=ROOT, env=environment,
-                    stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, preexec_fn=limit,
-                )  # fmt: skip
-            self.ranks.append(started)
-
-    def _log(self, rank: int) -> Path:
-        return self.work / f"{self.run.name}_life{self.lives:03d}_rank{rank}.log"
-
-    def output(self) -> str:
-        """What rank 0 has printed in this life, without the name of this machine's folder."""
-        return self._log(0).read_text(errors="replace").replace(f"{self.work}/", "")
-
-    def is_alive(self) -> bool:
-        """Whether all ranks run."""
-        return all(rank.poll() is None for rank in self.ranks)
-
-    def kill(self, ranks: list[int]) -> None:
-        """SIGKILL some ranks; the others have a minute to end by themselves."""
-        for rank in ranks:
-            self.ranks[rank].kill()
-        self.wait(60.0)
-
-    def wait(self, seconds: float) -> list[int]:
-        """Exit statuses of all ranks; those that still run after the time are killed."""
-        deadline = time.monotonic() + seconds
-        for rank in self.ranks:
-            try:
-                rank.wait(max(0.1, deadline - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                rank.kill()
-        return [rank.wait() for rank in self.ranks]
-
-    def step(self) -> int:
-        """Newest finished step."""
-        file = self.run / "metrics.jsonl"
-        lines = file.read_text().splitlines() if file.is_file() else []
-        for line in reversed(lines):
-            try:
-                return int(json.loads(line)["step"])
-            except (ValueError, KeyError):
-                continue  # a kill in the middle of a line
-        return 0
-
-    def servers(self) -> list[psutil.Process]:
-        """Main processes of the run's servers."""
-        found = []
-        for process in psutil.process_iter():
-            try:
-                line = process.cmdline()
-            except psutil.Error:
-                continue
-            mine = any(str(self.run) in word for word in line) and "sglang.launch_server" in line
-            if mine and not any("supervisor.py" in word for word in line):
-                found.append(process)
-        children = {child.pid for process in found for child in _with_children(process)[1:]}
-        return [process for process in found if process.pid not in children]
 
 
 class Soak:
@@ -244,9 +154,9 @@ class Soak:
                 self.faults[f"not {kind}: there was no server yet"] += 1
                 return
             server = rng.choice(servers)
-            processes = _with_children(server)
+            processes = with_children(server)
             if kind == SILENCE:
-                kind = kind if _silence(server, STOPPED_SECONDS) else "network could not be silenced"
+                kind = kind if silence(server, STOPPED_SECONDS) else "network could not be silenced"
                 self.faults[kind] += 1
                 return
             if kind == "server killed":
@@ -289,51 +199,12 @@ class Soak:
             time.sleep(0.5)
 
 
-def _with_children(process: psutil.Process) -> list[psutil.Process]:
-    try:
-        return [process, *process.children(recursive=True)]
-    except psutil.Error:
-        return [process]
-
-
 def _signal(processes: list[psutil.Process], number: int) -> None:
     for process in processes:
         try:
             process.send_signal(number)
         except psutil.Error:
             continue  # it has ended
-
-
-def _silence(server: psutil.Process, seconds: float) -> bool:
-    """Drop all packets to and from a server's port for some seconds; returns whether that could be done."""
-    try:
-        words = server.cmdline()
-        port = words[words.index("--port") + 1]
-    except (psutil.Error, ValueError):
-        return False
-    rules = [["-i", "lo", "-p", "tcp", side, port, "-j", "DROP"] for side in ("--dport", "--sport")]
-    added = [rule for rule in rules if _iptables("-I", rule)]
-    try:
-        if len(added) == len(rules):
-            time.sleep(seconds)
-    finally:
-        for rule in added:
-            _iptables("-D", rule)
-    return len(added) == len(rules)
-
-
-def _can_silence() -> bool:
-    """Whether packets can be dropped, tried on a port that nobody has."""
-    rule = ["-i", "lo", "-p", "tcp", "--dport", "1", "-j", "DROP"]
-    return _iptables("-I", rule) and _iptables("-D", rule)
-
-
-def _iptables(action: str, rule: list[str]) -> bool:
-    try:
-        command = ["iptables", "-w", "5", action, "INPUT", *rule]
-        return subprocess.run(command, capture_output=True, timeout=20).returncode == 0
-    except (OSError, subprocess.TimeoutExpired):
-        return False
 
 
 def settings(work: Path, venv: Path, servers: int, *, fixed_order: bool) -> list[str]:
@@ -417,19 +288,6 @@ def walk(trainer: Trainer) -> dict[str, object]:
     )
 
 
-def left_in_peace(work: Path, overrides: list[str], steps: int) -> Trainer:
-    """A run of the same settings and as many steps that nothing disturbs."""
-    trainer = Trainer(work, overrides, "undisturbed")
-    trainer.start(steps)
-    try:
-        statuses = trainer.wait(60.0 + 30.0 * steps)
-    finally:
-        trainer.kill([0, 1])
-    if statuses != [0, 0]:
-        raise SystemExit(f"the undisturbed run ended with {statuses}:\n{trainer.output()[-3000:]}")
-    return trainer
-
-
 def main() -> int:
     """Disturb, finish, compare, report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -444,7 +302,7 @@ def main() -> int:
     parser.add_argument("--without-network", action="store_true", help="where there is no root, or no iptables")
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
-    if not given.without_network and not _can_silence():
+    if not given.without_network and not can_silence():
         parser.error("no packets can be dropped here (iptables, as root); --without-network leaves that fault out")
     out = given.out or RESULTS / ("soak_fixed_order.json" if given.fixed_order else "soak.json")
     work = given.work.resolve()
