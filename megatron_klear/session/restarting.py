@@ -131,11 +131,14 @@ class EngineRestarts:
             self._fleet.start(index)
             self._fleet.wait_ready(index, wait)
             fresh = self._joined(index, self._engine.connect(index, self._fleet.url(index)), wait)
-        except ConfigError as error:
+        except BaseException as error:
             if isinstance(self._fleet, ServersOfOthers):
                 raise
-            # Our own was started with settings that had been right: it has ended, or lost its port, and none is wrong.
+            # It serves nobody, and holds memory that may be the trainer's from now on, as when the run is to stop.
             ended = self._fleet.stop(index)
+            if not isinstance(error, ConfigError):
+                raise
+            # Our own was started with settings that had been right: it has ended, or lost its port, and none is wrong.
             raise RolloutError(
                 f"{name} cannot be brought back: {error}" + (f"; it {ended}" if ended else "")
             ) from error

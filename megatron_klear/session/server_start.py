@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from megatron_klear.config.server_options import longest_sequence
@@ -137,6 +138,7 @@ class ServerStart:
                 sizes=served_config(self._session, settings.model.dtype),
                 yarn=settings.yarn.in_servers(self._session.arch, self._session.entry),
                 stop_ids=chat.stop_ids,
+                verify=settings.weight_sync.verify,
                 setting="sglang.urls" if self.fleets is None else "sglang.*",
             )
             try:
@@ -191,6 +193,7 @@ class ServerStart:
             on_cpu=self._session.context.device.type == "cpu",
             batch_responses=settings.rollout.batch_responses,
             longest_sequence=longest_sequence(settings, self._session.entry),
+            weights=None if settings.model.hf_dir is None else Path(settings.model.hf_dir),
             place=FleetPlace(
                 first_number=machines.number * settings.sglang.servers,
                 address=machines.address if machines.count > 1 else "127.0.0.1",

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_klear.config.server_options import longest_sequence
-from megatron_klear.errors import WeightSyncError
+from megatron_klear.errors import KlearError, WeightSyncError
 from megatron_klear.parallel import FirstRank, Machines
 from megatron_klear.records import FloatArray, IntArray, Prompt, Rollout, RolloutGroup, TrainSequence
 from megatron_klear.rollout import ProgressCallback, RolloutCallback, SamplingParams
@@ -160,7 +160,7 @@ class ServedEngine:
             WeightSyncError: on every rank; see `Publisher.publish`.
         """
         if self._handover is None:  # else it is the trainer's turn, and no server may start
-            self._first_rank.run("see whether the servers live", lambda: self._bring_back_lost(self._first_rank.alive))
+            self._first_rank.run("see whether the servers live", self._bring_back_before_a_publish)
 
         def publish() -> PublishReport:
             with self._no_server_joins():
@@ -192,7 +192,7 @@ class ServedEngine:
         Raises:
             WeightSyncError: on every rank: a server gives no answer.
         """
-        self._first_rank.run("see whether the servers live", lambda: self._bring_back_lost(self._first_rank.alive))
+        self._first_rank.run("see whether the servers live", self._bring_back_before_a_publish)
         self._publisher.keep(version)
         if self._engine is not None:
             self._engine.use_version(version)
@@ -274,11 +274,13 @@ class ServedEngine:
         sampling: SamplingParams,
         seed: int,
         on_progress: ProgressCallback | None = None,
+        on_rollout: RolloutCallback | None = None,
     ) -> list[RolloutGroup] | None:
         """As `generate`, but None on every rank, soon, where any of them is asked to stop meanwhile."""
         draw = partial(
-            self._drawn, prompts, num_responses=num_responses, sampling=sampling, seed=seed, on_progress=on_progress
-        )
+            self._drawn, prompts, num_responses=num_responses, sampling=sampling, seed=seed, on_progress=on_progress,
+            on_rollout=on_rollout,
+        )  # fmt: skip
 
         def generate() -> list[RolloutGroup] | None:
             try:
@@ -329,6 +331,8 @@ class ServedEngine:
         finished: dict[tuple[str, int], Rollout] = {}
         can_come_back = self._restarts is not None if self._is_managed else self._brings_back
         draw = partial(self._engine.generate, prompts, finished=finished, waits_for_hanging=not can_come_back)
+        if self._handover is not None:  # it is the engines' turn now, and was not before the publish
+            self._bring_back_lost(waiting)
         for left in reversed(range(_ATTEMPTS)):
             try:
                 return draw(waiting=waiting, **how)
@@ -348,21 +352,34 @@ class ServedEngine:
         has_weights = self._files is not None and self._files.newest is not None
         return has_weights and self._restarts is not None and not self._is_managed
 
+    def _bring_back_before_a_publish(self) -> None:
+        try:
+            self._bring_back_lost(self._start.alive_unless_asked_to_stop)
+        except AskedToStop:
+            log.warning("asked to stop; no server is waited for")
+
     def _bring_back_lost(self, waiting: Callable[[], None]) -> None:
         """On the first rank, where no manager does it: start lost servers anew, with the weights in use.
 
         Raises:
-            KlearError: one does not come back.
+            KlearError: none is left, and the first that was lost does not come back.
         """
         if not self._brings_back:
             return
         assert self._engine is not None
         assert self._restarts is not None
-        alive, hanging = self._engine.answering(self.policy_version), self._engine.hanging
-        for index in range(len(self._engine.engines)):
-            if index not in alive or index in hanging:
-                why = "brings no tokens" if index in alive else "does not answer"
+        alive = set(self._engine.answering(self.policy_version))
+        working, failure = alive - self._engine.hanging, None
+        for index in sorted(set(range(len(self._engine.engines))) - working):
+            why = "brings no tokens" if index in alive else "does not answer"
+            try:
                 self._restarts.restart_here(index, why, waiting, self.session.settings.sglang.start_seconds)
+                working.add(index)
+            except KlearError as error:
+                failure = failure or error
+                log.warning("%s", error)
+        if failure is not None and not working:
+            raise failure
 
     def _wait_for_server(self, error: EndpointError, waiting: Callable[[], None]) -> None:
         assert self._engine is not None

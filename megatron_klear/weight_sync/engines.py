@@ -40,6 +40,8 @@ class EngineCaller(Protocol):
     ) -> concurrent.futures.Future[tuple[int, str]]:
         """Send a POST with a JSON body at once; the future gives status and text, or raises a KlearError.
 
+        It raises where no answer came, and where the server failed (status 5xx) or was too busy: it may need a restart.
+
         A body that is `EncodedJson` is sent as it is, whoever else is sent it.
         """
         ...
@@ -73,7 +75,7 @@ class EngineGroup:
     Attributes:
         callers: the engines that are left.
         least: how few engines it goes on with when others give no answer; None goes on with all of them only. An engine
-            that answers, but refuses, is an error in any case.
+            that refuses (status 4xx) is an error in any case; one that fails (5xx) has given no answer.
         on_lost: called with an engine that gave no answer, before it is left out; `leave` waits for it.
         waiting: as above.
     """

@@ -175,6 +175,9 @@ class Publisher:
 
     def _pause(self) -> None:
         assert self._engines is not None
+        if self._version < 0 and self._pause_mode == "abort":
+            # What a trainer that was killed has left paused in place is never aborted; put back into the queue it is.
+            self._engines.call("/pause_generation", {"mode": "retract"})
         self._engines.call("/pause_generation", {"mode": self._pause_mode})
 
     def _converted(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
@@ -234,6 +237,11 @@ class Publisher:
             raise WeightSyncError(
                 f"the engines cannot tell checksums of their weights ({why}), and weight_sync.verify asks for them; "
                 "update SGLang, or set weight_sync.verify to logprobs or checksum_or_logprobs"
+            )
+        if self._pause_mode != "abort":
+            raise WeightSyncError(
+                "the engines cannot tell checksums of their weights, and log-probabilities prove them only once they "
+                "generate: responses that they hold would go on before that; set weight_sync.pause_mode=abort"
             )
         if self._check_logprobs is None:
             raise WeightSyncError("weight_sync.verify asks for logprobs, and there is nothing to compute them with")

@@ -51,6 +51,9 @@ def restore(
     if sent_to_tp is None:
         load_from_disk(engines, directory)
     else:
+        # One that dropped out of a publish may be paused in place: what it held is never aborted, and neither is the
+        # cache flushed, before that is put back into the queue.
+        engines.call("/pause_generation", {"mode": "retract"})
         engines.call("/pause_generation", {"mode": "abort"})
         try:
             load_from_disk(engines, directory.absolute())

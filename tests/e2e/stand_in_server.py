@@ -7,7 +7,7 @@ named `N.die` has the server end after the N-th answer, `N.hang` has it never gi
 break the connection when it is told to generate again after that. So it counts the responses that are asked for, and a
 file named `N.end` has the server end that is asked for the N-th, and `N.leave` that has it end with its N-th answer,
 `N.pause` when it is told to pause for the N-th time. `N.mute` has the server that is asked for the N-th response bring
-no token of this one and of any later one, and be well otherwise.
+no token of this one and of any later one, and be well otherwise. `N.late` has the N-th server that starts take minutes.
 STAND_IN_SECONDS is how long a response takes.
 """
 
@@ -121,15 +121,21 @@ def release(tags: list[str]) -> None:
         threading.Timer(0.02, os._exit, [9]).start()
 
 
-def count_response() -> None:
-    """Of all servers; ends or mutes this one where it is told to at that number."""
+def counted(what: str) -> int:
+    """How often this has been, over all servers, this time included."""
     number = 1
     while True:
         try:
-            (FAULTS / f"{number}.asked").touch(exist_ok=False)
-            break
+            (FAULTS / f"{number}.{what}").touch(exist_ok=False)
         except FileExistsError:
             number += 1
+        else:
+            return number
+
+
+def count_response() -> None:
+    """Of all servers; ends or mutes this one where it is told to at that number."""
+    number = counted("asked")
     if (FAULTS / f"{number}.end").exists():
         os._exit(9)
     State.mute |= (FAULTS / f"{number}.mute").exists()
@@ -168,6 +174,8 @@ class Server(ThreadingHTTPServer):
 
 
 if __name__ == "__main__":
+    if (FAULTS / f"{counted('started')}.late").exists():
+        time.sleep(300)
     Server(
         (sys.argv[sys.argv.index("--host") + 1], int(sys.argv[sys.argv.index("--port") + 1])), Handler
     ).serve_forever()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,7 @@ from typing import Any
 import pytest
 
 from megatron_klear.rollout.ledger import LedgerReader
-from tests.e2e.served_runs import CONFIG
+from tests.e2e.served_runs import CONFIG, servers_of
 
 WORKER = str(Path(__file__).with_name("stand_in_worker.py"))
 SFT_CONFIG = CONFIG.with_name("quickstart_sft.yaml")
@@ -70,6 +72,12 @@ def test_a_server_that_hangs_in_the_last_evaluation_comes_back(
         ("hanging", "5.mute", ("sglang.idle_seconds=2",)),
         ("hanging beside one that works", "5.mute", ("sglang.idle_seconds=2", "sglang.servers=2")),
         ("hanging, on the trainer's GPUs", "5.mute", ("sglang.idle_seconds=2", "sglang.placement=colocated")),
+        (
+            "hanging beside one that works on the trainer's GPUs",
+            "5.mute",
+            ("sglang.idle_seconds=2", "sglang.servers=2", "sglang.placement=colocated"),
+        ),
+        ("beside one that works on the trainer's GPUs", "5.end", ("sglang.servers=2", "sglang.placement=colocated")),
         ("on the trainer's GPUs", "5.end", ("sglang.placement=colocated",)),
         ("on them in the trainer's turn", "2.die", ("sglang.placement=colocated",)),
     ],
@@ -88,6 +96,43 @@ def test_fine_tuning_brings_a_lost_server_back_for_its_evaluations(
     why = "brings no tokens" if when.startswith("hanging") else "does not answer"
     assert launch.output().count(f"{why} and is to come back") == 1
     assert launch.output().count("is back with the current weights") == 1
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    found = [(row["step"], row["accuracy/heldout_count"]) for row in rows if row["phase"] == "eval"]
+    assert found == [(1, 8), (2, 8)]
+
+
+@pytest.mark.parametrize(
+    ("faults", "more"),
+    [
+        (("5.end", "2.late"), ()),
+        (("5.end", "2.late"), ("sglang.placement=colocated",)),
+        (("5.mute", "3.late"), ("sglang.servers=2", "sglang.idle_seconds=2")),
+    ],
+    ids=["in an evaluation", "in an evaluation on the trainer's GPUs", "before a publish"],
+)
+def test_a_stop_waits_for_no_server_that_comes_back(
+    start: Callable[..., Any], sft_overrides: Callable[[str], list[str]], stand_ins: Callable[..., list[str]],
+    tmp_path: Path, faults: tuple[str, ...], more: tuple[str, ...],
+) -> None:  # fmt: skip
+    """Nor does it leave it behind, with memory that is the trainer's now; the next life evaluates."""
+    overrides = [
+        *sft_overrides("run"), "sft.steps=2", "evaluation.every_steps=1", "evaluation.at_end=false",
+        *stand_ins(*faults), *more,
+    ]  # fmt: skip
+    worker = str(Path(__file__).with_name("stand_in_sft_worker.py"))
+    launch = start(worker, SFT_CONFIG, overrides)
+    deadline = time.monotonic() + 120
+    while "is to come back" not in launch.output():
+        assert time.monotonic() < deadline, launch.output()
+        time.sleep(0.1)
+    time.sleep(1.0)
+    launch.signal(signal.SIGTERM)
+    stopped = time.monotonic()
+    assert launch.wait(180) == [75, 75], launch.output()
+    assert time.monotonic() - stopped < 60, "of 300 that the server takes"
+    assert not servers_of(tmp_path / "run")
+    again = start(worker, SFT_CONFIG, overrides)
+    assert again.wait(180) == [0, 0], again.output()
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     found = [(row["step"], row["accuracy/heldout_count"]) for row in rows if row["phase"] == "eval"]
     assert found == [(1, 8), (2, 8)]

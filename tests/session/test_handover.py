@@ -191,8 +191,8 @@ def test_too_little_memory_is_said_before_an_engine_is_woken(
 def test_an_engine_that_refuses_stops_the_run(scene: Scene, context: ParallelContext, tmp_path: Path) -> None:
     colocated = Colocated(scene, context, tmp_path)
     colocated.group.least = 0
-    scene.answers = {RESUME: [(500, "CUDA out of memory")]}
-    with pytest.raises(WeightSyncError, match=r"taking memory back .*engine 0: .* status 500: CUDA out of memory"):
+    scene.answers = {RESUME: [(400, "CUDA out of memory")]}
+    with pytest.raises(WeightSyncError, match=r"taking memory back .*engine 0: .* status 400: CUDA out of memory"):
         colocated.publish()
     assert colocated.ended == [], "it answered"
 

@@ -21,6 +21,7 @@ from megatron_klear.errors import ConfigError, RolloutError, WeightSyncError
 from megatron_klear.rollout.manager import StartLimit
 from megatron_klear.session.others import ServersOfOthers
 from megatron_klear.session.restarting import EngineRestarts
+from megatron_klear.session.serving import ServedEngine
 from megatron_klear.session.turn import Turn
 from megatron_klear.weight_sync import EngineGroup
 
@@ -111,6 +112,65 @@ def test_it_joins_those_published_to_when_it_has_the_current_weights(stand_in: S
     assert again.name == "new 1"
     assert [caller.name for caller in group.callers] == ["old 0", "new 1"]
     restarts.close()
+
+
+class Stopped(Exception):
+    """The run is asked to stop."""
+
+
+@pytest.mark.parametrize("is_of_others", [False, True])
+def test_a_server_that_is_no_longer_waited_for_is_ended_where_it_is_ours(
+    stand_in: StandIn, monkeypatch: pytest.MonkeyPatch, is_of_others: bool
+) -> None:
+    """The trainer may be about to take the memory of the GPUs that both use."""
+    restarts, group = restarts_of(stand_in, lambda engine, waiting: None)
+    if is_of_others:
+        monkeypatch.setattr("megatron_klear.session.restarting.ServersOfOthers", StandIn)
+    stand_in.ready.clear()
+    asked = iter([False, False, True])
+
+    def waiting() -> None:
+        if next(asked):
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        restarts.restart_here(1, "does not answer", waiting, 30.0)
+    assert stand_in.done == ["stop 1", "start 1", *([] if is_of_others else ["stop 1"])]
+    assert [caller.name for caller in group.callers] == ["old 0"], "nothing is published to it"
+    restarts.close()
+
+
+@pytest.mark.parametrize(
+    ("alive", "hanging", "failing", "asked", "error"),
+    [
+        ({0, 1}, set(), set(), [], None),
+        ({0, 1}, {1}, set(), [(1, "brings no tokens")], None),
+        ({1}, set(), {0}, [(0, "does not answer")], None),
+        ({0, 1}, {0, 1}, {0}, [(0, "brings no tokens"), (1, "brings no tokens")], None),
+        (set(), set(), {0, 1}, [(0, "does not answer"), (1, "does not answer")], "server 0 stays away"),
+    ],
+)
+def test_without_the_manager_lost_servers_are_brought_back_as_far_as_they_come(
+    alive: set[int], hanging: set[int], failing: set[int], asked: list[tuple[int, str]], error: str | None
+) -> None:
+    """One that does not come back, as where nobody starts it, ends nothing while another works."""
+    tried: list[tuple[int, str]] = []
+
+    def restart_here(index: int, why: str, waiting: Callable[[], None], seconds: float) -> None:
+        tried.append((index, why))
+        if index in failing:
+            raise RolloutError(f"server {index} stays away")
+
+    served: Any = SimpleNamespace(
+        _brings_back=True,
+        _engine=SimpleNamespace(engines=("a", "b"), answering=lambda version: sorted(alive), hanging=hanging),
+        _restarts=SimpleNamespace(restart_here=restart_here),
+        policy_version=3,
+        session=SimpleNamespace(settings=SimpleNamespace(sglang=SimpleNamespace(start_seconds=30.0))),
+    )
+    with pytest.raises(RolloutError, match=error) if error else contextlib.nullcontext():
+        ServedEngine._bring_back_lost(served, lambda: None)
+    assert tried == asked
 
 
 KILLED = "ended with status 137; the end of logs/engine_1.log:\nloading"
@@ -276,7 +336,7 @@ def test_a_server_that_ends_as_soon_as_it_was_back_is_no_bad_input(
     with pytest.raises(
         RolloutError, match=r"(?s)old 0 cannot be brought back: .*no connection.*; it ended with status -9"
     ):
-        restarts.restart_here(0, lambda: None, 5.0)
+        restarts.restart_here(0, "does not answer", lambda: None, 5.0)
     assert stand_in.done == ["stop 0", "start 0", "stop 0"]
     restarts.close()
 

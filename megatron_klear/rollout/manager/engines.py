@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -34,6 +35,7 @@ class Engine:
         last_error: why it was last in trouble.
         last_end: how its process had ended by itself, found at one of the last restarts in a row; may be unknown.
         down_since: loop time.
+        let_in_at: loop time at which it could take requests again.
         tokens: brought in all.
         slow_windows: measurements in a row in which it was slow.
         is_slow: it gets one request at a time until it is quick again.
@@ -57,6 +59,7 @@ class Engine:
     last_error: str = ""
     last_end: str = ""
     down_since: float = 0.0
+    let_in_at: float = -math.inf
     tokens: int = 0
     slow_windows: int = 0
     is_slow: bool = False

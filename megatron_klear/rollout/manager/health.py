@@ -229,7 +229,7 @@ class EngineCare:
         engine.unanswered = 0
         engine.slow_windows, engine.is_slow, engine.is_leaving = 0, False, False
         engine.measured_rate = engine.known_rate = None
-        engine.last_progress = asyncio.get_running_loop().time()
+        engine.last_progress = engine.let_in_at = asyncio.get_running_loop().time()
         log.info("%s serves again, with version %d", engine.name, self.version)
         self._pool.offer(engine)
         self._judge()
@@ -269,7 +269,8 @@ class EngineCare:
         silence = engine.endpoint.silence()
         is_first = silence.is_first and not engine.has_answered
         limit = self._settings.start_seconds if is_first else self._settings.stall_seconds
-        silent = min(silence.seconds, now - self._shared_since)
+        # What it did before others came, or before it was let in again, is not held against it.
+        silent = min(silence.seconds, now - self._shared_since, now - engine.let_in_at)
         if silent <= limit or self._holds:
             return False
         name = "scheduling.start_seconds" if is_first else "scheduling.stall_seconds"

@@ -11,6 +11,7 @@ import torch
 from megatron_klear.config.server_options import CONTEXT_MARGIN
 from megatron_klear.config.serving import SglangSettings
 from megatron_klear.errors import ConfigError
+from megatron_klear.rollout.sglang.updatable import ONLINE_FP8
 
 CPU_ARGUMENTS = ("--device", "cpu", "--attention-backend", "torch_native")
 CPU_PLUGIN, CPU_PLUGIN_NAME = Path(__file__).with_name("cpu_plugin"), "klear_repeatable"
@@ -46,12 +47,12 @@ def server_command(
 ) -> list[str]:
     """Program and arguments that start one server.
 
-    It starts with weights of no meaning, since the trainer's arrive before the first request, and without a
-    tokenizer, since requests and answers are token ids.
+    It starts with weights of no meaning, since the trainer's arrive before the first request (one that quantises, with
+    any of the model, whose scales it replaces), and without a tokenizer, since requests and answers are token ids.
 
     Args:
         settings: section `sglang`.
-        model_dir: directory with the model's config.json.
+        model_dir: directory with the model's config.json, and its weights where the server quantises them.
         dtype: data type where `sglang.dtype` is auto.
         host, port: to listen on.
         name: that it tells whoever asks for its models.
@@ -61,7 +62,7 @@ def server_command(
     """
     arguments = [
         *("--model-path", str(model_dir)),
-        *("--load-format", "dummy"),
+        *("--load-format", "dummy" if settings.quantization == "none" else ONLINE_FP8),
         "--skip-tokenizer-init",
         *("--host", host),
         *("--port", str(port)),

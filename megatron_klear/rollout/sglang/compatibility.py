@@ -16,6 +16,7 @@ from megatron_klear.rollout.sglang.dtypes import served_dtype
 from megatron_klear.rollout.sglang.ends import ends_problem
 from megatron_klear.rollout.sglang.rotary import rotary_problem
 from megatron_klear.rollout.sglang.sizes import sizes_problem
+from megatron_klear.rollout.sglang.updatable import update_problems
 from megatron_klear.rollout.sglang.vocabulary import vocab_size
 
 MINIMUM_VERSION = (0, 5, 21)
@@ -43,6 +44,7 @@ class Expected:
         sizes: config.json of the model whose sizes it must have; None takes any.
         yarn: of its rotary embedding, None for none; `any` takes whatever it has.
         stop_ids: the only ids that may end a response; None takes whatever it has.
+        verify: setting `weight_sync.verify`, where weights are published to it; None where it is only sampled from.
         setting: names in messages where the servers come from.
     """
 
@@ -54,6 +56,7 @@ class Expected:
     sizes: Mapping[str, Any] | None = None
     yarn: Yarn | Literal["any"] | None = "any"
     stop_ids: Collection[int] | None = None
+    verify: str | None = None
     setting: str = "sglang.urls"
 
 
@@ -148,6 +151,8 @@ async def _judged(
     if expected.stop_ids is not None:
         problem = ends_problem(connection.name, server, model, expected.stop_ids)
         problems += [] if problem is None else [problem]
+    if expected.verify is not None:
+        problems += update_problems(server, expected.verify)
     if model.get("preferred_sampling_params"):
         problems.append(
             f"it adds {model['preferred_sampling_params']} to what requests ask for; start it without "
@@ -176,7 +181,8 @@ async def _asked(connection: Connection, path: str, setting: str) -> Mapping[str
     try:
         answer = await connection.get(path, timeout_seconds=_ASK_SECONDS)
     except EndpointError as error:
-        raise Unreachable([f"{setting}: {error}; it must be a running SGLang server"]) from error
+        kind = ConfigError if error.malformed else Unreachable  # what answers something else never will be one
+        raise kind([f"{setting}: {error}; it must be a running SGLang server"]) from error
     except Refused as error:
         text = f"{connection.name}: {path} answered {error}"
         raise ConfigError([f"{setting}: {text}; it must be a running SGLang server"]) from error

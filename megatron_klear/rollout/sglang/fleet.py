@@ -21,6 +21,7 @@ from megatron_klear.errors import ConfigError, RolloutError
 from megatron_klear.observe.replace import replace_file
 from megatron_klear.rollout.sglang.answering import POLL_SECONDS, asking, is_ready
 from megatron_klear.rollout.sglang.command import server_command, server_environment
+from megatron_klear.rollout.sglang.model_folder import link_weights
 from megatron_klear.rollout.sglang.place import FleetPlace
 from megatron_klear.rollout.sglang.ports import free_port, is_free
 from megatron_klear.rollout.sglang.process import ServerProcess
@@ -57,6 +58,7 @@ class ServerFleet:
         on_cpu: whether the servers compute on the CPU.
         batch_responses: responses that one server generates at a time.
         longest_sequence: prompt and response together, in tokens.
+        weights: directory with safetensors of the model; needed by servers that quantise, and used by no others.
         place: among the machines of the launch.
     """
 
@@ -70,6 +72,7 @@ class ServerFleet:
         on_cpu: bool,
         batch_responses: int,
         longest_sequence: int,
+        weights: Path | None = None,
         place: FleetPlace | None = None,
     ) -> None:
         self._settings, self._place = settings, place or FleetPlace()
@@ -80,6 +83,8 @@ class ServerFleet:
         self._model_dir.mkdir(parents=True, exist_ok=True)
         if not self._place.first_number:  # the directory is shared, and the first machine's fleet is made first
             replace_file(self._model_dir / "config.json", json.dumps(hf_config, indent=1) + "\n")
+            if settings.quantization != "none" and weights is not None:
+                link_weights(weights, self._model_dir)
         self._shape: dict[str, Any] = {
             "dtype": dtype,
             "on_cpu": on_cpu,

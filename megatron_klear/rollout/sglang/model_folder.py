@@ -1,4 +1,4 @@
-"""Which folder a server was started from."""
+"""The folder that a server is started from."""
 
 from __future__ import annotations
 
@@ -17,3 +17,16 @@ def started_from(server: Mapping[str, Any], model: Mapping[str, Any]) -> Path:
         server, model: its answers at /server_info and /model_info.
     """
     return Path(str(server.get("model_path") or model.get("model_path", "")))
+
+
+def link_weights(weights: Path, folder: Path) -> None:
+    """Have a folder show the safetensors of a model, and no others that it showed before.
+
+    Args:
+        weights: directory with *.safetensors and, where there are several, their index.
+        folder: where servers are started from.
+    """
+    for old in folder.glob("*.safetensors*"):
+        old.unlink()
+    for file in sorted(weights.glob("*.safetensors*")):
+        (folder / file.name).symlink_to(file.absolute())

@@ -81,6 +81,5 @@ class Progress:
                 with self._lock:
                     self._waiting -= 1
                     # A server at which everybody has given up has not answered by that.
-                    hangs = limit.expired() and time.monotonic() - self._last >= idle_seconds
-                    if not self._waiting and not hangs:
+                    if not self._waiting and self.silence().seconds < idle_seconds:
                         self._silent_since = None

@@ -278,15 +278,20 @@ class SglangEngine:
         """One way to all servers, through the router, for a caller with an event loop of its own."""
         facts = self.engines[0].facts
         workers = [self.another_endpoint(index) for index in range(len(self.engines))]
-        return RoutedEndpoint(self._router(), workers, **self._options(facts))
+        router = self._router()
+        progress = self._progress.setdefault(router.url, Progress())
+        return RoutedEndpoint(router, workers, progress=progress, **self._options(facts))
 
     @property
     def hanging(self) -> frozenset[int]:
-        """Numbers of servers that brought no token in time in the last call of `generate`, whatever else they answer.
+        """Numbers of servers that brought no token in time in the last call of `generate`, and none since.
 
-        Empty with a router, which does not tell which of them it is.
+        They may answer everything else. Empty with a router, which does not tell which of them it is.
         """
-        return frozenset(self._pool.hanging if self._settings.router_url is None else ())
+        if self._settings.router_url is not None:
+            return frozenset()
+        idle = self._settings.idle_seconds
+        return frozenset(i for i in self._pool.hanging if self.engines[i].endpoint.silence().seconds >= idle)
 
     def answering(self, version: int) -> list[int]:
         """Numbers of the servers that are alive and have weights of this version."""

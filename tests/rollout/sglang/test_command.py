@@ -47,6 +47,7 @@ def test_settings_become_arguments(venv: str) -> None:
     assert found["--tp-size"] == "4"
     assert found["--dtype"] == "bfloat16"
     assert found["--quantization"] == "fp8"
+    assert found["--load-format"] == "flash_rl", "SGLang takes weights for such a server by no other"
     assert found["--mem-fraction-static"] == "0.6"
     assert found["--max-total-tokens"] == "9000"
     assert found["--max-running-requests"] == "32"

@@ -14,7 +14,7 @@ from megatron_klear.config.yarn import Yarn
 from megatron_klear.errors import ConfigError
 from megatron_klear.rollout.sglang import Expected, SglangEngine
 from megatron_klear.weight_sync import EngineGroup
-from tests.rollout.sglang.conftest import VOCAB, StandIn
+from tests.rollout.sglang.conftest import VOCAB, StandIn, standing_in
 
 
 def connect(
@@ -25,6 +25,7 @@ def connect(
     samples: Any = (),
     yarn: Yarn | Literal["any"] | None = "any",
     stop_ids: tuple[int, ...] | None = None,
+    verify: str | None = None,
 ) -> Any:
     expected = Expected(
         vocab_size=vocab_size,
@@ -33,6 +34,7 @@ def connect(
         tokenizer_samples=samples,
         yarn=yarn,
         stop_ids=stop_ids,
+        verify=verify,
     )
     engine = SglangEngine(urls, SglangSettings(), expected, in_flight=4)
     engine.close()
@@ -50,6 +52,41 @@ def test_a_server_of_our_model_tells_what_it_is(stand_in: StandIn) -> None:
     facts = connect(stand_in.url)
     assert (facts.version, facts.device, facts.tp, facts.dtype) == ("0.5.23", "cpu", 1, "float32")
     assert (facts.quantization, facts.incremental, facts.context_length) == (None, True, 512)
+
+
+@pytest.mark.parametrize(
+    ("told", "verify", "wanted"),
+    [
+        ({"dp_size": 2}, "checksum", ["it has dp_size 2", "start it without --dp-size"]),
+        ({"pp_size": 2, "dp_size": 1}, "checksum", ["it has pp_size 2", "start it without --pp-size"]),
+        ({"quantization": "fp8", "load_format": "auto"}, "logprobs", ["start it with --load-format flash_rl"]),
+        ({"quantization": "fp8", "load_format": "flash_rl"}, "checksum", ["weight_sync.verify is checksum"]),
+    ],
+)
+def test_a_server_that_cannot_take_weights_is_refused_where_they_are_published(
+    told: dict[str, Any], verify: str, wanted: list[str], stand_in: StandIn
+) -> None:
+    stand_in.answers["/server_info"] |= told
+    (problem,) = problems(stand_in.url, verify=verify)
+    assert all(text in problem for text in wanted)
+    assert connect(stand_in.url).version == "0.5.23", "one that is only sampled from may be so"
+
+
+def test_a_quantised_server_that_can_take_weights_is_used(stand_in: StandIn) -> None:
+    stand_in.answers["/server_info"] |= {"quantization": "fp8", "load_format": "flash_rl", "dp_size": 1}
+    assert connect(stand_in.url, verify="logprobs").quantization == "fp8"
+
+
+def test_what_answers_something_else_is_a_mistake_however_few_must_answer(stand_in: StandIn) -> None:
+    """One that gives no answer may come back; a page of something else is no server that is starting."""
+    expected = Expected(vocab_size=VOCAB, longest_sequence=100)
+    with standing_in() as other:
+        other.answers["/server_info"] = lambda handler, body: handler.reply(200, "<html>hello</html>")
+        with pytest.raises(ConfigError, match="no JSON"):
+            SglangEngine([stand_in.url, other.url], SglangSettings(), expected, in_flight=4, least=1)
+    engine = SglangEngine([stand_in.url, "http://127.0.0.1:9"], SglangSettings(), expected, in_flight=4, least=1)
+    engine.close()
+    assert set(engine.absent) == {1}
 
 
 @pytest.mark.parametrize("version", ["0.5.20", "0.4.99.post2", "dev"])

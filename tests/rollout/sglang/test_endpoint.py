@@ -385,6 +385,27 @@ def test_silence_outlives_requests_that_are_given_up_for_it(works_for_others: bo
         assert silent >= 0.1
 
 
+def test_silence_outlives_requests_that_come_and_are_cancelled_after_others_were_given_up() -> None:
+    """As those are that waited for its slot, when the call that sent all of them fails."""
+
+    async def run() -> float:
+        progress = Progress()
+
+        async def ask() -> None:
+            async with progress.limit(0.2):
+                await asyncio.sleep(30)
+
+        with pytest.raises(TimeoutError):
+            await ask()
+        late = asyncio.create_task(ask())
+        await asyncio.sleep(0.02)
+        late.cancel()
+        await asyncio.wait([late])
+        return progress.silence().seconds
+
+    assert asyncio.run(run()) >= 0.2
+
+
 def test_a_server_that_compiles_has_longer_until_its_first_token(stand_in: StandIn, make_request: Request) -> None:
     def compiling(handler: Any, body: dict[str, Any]) -> None:
         time.sleep(1.5)

@@ -38,9 +38,26 @@ def fake_environment(folder: Path, script: str) -> str:
     return str(folder / "venv")
 
 
-def fleet(folder: Path, place: FleetPlace | None = None, **settings: Any) -> ServerFleet:
+def fleet(folder: Path, place: FleetPlace | None = None, weights: Path | None = None, **settings: Any) -> ServerFleet:
     shape: dict[str, Any] = {"dtype": "float32", "on_cpu": True, "batch_responses": 4, "longest_sequence": 64}
-    return ServerFleet(SglangSettings(**settings), {"model_type": "qwen3"}, folder / "run", place=place, **shape)
+    known = SglangSettings(**settings)
+    return ServerFleet(known, {"model_type": "qwen3"}, folder / "run", weights=weights, place=place, **shape)
+
+
+def test_only_servers_that_quantise_are_shown_weights(tmp_path: Path) -> None:
+    """And none of an earlier life, whose model had more files."""
+    weights, folder = tmp_path / "hf", tmp_path / "run" / "logs" / "engine_model"
+    for path in (weights / "model-1.safetensors", weights / "model.safetensors.index.json", weights / "tokenizer.json"):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(path.name)
+    fleet(tmp_path, weights=weights)
+    assert [path.name for path in folder.iterdir()] == ["config.json"]
+    (folder / "model-2.safetensors").touch()
+    for _ in range(2):
+        fleet(tmp_path, weights=weights, quantization="fp8")
+        shown = ["config.json", "model-1.safetensors", "model.safetensors.index.json"]
+        assert sorted(path.name for path in folder.iterdir()) == shown
+        assert (folder / shown[1]).read_text() == shown[1]
 
 
 def test_a_server_that_ends_while_starting_shows_the_end_of_its_log(tmp_path: Path) -> None:
