@@ -263,7 +263,7 @@ def report(soak: Soak, minutes: float, seed: int, servers: int, statuses: list[i
         "most_versions_of_a_response": max(versions, default=0),
         "not_trained_exactly_once": not_once,
         "walk": walk(trainer),
-        "server_processes_left": len(trainer.servers()),
+        "server_processes_left": len(trainer.left()),
     }
 
 

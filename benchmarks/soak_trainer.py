@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import resource
@@ -30,6 +31,7 @@ class Trainer:
         self.work, self.run, self._overrides = work, work / name, [*overrides, f"run.dir={work / name}"]
         self.ranks: list[subprocess.Popen[bytes]] = []
         self.lives = 0
+        self._leaders: dict[int, psutil.Process] = {}
 
     def start(self, steps: int, *, file_limit: int | None = None) -> None:
         """Begin a life."""
@@ -66,6 +68,7 @@ class Trainer:
 
     def kill(self, ranks: list[int]) -> None:
         """SIGKILL some ranks; the others have a minute to end by themselves."""
+        self.servers()
         for rank in ranks:
             self.ranks[rank].kill()
         self.wait(60.0)
@@ -73,6 +76,9 @@ class Trainer:
     def wait(self, seconds: float) -> list[int]:
         """Exit statuses of all ranks; those that still run after the time are killed."""
         deadline = time.monotonic() + seconds
+        while any(rank.poll() is None for rank in self.ranks) and time.monotonic() < deadline:
+            self.servers()  # what is started meanwhile may leave something, too
+            time.sleep(0.5)
         for rank in self.ranks:
             try:
                 rank.wait(max(0.1, deadline - time.monotonic()))
@@ -92,7 +98,7 @@ class Trainer:
         return 0
 
     def servers(self) -> list[psutil.Process]:
-        """Main processes of the run's servers."""
+        """Main processes of the run's servers; whatever is left of these later, `left` finds."""
         found = []
         for process in psutil.process_iter():
             try:
@@ -100,10 +106,32 @@ class Trainer:
             except psutil.Error:
                 continue
             mine = any(str(self.run) in word for word in line) and "sglang.launch_server" in line
+            if mine:
+                self._remember(process.pid)
             if mine and not any("supervisor.py" in word for word in line):
                 found.append(process)
         children = {child.pid for process in found for child in with_children(process)[1:]}
         return [process for process in found if process.pid not in children]
+
+    def _remember(self, pid: int) -> None:
+        """A server leads a session, and so does its supervisor; all that they start stays in it, by whatever name."""
+        with contextlib.suppress(psutil.Error, OSError):
+            if os.getsid(pid) == pid:
+                self._leaders[pid] = psutil.Process(pid)
+
+    def left(self) -> list[psutil.Process]:
+        """Processes of all servers that `servers` has ever seen, supervisors included, that live."""
+        self.servers()
+        found = []
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error, OSError):
+                session = os.getsid(process.pid)
+                leader = self._leaders.get(session)
+                if leader is None or process.status() == psutil.STATUS_ZOMBIE:
+                    continue
+                if leader.is_running() or not psutil.pid_exists(session):  # else others have its number by now
+                    found.append(process)
+        return found
 
 
 def with_children(process: psutil.Process) -> list[psutil.Process]:

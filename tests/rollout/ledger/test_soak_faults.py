@@ -7,6 +7,7 @@ import os
 import random
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,7 @@ import pytest
 from benchmarks.small_disk import nearly_full
 from benchmarks.soak import FAULTS, Soak
 from benchmarks.soak_kills import AGAIN, Kills, number_of
+from benchmarks.soak_trainer import Trainer
 
 
 @pytest.fixture
@@ -133,3 +135,52 @@ def test_a_soak_says_what_it_did_not_meet() -> None:
     soak.faults.update({"server killed": 3, "trainer killed": 2, "disk full": 1, "network could not be silenced": 1})
     assert soak.unmet(6, FAULTS) == ["5 kills of 6", "no server stopped", "no network silent"]
     assert soak.unmet(5, ()) == []
+
+
+SERVER = """
+import subprocess, sys
+worker = subprocess.Popen(["sleep", "600"], stdout=subprocess.DEVNULL)
+print(worker.pid, flush=True)
+sys.stdin.read()  # it ends, and its worker does not
+"""
+
+
+def test_what_a_server_leaves_is_counted_by_whatever_name(tmp_path: Path) -> None:
+    trainer = Trainer(tmp_path, [])
+    command = [sys.executable, "-c", SERVER, "sglang.launch_server", str(trainer.run / "logs")]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
+    ) as server, subprocess.Popen(["sleep", "600"], start_new_session=True) as other:  # fmt: skip
+        assert server.stdout is not None
+        worker = psutil.Process(int(server.stdout.readline()))
+        try:
+            assert [process.pid for process in trainer.servers()] == [server.pid]
+            assert {process.pid for process in trainer.left()} == {server.pid, worker.pid}
+            server.communicate()
+            assert trainer.servers() == []
+            assert trainer.left() == [worker]
+        finally:
+            worker.kill()
+            other.kill()
+    while psutil.pid_exists(worker.pid) and worker.status() != psutil.STATUS_ZOMBIE:
+        time.sleep(0.01)
+    assert trainer.left() == []
+
+
+def test_a_server_that_was_never_asked_for_is_seen_before_its_trainer_is_killed(tmp_path: Path) -> None:
+    trainer = Trainer(tmp_path, [])
+    supervisor = [sys.executable, "-c", SERVER, "supervisor.py", "sglang.launch_server", str(trainer.run)]
+    with subprocess.Popen(
+        supervisor, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
+    ) as server, subprocess.Popen(["sleep", "600"]) as rank:  # fmt: skip
+        assert server.stdout is not None
+        worker = psutil.Process(int(server.stdout.readline()))
+        try:
+            trainer.ranks = [rank]
+            trainer.kill([0])
+            assert rank.returncode == -signal.SIGKILL
+            assert trainer.servers() == [], "supervisors are none"
+            assert {process.pid for process in trainer.left()} == {server.pid, worker.pid}
+        finally:
+            worker.kill()
+            rank.kill()
