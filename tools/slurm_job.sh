@@ -111,6 +111,9 @@ name_engines() {
     ((${#engine_nodes[@]})) || return 0
     number KLEAR_ENGINE_TP 1 1 && engine_tp=$number
     number KLEAR_ENGINES_PER_NODE "$((gpus > engine_tp ? gpus / engine_tp : 1))" 1 && engines_per_node=$number
+    ((!gpus || engines_per_node * engine_tp <= gpus)) || refuse "KLEAR_ENGINES_PER_NODE: got $engines_per_node engines \
+of KLEAR_ENGINE_TP=$engine_tp, which need $((engines_per_node * engine_tp)) GPUs of a node, and it has $gpus; make one \
+of them smaller"
     number KLEAR_ENGINE_PORT 30000 1 && engine_port=$number
     KLEAR_ENGINE_ADDRESSES=''
     for node in "${engine_nodes[@]}"; do

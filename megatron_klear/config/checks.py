@@ -23,7 +23,7 @@ from megatron_klear.config.data import BIN_MULTIPLE, dali_installed, entry_probl
 from megatron_klear.config.placement import check_placement
 from megatron_klear.config.precision import check_precision
 from megatron_klear.config.profiling import check_profile
-from megatron_klear.config.server_checks import check_serving
+from megatron_klear.config.server_checks import check_least, check_serving
 from megatron_klear.config.yarn import check_yarn
 from megatron_klear.errors import ConfigError
 
@@ -93,6 +93,7 @@ def find_problems(
         _check_scheduling(settings, problems)
     if settings.rollout.engine == "sglang" and settings.needs_engine(entry):
         check_serving(settings, architecture, problems)
+        check_least(settings, entry, world_size, problems, ranks_per_machine=ranks_per_machine)
         check_placement(settings, entry, world_size, problems, ranks_per_machine=ranks_per_machine)
     if inputs:
         _check_environment(settings, entry, problems)

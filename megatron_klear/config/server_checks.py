@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 from megatron_klear.config.server_arguments import own_arguments
@@ -11,7 +12,7 @@ from megatron_klear.config.serving import ENGINE_FREE_SECONDS
 if TYPE_CHECKING:
     from megatron_klear.config.architecture import Architecture
     from megatron_klear.config.checks import Problems
-    from megatron_klear.config.schema import Settings
+    from megatron_klear.config.schema import Entry, Settings
 
 
 def check_serving(settings: Settings, architecture: Architecture | None, problems: Problems) -> None:
@@ -54,6 +55,17 @@ def check_serving(settings: Settings, architecture: Architecture | None, problem
             "trainer's; set logprobs or checksum_or_logprobs",
             "sglang.quantization",
         )
+    if sglang.quantization != "none" and not sglang.urls and settings.model.hf_dir is None:
+        text = f"got {sglang.quantization}, and servers that quantise start from weights of the model: set model.hf_dir"
+        problems.add("sglang.quantization", text, "model.hf_dir")
+    pause = settings.weight_sync.pause_mode
+    if pause != "abort" and (verify == "logprobs" or sglang.quantization != "none"):
+        problems.add(
+            "weight_sync.pause_mode",
+            f"got {pause}, and log-probabilities (weight_sync.verify) prove new weights only once engines generate: "
+            "responses that they hold would go on before that; set abort",
+            "weight_sync.verify",
+        )
     longest, limit = settings.weight_sync.timeout_seconds, settings.parallel.timeout_seconds
     if longest + 2 * min(longest, ENGINE_FREE_SECONDS) >= limit:
         text = (
@@ -63,3 +75,35 @@ def check_serving(settings: Settings, architecture: Architecture | None, problem
         problems.add("weight_sync.timeout_seconds", text, "parallel.timeout_seconds")
     if sglang.quantization == "fp8" and settings.run.device == "cpu":
         problems.add("sglang.quantization", "got fp8, which needs a GPU, and run.device is cpu")
+
+
+def check_least(
+    settings: Settings, entry: Entry, world_size: int, problems: Problems, *, ranks_per_machine: int | None = None
+) -> None:
+    """Check that there are as many engines as the rollout manager, where it runs, must have left.
+
+    Args:
+        settings: values that are valid one by one; `rollout.engine` is sglang.
+        entry: which entry is to run.
+        world_size: number of ranks.
+        problems: gets what is found.
+        ranks_per_machine: None for what torchrun says of this one.
+    """
+    sglang, least = settings.sglang, settings.scheduling.min_engines
+    if not settings.generates(entry) or settings.scheduling.rollout_only or sglang.router_url is not None:
+        return
+    count, found = len(sglang.urls), "sglang.urls"
+    if not sglang.urls:
+        count = sglang.servers * _most_machines(world_size, ranks_per_machine)
+        found = f"sglang.servers = {sglang.servers} on each machine"
+    if least > count:
+        text = f"got {least} of {count} engines ({found}); set at most {count}"
+        involved = ("sglang.urls", "sglang.servers", "scheduling.rollout_only", "scheduling.replay_from")
+        problems.add("scheduling.min_engines", text, "sglang.router_url", *involved)
+
+
+def _most_machines(world_size: int, ranks_per_machine: int | None) -> int:
+    """As torchrun tells; without it each rank may be on one of its own."""
+    here = os.environ.get("LOCAL_WORLD_SIZE", "")
+    ranks = ranks_per_machine or (int(here) if here.isdecimal() else 1)
+    return -(-world_size // max(1, ranks))

@@ -86,6 +86,19 @@ def test_the_base_settings_have_no_problem(problems, entry):
         ([*ROUTED, "sglang.router_url=r:1"], 1, "sglang.router_url", "'r:1', must be http://HOST:PORT"),
         ([*ROUTED, "sglang.router_url=http://r"], 1, "sglang.router_url", "'http://r', must be http://HOST:PORT"),
         ([*ROUTED, "scheduling.min_engines=2"], 1, "scheduling.min_engines", "behind sglang.router_url count as one"),
+        (
+            [*SGLANG, "scheduling.min_engines=2"],
+            1,
+            "scheduling.min_engines",
+            "got 2 of 1 engines (sglang.servers = 1 on",
+        ),
+        ([*COLOCATED, "scheduling.min_engines=2"], 1, "scheduling.min_engines", "set at most 1"),
+        (
+            [*SGLANG, "sglang.urls=[http://a:1,http://b:1]", "scheduling.min_engines=3"],
+            8,
+            "scheduling.min_engines",
+            "got 3 of 2 engines (sglang.urls); set at most 2",
+        ),
         ([*SGLANG, "sglang.connect_seconds=9"], 1, "sglang.connect_seconds", "got 9 without sglang.urls"),
         ([*SGLANG, "sglang.restart_requests=r"], 1, "sglang.restart_requests", "got r without sglang.urls"),
         ([*SGLANG, "sglang.server_tp=3"], 1, "model.num_attention_heads", "a multiple of sglang.server_tp = 3"),
@@ -93,6 +106,20 @@ def test_the_base_settings_have_no_problem(problems, entry):
         ([*SGLANG, "sglang.quantization=fp8"], 1, "weight_sync.verify", "set logprobs or checksum_or_logprobs"),
         ([*SGLANG, "weight_sync.timeout_seconds=1700"], 1, "weight_sync.timeout_seconds", "parallel.timeout_seconds"),
         ([*SGLANG, "parallel.timeout_seconds=1000"], 1, "weight_sync.timeout_seconds", "twice 60 s"),
+        ([*SGLANG, "sglang.quantization=fp8"], 1, "sglang.quantization", "set model.hf_dir"),
+        (
+            [*SGLANG, "sglang.quantization=fp8", "weight_sync.pause_mode=retract"],
+            1,
+            "weight_sync.pause_mode",
+            "set abort",
+        ),
+        (
+            [*SGLANG, "weight_sync.verify=logprobs", "weight_sync.pause_mode=in_place"],
+            1,
+            "weight_sync.pause_mode",
+            "set a",
+        ),
+        ([*SGLANG, "sglang.extra_args=[--dp-size=2]"], 1, "sglang.extra_args", "set sglang.servers"),
         ([*SGLANG, "sglang.quantization=fp8", "run.device=cpu"], 1, "sglang.quantization", "needs a GPU"),
         ([*SGLANG, "sglang.offload_weights=true"], 1, "sglang.offload_weights", "sglang.placement is separate"),
         ([*COLOCATED, "scheduling.mode=async"], 1, "scheduling.mode", "no memory while the trainer trains"),
@@ -210,10 +237,10 @@ def test_sglang_is_asked_for_only_where_something_is_generated_or_evaluated(prob
     bad = [*SGLANG, "sglang.venv=nowhere", "sglang.quantization=fp8", "sglang.port=65535", "sglang.servers=2"]
     replay = [f"scheduling.replay_from={tmp_path}", "scheduling.mode=async"]
     without = ["evaluation.at_end=false", "evaluation.every_steps=0"]
-    assert len(problems(*bad)) == 3
+    assert len(problems(*bad)) == 4
     for entry, settings in (("rl", replay), ("sft", [])):
         told = problems(*bad, *settings, entry=entry)
-        assert len(told) == 3
+        assert len(told) == 4
         assert any(text.startswith("sglang.venv: ") and "evaluation alone needs it" in text for text in told)
         assert problems(*bad, *settings, *without, entry=entry) == []
         assert problems(*bad, *settings, "data.heldout=[]", entry=entry) == []
@@ -238,7 +265,7 @@ def test_steps_of_a_replay_are_in_order_and_of_the_run(problems, tmp_path):
 def test_sglangs_settings_are_judged_only_when_it_is_the_engine(problems):
     bad = ["sglang.venv=nowhere", "sglang.quantization=fp8"]
     assert problems(*bad) == []
-    assert len(problems(*SGLANG, *bad)) == 2
+    assert len(problems(*SGLANG, *bad)) == 3
     assert problems(*SGLANG, "sglang.urls=[http://a:1,https://b:443]", "sglang.connect_seconds=60") == []
     assert problems(*ROUTED) == []
 
@@ -255,3 +282,26 @@ def test_servers_that_take_turns_are_on_gpus_of_their_machines_ranks(problems, t
     (text,) = problems(*good, "sglang.servers=5", "sglang.server_tp=2", world_size=256)
     assert text.startswith("sglang.servers: got 5 of sglang.server_tp = 2, which need 10 GPUs of a machine, and")
     assert text.endswith("with 8 ranks on it; set at most 4")
+
+
+def test_the_engines_of_all_machines_count_where_the_manager_needs_some_of_them(problems, tmp_path, monkeypatch):
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "python").touch(mode=0o755)
+    (tmp_path / "ledger.sqlite").touch()
+    ours = [*SGLANG, f"sglang.venv={tmp_path}", "sglang.servers=2"]
+    four, five = (f"scheduling.min_engines={number}" for number in (4, 5))
+    assert problems(*ours, five, world_size=16) == [], "nothing tells how many machines these are"
+    assert problems(*ours, "scheduling.min_engines=2") == []
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    assert problems(*ours, four, world_size=16) == []
+    (text,) = problems(*ours, five, world_size=16)
+    assert text == ("scheduling.min_engines: got 5 of 4 engines (sglang.servers = 2 on each machine); set at most 4")
+    assert len(problems(*ours, five, "optimizer.min_lr=1", "optimizer.schedule=cosine", world_size=16)) == 2
+    for other in ("scheduling.rollout_only=true", f"scheduling.replay_from={tmp_path}", "rollout.engine=local"):
+        assert problems(*ours, five, other, world_size=16) == [], "no manager runs"
+    assert problems(*ours, five, entry="sft", world_size=16) == []
+    (text,) = problems(*ours, five, "sglang.servers=0", world_size=16)
+    assert text.startswith("sglang.servers: got 0")
+    (text,) = problems(*ROUTED, "scheduling.min_engines=3")
+    assert "count as one" in text

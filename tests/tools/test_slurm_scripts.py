@@ -56,6 +56,35 @@ def test_submitted_from_elsewhere_it_says_from_where(tmp_path):
     assert "submit from the root of the repository" in done.stderr
 
 
+NAMES = """
+source tools/slurm_job.sh
+gpus=$1 engine_nodes=(n1 n2)
+address() { echo "$1"; }
+name_engines
+echo "${engine_settings[1]}"
+"""
+
+
+@pytest.mark.parametrize(
+    ("gpus", "tp", "each", "engines"),
+    [(8, 2, None, 4), (8, 2, 4, 4), (8, 2, 8, "got 8 engines of KLEAR_ENGINE_TP=2, which need 16 GPUs"),
+     (8, 3, 3, "got 3 engines of KLEAR_ENGINE_TP=3, which need 9 GPUs"),
+     (1, 2, None, "got 1 engines of KLEAR_ENGINE_TP=2, which need 2 GPUs"), (0, 2, 8, 8)],
+)  # fmt: skip
+def test_engines_that_need_more_gpus_than_a_node_has_are_refused(gpus, tp, each, engines):
+    environment = {**OUTSIDE, "KLEAR_ENGINE_TP": str(tp)} | ({"KLEAR_ENGINES_PER_NODE": str(each)} if each else {})
+    done = subprocess.run(
+        ["bash", "-c", NAMES, "names", str(gpus)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=30
+    )
+    if isinstance(engines, int):
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("http://") == 2 * engines
+    else:
+        assert done.returncode == 2
+        text = f"KLEAR_ENGINES_PER_NODE: {engines} of a node, and it has {gpus}; make one of them smaller\n"
+        assert (done.stdout, done.stderr) == ("", text)
+
+
 RACE = """
 source tools/slurm_job.sh
 job=1 attempt=0 warned='' ended='' logs=$1 trainer='' engines='' entry=train_rl ranks=1 port=1
