@@ -1,4 +1,4 @@
-"""Prompt groups that are finished while others of their step are generated, kept for the case that the run is killed.
+"""Prompt groups that are finished while others of their step are generated, kept in case the run is stopped or killed.
 
 Where the ranks generate together, rank 0 writes the ledger when a step's groups are all there. Until then each rank
 keeps its own in a file, whose lines the next life of the run enters into the ledger.

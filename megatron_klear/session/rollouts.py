@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import concurrent.futures
-import contextlib
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -70,9 +69,10 @@ class Rollouts:
         self.graders: GraderPool
         self._machines: Machines | None = None
         # Of an engine in every rank: how long each takes for its share differs by more than an exchange waits.
-        self._all_ranks = AllRanks(
-            context, silence_seconds=settings.parallel.timeout_seconds, beat=session.heartbeat.renew
-        )
+        silence_seconds = settings.parallel.timeout_seconds
+        self._all_ranks = AllRanks(context, silence_seconds=silence_seconds, beat=self._beat)
+        # Without meetings: a rank that has done its share and waits for the others tells them of a stop, too.
+        self._stopping = AllRanks(context, silence_seconds=silence_seconds)
         if settings.rollout.engine == "sglang":
             self._machines = Machines(context)
             # First, so that machines grade as soon as there is something to grade.
@@ -130,8 +130,11 @@ class Rollouts:
 
     def generate(
         self, prompts: Sequence[Prompt], *, step: int, on_rollout: RolloutCallback | None = None
-    ) -> list[RolloutGroup]:
+    ) -> list[RolloutGroup] | None:
         """M responses to each of a step's prompts at the training temperature; of a local engine this rank's share.
+
+        None where the run is asked to stop while they are drawn; with a local engine perhaps on some ranks only, whom
+        `score` lets the others know of.
 
         Args:
             prompts: of the step.
@@ -148,7 +151,6 @@ class Rollouts:
         made = self._generate(
             prompts, sampling, rollout.responses_per_prompt, seed=_seed(self.session, step, 0), on_rollout=on_rollout
         )
-        assert made is not None
         self.session.noted |= self.failed_requests()
         return made
 
@@ -156,29 +158,37 @@ class Rollouts:
         """On the first rank: requests to servers without a sound answer since this was last asked, as metrics."""
         return self.engine.failed_requests() if isinstance(self.engine, ServedEngine) else {}
 
-    def score(self, prompts: Sequence[Prompt], mine: Sequence[RolloutGroup]) -> list[ScoredGroup]:
-        """Grade what `generate` gave; all groups in the order of `prompts`, with their advantages (Eq. 4)."""
+    def score(self, prompts: Sequence[Prompt], mine: Sequence[RolloutGroup] | None) -> list[ScoredGroup] | None:
+        """Grade what `generate` gave; all groups in the order of `prompts`, with their advantages (Eq. 4).
+
+        None on every rank where `mine` is on any: the run is asked to stop.
+        """
         std = self.session.settings.algorithm.advantage_std
         if isinstance(self.engine, ServedEngine):
+            if mine is None:
+                return None
             alive = self.engine.alive
             with self.session.phase("grade"):
                 told = self.engine.for_all("grade", lambda: self._graded_meanwhile(mine, alive))
             return [scored_group(group, grades, normalize_std=std) for group, grades in zip(mine, told, strict=True)]
         with self.session.phase("grade"):
-            found = self._graded_meanwhile(mine, self._all_ranks.alive)
-            graded = {group.prompt.prompt_id: grades for group, grades in zip(mine, found, strict=True)}
+            found = self._graded_meanwhile(mine or [], self._all_ranks.alive)
+            graded = {group.prompt.prompt_id: grades for group, grades in zip(mine or [], found, strict=True)}
         with self.session.phase("gather"):
             self._all_ranks.meet("generate and grade its share")
-            groups, grades = self._gather(prompts, mine, graded)
+            gathered = self._gather(prompts, mine, graded)
+        if gathered is None:
+            return None
+        groups, grades = gathered
         return [scored_group(group, grades[group.prompt.prompt_id], normalize_std=std) for group in groups]
 
     def score_stored(self, groups: Sequence[RolloutGroup]) -> list[ScoredGroup]:
         """Grade whole groups that every rank has, each rank its share; in their order, with advantages."""
-        prompts = [group.prompt for group in groups]
-        if isinstance(self.engine, ServedEngine):
-            return self.score(prompts, groups)
-        world = self.session.context.world
-        return self.score(prompts, groups[world.rank :: world.size])
+        prompts, world = [group.prompt for group in groups], self.session.context.world
+        served = isinstance(self.engine, ServedEngine)
+        scored = self.score(prompts, groups if served else groups[world.rank :: world.size])
+        assert scored is not None
+        return scored
 
     def evaluate(self, prompts: Sequence[Prompt], settings: EvaluationSettings, *, step: int) -> Accuracy | None:
         """Accuracy on held-out problems, avg@n (greedy when the temperature is 0).
@@ -193,12 +203,10 @@ class Rollouts:
             stop_token_ids=self.stop_token_ids,
         )
         with self._positions_of_evaluation():
-            mine = self._generate(
-                prompts, sampling, settings.samples_per_prompt, seed=_seed(self.session, step, 1), gives_way=True
-            )
-        if mine is None or self._is_asked_to_stop():
-            return None
+            mine = self._generate(prompts, sampling, settings.samples_per_prompt, seed=_seed(self.session, step, 1))
         groups = self.score(prompts, mine)
+        if groups is None:
+            return None
         per_problem = np.array([g.is_correct[g.graded].mean() for g in groups if g.graded.any()])
         count = int(sum(g.graded.sum() for g in groups))
         correct = int(sum(g.is_correct.sum() for g in groups))
@@ -210,12 +218,11 @@ class Rollouts:
             groups=tuple(groups),
         )
 
-    def _is_asked_to_stop(self) -> bool:
-        """Whether a rank's share of an evaluation may be missing, where each draws its own (a collective)."""
-        if isinstance(self.engine, ServedEngine):
-            return False
-        self._all_ranks.meet("generate its share")
-        return self.session.is_asked_to_stop()
+    def _beat(self) -> None:
+        """Of a rank that works or waits."""
+        self.session.heartbeat.renew()
+        if self.session.stop.received:
+            self._stopping.is_any_asked_to_stop(asked=True)
 
     def _positions_of_evaluation(self) -> AbstractContextManager[None]:
         """With `yarn.apply_to=evaluation` the engine computes with YaRN for the while; servers do so all the time."""
@@ -236,10 +243,9 @@ class Rollouts:
         num_responses: int,
         *,
         seed: int,
-        gives_way: bool = False,
         on_rollout: RolloutCallback | None = None,
     ) -> list[RolloutGroup] | None:
-        """Responses; None where servers' give way to a request to stop, and a part of them where this rank's do."""
+        """Responses; None where they give way to a request to stop: servers' on every rank, else this rank's."""
         world = self.session.context.world
         # Servers take all prompts at once and balance them; an engine inside this process takes this rank's share.
         served = isinstance(self.engine, ServedEngine)
@@ -252,21 +258,16 @@ class Rollouts:
                 advance(progress.finished_responses - done)
                 done = progress.finished_responses
                 self._all_ranks.alive()
-                asked = gives_way and self.session.stop.received
-                if gives_way and not served and self._all_ranks.is_any_asked_to_stop(asked=asked):
+                if not served and self._stopping.is_any_asked_to_stop(asked=self.session.stop.received):
                     raise AskedToStop
 
-            engine = self.engine
-            how: dict[str, Any] = {
-                "num_responses": num_responses, "sampling": sampling, "seed": seed, "on_progress": show,
-            }  # fmt: skip
-            if isinstance(engine, ServedEngine):
-                if gives_way:
-                    return engine.generate_unless_stopped(mine, **how)
-                return engine.generate(mine, **how, on_rollout=on_rollout)
-            with contextlib.suppress(AskedToStop):
-                return engine.generate(mine, **how, on_rollout=on_rollout)
-            return []
+            try:
+                return self.engine.generate(
+                    mine, num_responses=num_responses, sampling=sampling, seed=seed, on_progress=show,
+                    on_rollout=on_rollout,
+                )  # fmt: skip
+            except AskedToStop:
+                return None
 
     def grade(self, groups: Sequence[RolloutGroup]) -> list[tuple[Grade, ...]]:
         """Grades of each group's responses."""
@@ -284,11 +285,14 @@ class Rollouts:
     def _gather(
         self,
         prompts: Sequence[Prompt],
-        mine: Sequence[RolloutGroup],
+        mine: Sequence[RolloutGroup] | None,
         graded: dict[str, tuple[Grade, ...]],
-    ) -> tuple[list[RolloutGroup], dict[str, tuple[Grade, ...]]]:
+    ) -> tuple[list[RolloutGroup], dict[str, tuple[Grade, ...]]] | None:
+        """All ranks' groups and grades; None where a rank has none to give."""
         parts: list[Any] = [None] * self.session.context.world.size
-        dist.all_gather_object(parts, (list(mine), graded))
+        dist.all_gather_object(parts, None if mine is None else (list(mine), graded))
+        if None in parts:
+            return None
         merged = {name: grades for _, part in parts for name, grades in part.items()}
         return merge_groups(prompts, [groups for groups, _ in parts]), merged
 

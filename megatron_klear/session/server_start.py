@@ -36,7 +36,7 @@ _END_SECONDS = 10.0
 
 
 class AskedToStop(Exception):
-    """Servers that are still starting, or an evaluation's responses, are waited for no longer."""
+    """Servers that are still starting, or responses, are waited for no longer."""
 
 
 class ServerStart:

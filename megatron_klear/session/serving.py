@@ -252,31 +252,15 @@ class ServedEngine:
         seed: int,
         on_progress: ProgressCallback | None = None,
         on_rollout: RolloutCallback | None = None,
-    ) -> list[RolloutGroup]:
+    ) -> list[RolloutGroup] | None:
         """Draw `num_responses` responses to each prompt; every rank gets all groups, in the order of `prompts`.
 
-        The first rank's `on_progress` and `on_rollout` are called.
+        None on every rank, soon, where any of them is asked to stop meanwhile. The first rank's `on_progress` and
+        `on_rollout` are called.
 
         Raises:
             RolloutError: on every rank; see `SglangEngine.generate`.
         """
-        draw = partial(
-            self._drawn, prompts, num_responses=num_responses, sampling=sampling, seed=seed, on_progress=on_progress,
-            on_rollout=on_rollout,
-        )  # fmt: skip
-        return self.for_all("generate", lambda: draw(waiting=self._first_rank.alive))
-
-    def generate_unless_stopped(
-        self,
-        prompts: Sequence[Prompt],
-        *,
-        num_responses: int,
-        sampling: SamplingParams,
-        seed: int,
-        on_progress: ProgressCallback | None = None,
-        on_rollout: RolloutCallback | None = None,
-    ) -> list[RolloutGroup] | None:
-        """As `generate`, but None on every rank, soon, where any of them is asked to stop meanwhile."""
         draw = partial(
             self._drawn, prompts, num_responses=num_responses, sampling=sampling, seed=seed, on_progress=on_progress,
             on_rollout=on_rollout,
