@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -16,6 +15,7 @@ from megatron_klear.records import Grade, Prompt, Rollout, RolloutGroup, ScoredG
 from megatron_klear.rollout import RolloutCallback
 from megatron_klear.rollout.ledger import (
     LEDGER_FILE,
+    ROLLOUT_ONLY,
     Ledger,
     LedgerPosition,
     LedgerReader,
@@ -28,6 +28,7 @@ from megatron_klear.rollout.ledger import (
     scored_group,
 )
 from megatron_klear.session.finished_groups import FinishedGroups, enter_left_behind, forget_left_behind
+from megatron_klear.session.first_weights import first_weights_identity
 from megatron_klear.session.recorded import Recorded
 from megatron_klear.session.rollouts import Rollouts
 from megatron_klear.session.session import Session
@@ -52,22 +53,22 @@ def reconcile_with_checkpoint(
         (epoch, prompt_id) of the groups that are not trained, in the ledger's order.
 
     Raises:
-        CheckpointError: it is not the ledger of the run's checkpoint.
+        CheckpointError: it is not the ledger of the run's checkpoint, or lacks steps that were only recorded.
     """
     settings = session.settings
     saved = None if session.resumed is None else session.resumed.get("ledger")
     stored = None if saved is None else LedgerPosition.from_json(saved)
     entered = enter_left_behind(ledger, session.root)
-    first_weights = (settings.model, settings.checkpoint.start_from, settings.run.seed, prompts.fingerprint)
     found = reconcile(
         ledger,
         session.step,
         stored,
-        identity=hashlib.blake2b(repr(first_weights).encode(), digest_size=16).hexdigest(),
+        identity=first_weights_identity(session, prompts.fingerprint),
         prompts={prompt.prompt_id: prompt for prompt in prompts.prompts},
         num_responses=settings.rollout.responses_per_prompt,
         terms=run_terms(settings, session.chat),
         keep_next_step=keep_next_step,
+        rollout_only=settings.scheduling.rollout_only,
     )
     forget_left_behind(session.root)
     # Those of weights that are gone, or of other settings, are not among them any more.
@@ -125,12 +126,16 @@ class RunLedger:
             cursor: walks over the data; moved on by one batch, unless enough prompts that it has passed are not
                 trained, and at the first step past all that the ledger has in flight.
             rollouts: generates and grades what is not there yet, with the weights that precede the step.
+
+        Raises:
+            Preempted: when any rank was asked to stop meanwhile; groups that are whole are kept for the next life.
         """
         if self.session.settings.scheduling.replay_from is not None:
             cursor.next_batch()
             with self.session.phase("replay"):
                 return self._scored(agree("replay a step", lambda: self._replayed(step), self.session.context))
         assert not isinstance(rollouts, Recorded)
+        before = cursor.state_dict()
         drawn, keyed = self._next(cursor)
         batch = [prompt for _, prompt in keyed]
         graded, ungraded = agree(
@@ -142,7 +147,12 @@ class RunLedger:
         missing = [prompt for prompt in batch if prompt.prompt_id not in known]
         if missing:
             mine = rollouts.generate(missing, step=step, on_rollout=self._keeper(keyed))
-            fresh += rollouts.score(missing, mine)
+            scored = rollouts.score(missing, mine)
+            if scored is None:
+                cursor.load_state(before)  # the checkpoint is that of the step before, whose next one has this batch
+                self.session.stop_if_asked()
+            assert scored is not None
+            fresh += scored
         together(
             "write the rollout ledger", lambda: self._record(step, keyed, fresh), self.session.context, only_first=True
         )
@@ -206,13 +216,17 @@ class RunLedger:
         if source is not None:
             self._reader = self._close.enter_context(LedgerReader(Path(source) / LEDGER_FILE))
             require_steps(self._reader, session.step + 1, session.total_steps)
-            other = check_replay(self._reader, run_terms(settings, session.chat))
+            terms = run_terms(settings, session.chat)
+            other = check_replay(self._reader, terms, session.step + 1, session.total_steps)
             if other:
                 log.warning("replaying responses and grades that were made under other settings: %s", other)
             return
-        self._ledger = self._close.enter_context(Ledger(session.root / LEDGER_FILE))
-        # The order of the data alone says which groups a step has.
-        found = reconcile_with_checkpoint(self._ledger, session, self._prompts, keep_next_step=False)
+        with ExitStack() as opened:
+            self._ledger = opened.enter_context(Ledger(session.root / LEDGER_FILE))
+            # The order of the data alone says which groups a step has.
+            found = reconcile_with_checkpoint(self._ledger, session, self._prompts, keep_next_step=False)
+            # One that is refused is closed: its write-ahead log would harm the file that is put back in its place.
+            self._close.push(opened.pop_all())
         self._open_groups = [] if settings.scheduling.rollout_only else found  # there they are recorded steps
 
     def _position(self) -> dict[str, Any] | None:
@@ -223,7 +237,11 @@ class RunLedger:
     def _replayed(self, step: int) -> list[tuple[RolloutGroup, tuple[Grade, ...]]]:
         assert self._reader is not None
         std = self.session.settings.algorithm.advantage_std
-        return [(group.group, group.grades) for group in replay_step(self._reader, step, normalize_std=std)]
+        # A run that trained on nothing numbered the same weights anew with each step; here they are those of the first.
+        is_frozen = self._reader.fact(ROLLOUT_ONLY) == "true"
+        version = self.session.settings.scheduling.replay_first_step - 1 if is_frozen else None
+        groups = replay_step(self._reader, step, normalize_std=std, version=version)
+        return [(group.group, group.grades) for group in groups]
 
     def _recalled(
         self, step: int, drawn: Sequence[tuple[int, Prompt]], keyed: Sequence[tuple[int, Prompt]]

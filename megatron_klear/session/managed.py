@@ -177,10 +177,14 @@ class ManagedGroups:
         return self._manager
 
     def _open(self) -> None:
-        self._ledger = self._close.enter_context(Ledger(self.session.root / LEDGER_FILE))
-        # By completion a step that is trained again has the same groups as before.
-        keep = self.session.settings.scheduling.order == "completion"
-        self._open_groups = reconcile_with_checkpoint(self._ledger, self.session, self._prompts, keep_next_step=keep)
+        with ExitStack() as opened:
+            ledger = opened.enter_context(Ledger(self.session.root / LEDGER_FILE))
+            # By completion a step that is trained again has the same groups as before.
+            keep = self.session.settings.scheduling.order == "completion"
+            self._open_groups = reconcile_with_checkpoint(ledger, self.session, self._prompts, keep_next_step=keep)
+            self._ledger = ledger
+            # One that is refused is closed: its write-ahead log would harm the file that is put back in its place.
+            self._close.push(opened.pop_all())
 
     def _resume(self, version: int) -> None:
         if self._manager is not None:

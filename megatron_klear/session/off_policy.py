@@ -256,7 +256,9 @@ _AGREED_BEFORE = (
 _RECORDED_EARLIER = (
     "Cause: other weights, staleness, or numerics. The tokens were recorded by the run in scheduling.replay_from as of "
     "its versions {first} to {last}, and nothing tells whether this run's weights are the ones that it had at version "
-    "{version}: a replay that begins later needs its checkpoint of the step before (scheduling.replay_first_step)."
+    "{version}: a replay that begins later needs its checkpoint of the step before (scheduling.replay_first_step). "
+    "Where that run had scheduling.rollout_only, all its steps were recorded from the weights of step {first} alone, "
+    "and each one that is trained makes the tokens of the next staler: lower optimizer.lr, or record fewer steps."
 )
 _ALL_ARE_OLD = (
     "Cause: staleness, or numerics. All tokens were sampled by versions {first} to {last}, and version {version} is "

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -24,12 +26,13 @@ from megatron_klear.config import (
     TokenizerSettings,
 )
 from megatron_klear.data import DataCursor
-from megatron_klear.errors import RolloutError
+from megatron_klear.errors import CheckpointError, RolloutError
 from megatron_klear.records import Grade, ParallelContext, Prompt, RolloutGroup, ScoredGroup
 from megatron_klear.rollout import RolloutCallback
-from megatron_klear.rollout.ledger import LEDGER_FILE, Ledger, LedgerReader
+from megatron_klear.rollout.ledger import LEDGER_FILE, Ledger, LedgerPosition, LedgerReader, position, reconcile
 from megatron_klear.rollout.ledger.terms import enforce
 from megatron_klear.session.finished_groups import DIRECTORY, FinishedGroups
+from megatron_klear.session.launch import Preempted
 from megatron_klear.session.ledger import RunLedger
 from megatron_klear.session.terms import run_terms
 
@@ -304,6 +307,72 @@ def test_groups_that_were_finished_when_the_run_was_killed_are_not_drawn_again(
         assert reader.states() == {"committed": 3}
 
 
+@pytest.mark.parametrize("rollout_only", [False, True], ids=["trained", "recorded"])
+def test_a_step_whose_responses_give_way_to_a_stop_is_the_next_one_of_the_next_life(
+    context: ParallelContext, make_group: Callable[..., ScoredGroup], tmp_path: Path, rollout_only: bool
+) -> None:
+    """Asked to stop in step 2, with one of two groups whole and no checkpoint of step 1 yet."""
+    names = ("one", "two", "three", "four", "five", "six")
+    groups = {name: make_group(name, [1, -1], lengths=[4, 4]) for name in names}
+    settings = settings_of(
+        tmp_path,
+        rl=RlSettings(prompts_per_step=2, minibatch_prompts=2),
+        scheduling=SchedulingSettings(mode="sync", rollout_only=rollout_only),
+    )
+    session = SimpleNamespace(chat=CHAT, settings=settings, context=context, root=tmp_path, resumed=None, step=0,
+                              saved_step=0)  # fmt: skip
+    prompts = Data([group.group.prompt for group in groups.values()])
+    asked: list[str] = []
+    is_stopping = False
+
+    def generate(missing: list[Prompt], *, step: int, on_rollout: RolloutCallback) -> list[RolloutGroup] | None:
+        made = []
+        for prompt in missing:
+            asked.append(prompt.prompt_id)
+            rollouts = tuple(
+                replace(r, policy_versions=((step - 1, 4),)) for r in groups[prompt.prompt_id].group.rollouts
+            )
+            for index, rollout in enumerate(rollouts):
+                on_rollout(prompt, index, rollout)
+            if is_stopping:
+                return None
+            made.append(RolloutGroup(prompt=prompt, rollouts=rollouts))
+        return made
+
+    def scored(found: list[RolloutGroup]) -> list[ScoredGroup]:
+        return [replace(groups[group.prompt.prompt_id], group=group) for group in found]
+
+    def stop_if_asked() -> None:
+        state = {"step": session.step, "cursor": cursor.state_dict(), "ledger": session.ledger_position()}
+        session.resumed = json.loads(json.dumps(state))
+        raise Preempted
+
+    rollouts: Any = SimpleNamespace(
+        generate=generate, score=lambda _, mine: None if mine is None else scored(mine), score_stored=scored
+    )
+    session.stop_if_asked = stop_if_asked
+    cursor = DataCursor(6, 2, seed=0, shuffle=False)
+    with RunLedger(session, prompts) as source:  # type: ignore[arg-type]
+        source.groups(1, cursor, rollouts)
+        source.trained(1)
+        session.step, is_stopping = 1, True
+        with pytest.raises(Preempted):
+            source.groups(2, cursor, rollouts)
+    is_stopping = False
+    cursor = DataCursor(6, 2, seed=0, shuffle=False)
+    cursor.load_state(session.resumed["cursor"])
+    steps = []
+    with RunLedger(session, prompts) as source:  # type: ignore[arg-type]
+        for step in (2, 3):
+            steps.append([group.group.prompt.prompt_id for group in source.groups(step, cursor, rollouts)])
+            source.trained(step)
+    assert steps == [["three", "four"], ["five", "six"]]
+    assert asked == list(names), "what was finished is not drawn again"
+    with LedgerReader(tmp_path / LEDGER_FILE) as reader:
+        assert reader.states() == {"committed" if rollout_only else "trained": 6}
+        assert [len(reader.groups_of_step(step)) for step in (1, 2, 3)] == [2, 2, 2]
+
+
 def test_tokens_stay_until_a_checkpoint_makes_them_dispensable(
     context: ParallelContext, make_group: Callable[..., ScoredGroup], tmp_path: Path
 ) -> None:
@@ -350,6 +419,99 @@ def test_groups_that_cannot_be_kept_cost_one_warning(tmp_path: Path, make_group,
         finished.add(0, group.prompt, 0, group.rollouts[0], num_responses=1)
     (warning,) = caplog.messages
     assert warning.startswith("a kill in this step would have its responses drawn again: they cannot be kept (")
+
+
+def recorded_steps(root: Path, groups: list[ScoredGroup], settings: Settings, *, rollout_only: bool) -> LedgerPosition:
+    """A ledger that has one group a step, each of the version before it; returns its place in the last checkpoint."""
+    root.mkdir(exist_ok=True)
+    with Ledger(root / LEDGER_FILE) as ledger:
+        reconcile(
+            ledger, 0, None, identity="", prompts={}, num_responses=2, terms=run_terms(settings, CHAT),
+            rollout_only=rollout_only,
+        )  # fmt: skip
+        for step, group in enumerate(groups, start=1):
+            leave_graded(ledger, group, ((step - 1, 4),))
+            ledger.commit(step, [step])
+        return position(ledger, len(groups))
+
+
+def test_a_run_whose_recorded_steps_are_gone_does_not_go_on(
+    context: ParallelContext, make_group: Callable[..., ScoredGroup], tmp_path: Path
+) -> None:
+    groups = [make_group(name, [1, -1], lengths=[4, 4]) for name in ("one", "two")]
+    settings = settings_of(
+        tmp_path,
+        rl=RlSettings(prompts_per_step=1, minibatch_prompts=1),
+        scheduling=SchedulingSettings(mode="sync", rollout_only=True),
+    )
+    place = recorded_steps(tmp_path, groups, settings, rollout_only=True)
+    session: Any = SimpleNamespace(
+        chat=CHAT, settings=settings, context=context, root=tmp_path, resumed={"ledger": place.to_json()}, step=2
+    )
+    prompts: Any = Data([group.group.prompt for group in groups])
+    with RunLedger(session, prompts):
+        pass
+    kept = (tmp_path / LEDGER_FILE).read_bytes()
+    (tmp_path / LEDGER_FILE).unlink()
+    for _ in range(2):
+        with pytest.raises(CheckpointError, match=r"lacks 2 of the 2 steps that were recorded .* put back the ledger"):
+            RunLedger(session, prompts)
+        assert not list(tmp_path.glob("*-wal")), "nothing that would be taken for part of the ledger that is put back"
+    (tmp_path / LEDGER_FILE).write_bytes(kept)
+    with RunLedger(session, prompts), LedgerReader(tmp_path / LEDGER_FILE) as reader:
+        assert reader.states() == {"committed": 2}
+
+
+@pytest.mark.parametrize("rollout_only", [False, True])
+def test_a_replay_knows_whether_the_recorded_run_trained(
+    context: ParallelContext, make_group: Callable[..., ScoredGroup], tmp_path: Path, rollout_only: bool
+) -> None:
+    """One that did not numbered the same weights anew with each step: here those before the first replayed step."""
+    groups = [make_group(name, [1, -1], lengths=[4, 4]) for name in ("one", "two", "three")]
+    recorded_steps(tmp_path / "recorded", groups, settings_of(tmp_path), rollout_only=rollout_only)
+    scheduling = SchedulingSettings(replay_from=str(tmp_path / "recorded"), replay_first_step=2)
+    session: Any = SimpleNamespace(
+        chat=CHAT, settings=settings_of(tmp_path, scheduling=scheduling), context=context, step=1, total_steps=3,
+        root=tmp_path, phase=lambda name: contextlib.nullcontext(),
+    )  # fmt: skip
+    cursor: Any = SimpleNamespace(next_batch=lambda: None)
+    rollouts: Any = None
+    with RunLedger(session, Data([])) as source:  # type: ignore[arg-type]
+        steps = [source.groups(step, cursor, rollouts) for step in (2, 3)]
+    versions = [{r.policy_versions for group in step for r in group.group.rollouts} for step in steps]
+    assert versions == [{((1, 4),)}, {((1 if rollout_only else 2, 4),)}]
+
+
+def test_a_replay_is_of_the_settings_of_its_steps_and_not_of_the_newest(
+    context: ParallelContext, make_group: Callable[..., ScoredGroup], tmp_path: Path
+) -> None:
+    """Steps 1 and 2 were recorded at temperature 1.0, step 3 at 0.6."""
+    groups = [make_group(name, [1, -1], lengths=[4, 4]) for name in ("one", "two", "three")]
+    cold = {"rollout": RolloutSettings(responses_per_prompt=2, temperature=0.6)}
+    recorded_steps(tmp_path / "recorded", groups, settings_of(tmp_path), rollout_only=True)
+    with Ledger(tmp_path / "recorded" / LEDGER_FILE) as ledger:
+        enforce(ledger, run_terms(settings_of(tmp_path, **cold), CHAT), step=2, num_responses=2)
+
+    def replay(first: int, last: int, **changed: Any) -> None:
+        scheduling = SchedulingSettings(replay_from=str(tmp_path / "recorded"))
+        session: Any = SimpleNamespace(
+            chat=CHAT, settings=settings_of(tmp_path, scheduling=scheduling, **changed), context=context,
+            step=first - 1, total_steps=last, root=tmp_path,
+        )  # fmt: skip
+        with RunLedger(session, Data([])):  # type: ignore[arg-type]
+            pass
+
+    with pytest.raises(CheckpointError, match="no groups of step 3"):
+        replay(1, 3)  # what was in flight is drawn anew
+    with Ledger(tmp_path / "recorded" / LEDGER_FILE) as ledger:
+        leave_graded(ledger, groups[2], ((2, 4),))
+        ledger.commit(3, [3])
+    replay(1, 2)
+    replay(3, 3, **cold)
+    with pytest.raises(CheckpointError, match=r"\(steps 1 to 2: rollout.temperature: 1.0 there, 0.6 here\)"):
+        replay(1, 2, **cold)
+    with pytest.raises(CheckpointError, match=r"\(step 3: rollout.temperature: 0.6 there, 1.0 here\)"):
+        replay(1, 3)
 
 
 def test_another_tokenizer_counts_by_what_it_holds(tmp_path: Path) -> None:

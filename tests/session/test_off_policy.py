@@ -137,6 +137,7 @@ def test_where_all_tokens_are_old_neither_cause_is_claimed():
     told = str(caught.value)
     assert "Cause: other weights, staleness, or numerics. The tokens were recorded by the run" in told
     assert "as of its versions 5 to 7" in told
+    assert "scheduling.rollout_only, all its steps were recorded from the weights of step 5 alone" in told
     assert "weight_sync" not in told, "a replay has no engines whose settings would help"
 
 

@@ -10,7 +10,14 @@ from megatron_klear.rollout.ledger.entries import EVENTS, STATES, GroupState, St
 from megatron_klear.rollout.ledger.filter import GroupFilter
 from megatron_klear.rollout.ledger.reading import LedgerReader, ResponseRow
 from megatron_klear.rollout.ledger.replay import replay_step, require_steps, scored_group, with_names_of_their_own
-from megatron_klear.rollout.ledger.resuming import LedgerPosition, Reconciled, open_groups, position, reconcile
+from megatron_klear.rollout.ledger.resuming import (
+    ROLLOUT_ONLY,
+    LedgerPosition,
+    Reconciled,
+    open_groups,
+    position,
+    reconcile,
+)
 from megatron_klear.rollout.ledger.terms import OPENING, Terms, UnderOtherTerms, check_replay
 from megatron_klear.rollout.ledger.writing import Ledger
 
@@ -21,6 +28,7 @@ __all__ = [
     "EVENTS",
     "LEDGER_FILE",
     "OPENING",
+    "ROLLOUT_ONLY",
     "STATES",
     "GroupFilter",
     "GroupState",

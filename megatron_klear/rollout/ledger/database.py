@@ -18,6 +18,9 @@ from megatron_klear.rollout.ledger import schema
 _BUSY_SECONDS = 30.0
 """How long a statement waits for a lock; readers never block the writer, only a second writer or a backup does."""
 
+_NO_SHARED_MEMORY = ("SQLITE_READONLY", "SQLITE_CANTOPEN")
+"""How the errors begin by which SQLite says that it cannot make a file beside the ledger."""
+
 _LOCK_TRIES, _LOCK_PAUSE_SECONDS = 5, 0.1
 
 
@@ -95,22 +98,42 @@ def open_for_writing(file: Path) -> sqlite3.Connection:
 def open_for_reading(file: Path) -> sqlite3.Connection:
     """Open read-only; possible at any time, also while the run writes, but then on its machine only.
 
+    Whoever may not write to the directory cannot make the shared memory that goes with a write-ahead log. A ledger
+    that was closed has all in its file and needs none: it is then read as one that nobody changes.
+
     Raises:
-        RolloutError: missing, damaged, of another schema, or being written on another machine.
+        RolloutError: missing, damaged, of another schema, being written on another machine, or not closed, in a
+            directory that cannot be written to.
     """
     if not file.is_file():
         raise RolloutError(f"no ledger {file}: the run has reserved no prompts yet, or this is no run directory")
     _refuse_from_elsewhere(file)
     with readable_errors(file):
-        connection = sqlite3.connect(
-            f"file:{quote(str(file.absolute()))}?mode=ro", uri=True, timeout=_BUSY_SECONDS, isolation_level=None
-        )
         try:
-            schema.check(connection, file)
-        except BaseException:
-            connection.close()
-            raise
-        return connection
+            return _opened(file, "mode=ro")
+        except sqlite3.OperationalError as error:
+            if not error.sqlite_errorname.startswith(_NO_SHARED_MEMORY) or not os.access(file, os.R_OK):
+                raise
+            wal = file.with_name(file.name + "-wal")
+            if wal.exists() and wal.stat().st_size:
+                raise RolloutError(
+                    f"{file} was not closed, and its directory cannot be written to, as SQLite must to read what is in "
+                    f"{wal.name}. Make the directory writable, or copy {file.name} together with {wal.name} into one "
+                    "that is"
+                ) from error
+        return _opened(file, "mode=ro&immutable=1")
+
+
+def _opened(file: Path, options: str) -> sqlite3.Connection:
+    connection = sqlite3.connect(
+        f"file:{quote(str(file.absolute()))}?{options}", uri=True, timeout=_BUSY_SECONDS, isolation_level=None
+    )
+    try:
+        schema.check(connection, file)
+    except BaseException:
+        connection.close()
+        raise
+    return connection
 
 
 def _refuse_from_elsewhere(file: Path) -> None:

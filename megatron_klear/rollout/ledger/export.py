@@ -57,7 +57,7 @@ def _rows(reader: LedgerReader, chosen: GroupFilter, decode: Decode | None, toke
         if group is None or group.group_id != row.group_id:
             group = reader.load(row.group_id)
         assert group is not None
-        yield _row(row, group, opening, decode, tokens)
+        yield _row(row, group, opening(row.step), decode, tokens)
 
 
 def _row(row: ResponseRow, group: StoredGroup, opening: str, decode: Decode | None, tokens: bool) -> dict[str, Any]:

@@ -42,13 +42,16 @@ def scored_group(group: RolloutGroup, grades: tuple[Grade, ...], *, normalize_st
     )
 
 
-def replay_step(reader: LedgerReader, step: int, *, normalize_std: bool) -> list[ScoredGroup]:
+def replay_step(
+    reader: LedgerReader, step: int, *, normalize_std: bool, version: int | None = None
+) -> list[ScoredGroup]:
     """The groups that a step of a run was trained on, in its order.
 
     Args:
         reader: of the run's ledger.
         step: counted from 1.
         normalize_std: see `scored_group`.
+        version: that all tokens are said to be of; None leaves those that the ledger says.
 
     Raises:
         RolloutError: the ledger has no such step, or its tokens were removed to save space.
@@ -56,7 +59,8 @@ def replay_step(reader: LedgerReader, step: int, *, normalize_std: bool) -> list
     groups = reader.groups_of_step(step)
     if not groups:
         require_steps(reader, step, step)
-    return [_scored(reader, group, normalize_std) for group in with_names_of_their_own(groups)]
+    scored = [_scored(reader, group, normalize_std) for group in with_names_of_their_own(groups)]
+    return scored if version is None else [_as_of(version, group) for group in scored]
 
 
 def require_steps(reader: LedgerReader, first: int, last: int) -> None:
@@ -94,6 +98,12 @@ def with_names_of_their_own(groups: Sequence[StoredGroup]) -> list[StoredGroup]:
         seen.add(prompt_id)
         named.append(group)
     return named
+
+
+def _as_of(version: int, scored: ScoredGroup) -> ScoredGroup:
+    """The same responses, all tokens of one version."""
+    rollouts = tuple(replace(r, policy_versions=((version, len(r.response_ids)),)) for r in scored.group.rollouts)
+    return replace(scored, group=replace(scored.group, rollouts=rollouts))
 
 
 def _scored(reader: LedgerReader, group: StoredGroup, normalize_std: bool) -> ScoredGroup:

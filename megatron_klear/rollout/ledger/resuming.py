@@ -16,6 +16,7 @@ history that counts, the one the checkpoint continues.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Self
@@ -25,6 +26,9 @@ from megatron_klear.records import Prompt
 from megatron_klear.rollout.ledger.entries import cut_to_version
 from megatron_klear.rollout.ledger.terms import Terms, UnderOtherTerms, enforce
 from megatron_klear.rollout.ledger.writing import Ledger
+
+ROLLOUT_ONLY = "rollout_only"
+"""Name of the fact whether all responses were drawn from the run's first weights, whatever version they name."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,6 +110,7 @@ def reconcile(
     num_responses: int,
     terms: Terms,
     keep_next_step: bool = True,
+    rollout_only: bool = False,
 ) -> Reconciled:
     """Make the ledger agree with the checkpoint and the settings that a run goes on from, in one transaction.
 
@@ -120,16 +125,22 @@ def reconcile(
         terms: settings that responses and grades must be of, see `terms.py`.
         keep_next_step: whether the groups of the step after `step` stay promised to it; false where the order of the
             data says anew which they are.
+        rollout_only: steps up to `step` are recorded and not trained; the ledger is all that is left of them.
 
     Raises:
-        CheckpointError: the ledger is of another run, or prompts in flight are no longer in the data.
+        CheckpointError: the ledger is of another run, prompts in flight are no longer in the data, or steps that are
+            in the ledger alone are not there.
     """
     with ledger.transaction() as db:
+        if rollout_only:
+            _require_recorded(ledger, step)
+        ledger.set_fact(ROLLOUT_ONLY, json.dumps(rollout_only))
         if stored is None and step == 0 and ledger.fact("identity") not in (None, identity):
             for table in ("tokens", "responses", "groups", "prompts"):
                 db.execute(f"DELETE FROM {table}")
             ledger.note("emptied", [None], detail="no checkpoint, and the run starts from other weights or data")
-        ledger.set_fact("identity", identity)
+        if step == 0 or ledger.fact("identity") is None:  # later the first weights may be others, unread
+            ledger.set_fact("identity", identity)
         ledger.note("resumed", [None], step=step)
         restored = confirmed = 0
         if stored is not None:
@@ -145,6 +156,19 @@ def reconcile(
             restored=restored,
             confirmed=confirmed,
             other_terms=other_terms,
+        )
+
+
+def _require_recorded(ledger: Ledger, step: int) -> None:
+    """Refuse a ledger that has not got all steps that were recorded: nothing would draw those again."""
+    with ledger.transaction() as db:
+        known = {row[0] for row in db.execute("SELECT DISTINCT step FROM groups WHERE step <= ?", [step]).fetchall()}
+    missing = [number for number in range(1, step + 1) if number not in known]
+    if missing:
+        raise CheckpointError(
+            f"{ledger.file} lacks {len(missing)} of the {step} steps that were recorded up to the newest checkpoint "
+            f"(scheduling.rollout_only), the first of them step {missing[0]}; put back the ledger that they were "
+            "recorded in, or record anew in another run.dir"
         )
 
 

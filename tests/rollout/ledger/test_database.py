@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import fcntl
 import os
+import shutil
 import sqlite3
 import subprocess
 import sys
+import tempfile
 import threading
 from pathlib import Path
 
@@ -54,6 +56,75 @@ def test_people_read_while_the_run_writes(ledger, file, advance):
         assert reader.states() == {"graded": 1}
     with LedgerReader(file) as reader:
         assert reader.states() == {"graded": 2}
+
+
+READS = """
+import os, sys
+from pathlib import Path
+from megatron_klear.errors import RolloutError
+from megatron_klear.rollout.ledger import LedgerReader
+if not os.getuid():
+    os.setuid(65534)  # root may write anywhere
+try:
+    with LedgerReader(Path(sys.argv[1])) as reader:
+        print(reader.states())
+except RolloutError as error:
+    print(error)
+"""
+
+
+@pytest.fixture
+def shut():
+    """A directory that others than its owner may go into; pytest's own are closed to them."""
+    with tempfile.TemporaryDirectory() as name:
+        yield Path(name)
+        Path(name).chmod(0o755)
+
+
+def read_by_another(file: Path) -> str:
+    """What somebody reads who may not write to the ledger's directory."""
+    file.parent.chmod(0o555)
+    before = sorted(file.parent.iterdir())
+    done = subprocess.run(
+        [sys.executable, "-c", READS, str(file)],
+        capture_output=True, text=True, timeout=60, env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert sorted(file.parent.iterdir()) == before
+    return done.stdout.strip()
+
+
+def test_a_closed_ledger_is_read_where_nothing_can_be_written(shut, advance):
+    file = shut / "ledger of #1?.sqlite"
+    with Ledger(file) as ledger:
+        advance(ledger, "a", "graded")
+    assert read_by_another(file) == "{'graded': 1}"
+    shut.chmod(0o755)
+    Path(f"{file}-wal").touch()
+    assert read_by_another(file) == "{'graded': 1}", "there is nothing in it"
+    file.chmod(0o000)
+    assert read_by_another(file).endswith("the ledger cannot be used (SQLITE_CANTOPEN: unable to open database file)")
+
+
+def test_people_of_other_names_read_while_the_run_writes(shut, advance):
+    with Ledger(shut / "ledger.sqlite") as ledger:
+        advance(ledger, "a", "graded")
+        assert read_by_another(shut / "ledger.sqlite") == "{'graded': 1}"
+
+
+def test_a_ledger_that_was_not_closed_is_not_read_without_its_log(ledger, file, shut, advance):
+    advance(ledger, "a", "graded")
+    for name in (file.name, f"{file.name}-wal"):
+        shutil.copy(file.parent / name, shut)
+    copy = shut / file.name
+    assert read_by_another(copy) == (
+        f"{copy} was not closed, and its directory cannot be written to, as SQLite must to read what is in "
+        "ledger.sqlite-wal. Make the directory writable, or copy ledger.sqlite together with ledger.sqlite-wal into "
+        "one that is"
+    )
+    shut.chmod(0o755)
+    with LedgerReader(copy) as reader:
+        assert reader.states() == {"graded": 1}
 
 
 def test_another_schema_is_refused(file):

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import pytest
 
 from megatron_klear.errors import RolloutError
 from megatron_klear.records import Grade
-from megatron_klear.rollout.ledger import LedgerReader, Terms, check_replay, replay_step
-from megatron_klear.rollout.ledger.terms import enforce
+from megatron_klear.rollout.ledger import OPENING, Ledger, LedgerReader, Terms, check_replay, replay_step
+from megatron_klear.rollout.ledger.spans import spans
+from megatron_klear.rollout.ledger.terms import enforce, recorded_opening
 
 
 def test_a_step_is_replayed_in_its_order_with_its_advantages(ledger, file, make_prompt, make_rollout):
@@ -68,12 +70,85 @@ def test_a_replay_under_other_settings_is_refused_or_told(ledger, file):
         grading={"reward.wrong": -1.0},
     )
     with LedgerReader(file) as reader:
-        assert check_replay(reader, recorded) == "", "an old ledger does not say"
+        assert check_replay(reader, recorded, 1, 9) == "", "an old ledger does not say"
     enforce(ledger, recorded, step=0, num_responses=2)
     other = Terms(sampling={**recorded.sampling, "rollout.top_p": 0.9}, grading={"reward.wrong": 0.0})
     hotter = Terms(sampling={**other.sampling, "rollout.temperature": 0.6}, grading=recorded.grading)
     with LedgerReader(file) as reader:
-        assert check_replay(reader, recorded) == ""
-        assert check_replay(reader, other) == "rollout.top_p: 1.0 there, 0.9 here; reward.wrong: -1.0 there, 0.0 here"
-        with pytest.raises(RolloutError, match=r"\(rollout.temperature: 1.0 there, 0.6 here\); .*replay_from"):
-            check_replay(reader, hotter)
+        assert check_replay(reader, recorded, 1, 9) == ""
+        told = check_replay(reader, other, 1, 9)
+        assert told == "steps 1 to 9: rollout.top_p: 1.0 there, 0.9 here, reward.wrong: -1.0 there, 0.0 here"
+        with pytest.raises(RolloutError, match=r"\(step 3: rollout.temperature: 1.0 there, 0.6 here\); .*replay_from"):
+            check_replay(reader, hotter, 3, 3)
+
+
+def at(temperature: float, wrong: float = -1.0, opening: str = "") -> Terms:
+    grading = {"reward.wrong": wrong} | ({OPENING: opening} if opening else {})
+    return Terms(sampling={"rollout.temperature": temperature, "rollout.stop_tokens": ("</a>",)}, grading=grading)
+
+
+def test_each_step_of_a_replay_is_judged_by_what_it_was_recorded_with(ledger, file):
+    enforce(ledger, at(1.0), step=0, num_responses=2)
+    enforce(ledger, at(1.0), step=4, num_responses=2)
+    enforce(ledger, at(0.6), step=10, num_responses=2)
+    enforce(ledger, at(0.6, wrong=0.0), step=15, num_responses=2)
+    with LedgerReader(file) as reader:
+        assert [(span.first, span.last) for span in spans(reader.fact)] == [(1, 10), (11, 15), (16, None)]
+        assert check_replay(reader, at(1.0), 1, 10) == ""
+        assert check_replay(reader, at(0.6), 11, 15) == ""
+        told = "steps 16 to 20: reward.wrong: 0.0 there, -1.0 here"
+        assert check_replay(reader, at(0.6), 11, 20) == told
+        with pytest.raises(RolloutError, match=r"settings \(steps 1 to 10: rollout.temperature: 1.0 there, 0.6 here\)"):
+            check_replay(reader, at(0.6), 1, 10)
+        with pytest.raises(
+            RolloutError, match=r"\(steps 11 to 15: [^;]*; step 16: [^;]*1.0 here\); .*apart \(sch.*first"
+        ):
+            check_replay(reader, at(1.0), 8, 16)
+
+
+def test_steps_that_a_resume_takes_back_are_of_its_terms(ledger, file):
+    """Steps 9 and 10 were trained at 1.0 before the kill, and are drawn anew at 0.6; then all is taken back again."""
+    enforce(ledger, at(1.0), step=0, num_responses=2)
+    enforce(ledger, at(0.6), step=8, num_responses=2)
+    with LedgerReader(file) as reader:
+        assert check_replay(reader, at(1.0), 1, 8) == check_replay(reader, at(0.6), 9, 20) == ""
+        with pytest.raises(RolloutError, match=r"\(step 9: rollout.temperature: 0.6 there"):
+            check_replay(reader, at(1.0), 1, 9)
+    enforce(ledger, at(1.0), step=4, num_responses=2)
+    with LedgerReader(file) as reader:
+        assert check_replay(reader, at(1.0), 1, 20) == ""
+    enforce(ledger, at(0.6), step=0, num_responses=2)
+    with LedgerReader(file) as reader:
+        assert check_replay(reader, at(0.6), 1, 20) == ""
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_an_old_ledger_is_judged_by_its_newest_terms(tmp_path, resumed):
+    """One that was written before terms were kept by step, as it is and when its run has gone on."""
+    with Ledger(tmp_path / "old.sqlite") as old:
+        for name, values in (("sampling", at(0.6).sampling), ("grading", at(0.6).grading)):
+            old.set_fact(name, json.dumps(values))
+        if resumed:
+            enforce(old, at(1.0), step=10, num_responses=2)
+    with LedgerReader(tmp_path / "old.sqlite") as reader:
+        assert check_replay(reader, at(0.6), 1, 10) == ""
+        with pytest.raises(RolloutError, match=r"\(steps 1 to 10: rollout.temperature: 0.6 there, 1.0 here\)"):
+            check_replay(reader, at(1.0), 1, 20 if resumed else 10)
+
+
+def test_what_the_chat_template_opened_goes_by_step(ledger, file):
+    enforce(ledger, at(1.0), step=0, num_responses=2)
+    enforce(ledger, at(1.0, opening="<think>"), step=2, num_responses=2)
+    with LedgerReader(file) as reader:
+        opening = recorded_opening(reader)
+    assert [opening(step) for step in (1, 2, 3, 9, None)] == ["", "", "<think>", "<think>", "<think>"]
+
+
+def test_tokens_of_a_run_that_trained_on_nothing_are_of_one_version(ledger, file, advance):
+    advance(ledger, "a", "committed", version=3, step=4)
+    with LedgerReader(file) as reader:
+        [as_recorded] = replay_step(reader, 4, normalize_std=True)
+        [of_first] = replay_step(reader, 4, normalize_std=True, version=0)
+    assert [r.policy_versions for r in as_recorded.group.rollouts] == [((3, 4),), ((3, 5),)]
+    assert [r.policy_versions for r in of_first.group.rollouts] == [((0, 4),), ((0, 5),)]
+    assert of_first.advantages.tolist() == as_recorded.advantages.tolist()

@@ -12,10 +12,10 @@ from megatron_klear.errors import CheckpointError
 from megatron_klear.rollout.ledger import Ledger, LedgerPosition, LedgerReader, Terms, position, reconcile
 
 
-def resume(ledger, step, stored, *, identity="same", prompts=None, terms=None, num_responses=2):
+def resume(ledger, step, stored, *, identity="same", prompts=None, terms=None, num_responses=2, rollout_only=False):
     return reconcile(
         ledger, step, stored, identity=identity, prompts=prompts or {}, num_responses=num_responses,
-        terms=terms or Terms(),
+        terms=terms or Terms(), rollout_only=rollout_only,
     )  # fmt: skip
 
 
@@ -105,6 +105,16 @@ def test_without_a_checkpoint_groups_are_kept_for_the_same_weights_only(ledger, 
     found = resume(ledger, 0, None, identity="other weights")
     assert found.continuing == 0
     assert ledger.states() == {}
+
+
+def test_a_checkpoint_says_nothing_of_the_first_weights(ledger, advance):
+    """What the run was started from may have gone on since; without the checkpoint it is the first weights again."""
+    resume(ledger, 0, None, identity="older")
+    advance(ledger, "a", "trained", version=0, step=1)
+    resume(ledger, 1, position(ledger, 1), identity="newer, and not read")
+    assert ledger.fact("identity") == "older"
+    assert resume(ledger, 0, None, identity="newer").continuing == 0
+    assert (ledger.states(), ledger.fact("identity")) == ({}, "newer")
 
 
 def test_rolled_back_groups_without_tokens_are_drawn_again(ledger, advance):
@@ -237,3 +247,25 @@ def test_steps_that_were_generated_with_no_training_keep_their_responses(ledger,
     assert found.redrawn == 3
     [kept] = ledger.load([in_flight["committed"]])
     assert (kept.state, kept.step, kept.num_responses, len(kept.grades)) == ("committed", 2, 2, 2)
+
+
+def test_steps_that_were_only_recorded_are_not_lost_in_silence(ledger, file, tmp_path, advance, make_prompt):
+    """With `scheduling.rollout_only` a step that the ledger has not got is nowhere, and nothing would draw it again."""
+    for step in (1, 2):
+        advance(ledger, f"step {step}", "committed", version=step - 1, step=step)
+    ledger.connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    (tmp_path / "old").mkdir()
+    shutil.copy(file, tmp_path / "old" / file.name)
+    advance(ledger, "step 3", "committed", version=2, step=3)
+    place = position(ledger, 3)
+    how = {"prompts": {f"step {i}": make_prompt(f"step {i}") for i in (1, 2, 3)}, "rollout_only": True}
+    assert resume(ledger, 3, place, **how).restored == 0
+    assert (ledger.of_step(3), ledger.fact("rollout_only")) == ([3], "true")
+    for name, told in (("new", "lacks 3 of the 3 steps .* step 1;"), ("old", "lacks 1 of the 3 steps .* step 3;")):
+        (tmp_path / name).mkdir(exist_ok=True)
+        for _ in range(2):  # a start that was refused does not have the next one go on
+            with (
+                Ledger(tmp_path / name / file.name) as other,
+                pytest.raises(CheckpointError, match=f"{told} put back the ledger .* another run.dir"),
+            ):
+                resume(other, 3, place, **how)
