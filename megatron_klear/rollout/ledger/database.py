@@ -187,7 +187,7 @@ def _explained(error: sqlite3.Error) -> str:
     if name.startswith(("SQLITE_CORRUPT", "SQLITE_NOTADB")) or type(error) is sqlite3.DatabaseError:
         return (
             f"the ledger is damaged ({text}). Move it aside together with its -wal and -shm files and start again: "
-            "the newest checkpoint knows which prompts were in flight, and their responses are drawn anew (but steps of "
+            "the newest checkpoint knows which prompts were in flight, and their responses are drawn anew (steps of "
             "scheduling.rollout_only are in the ledger alone)"
         )
     if name.startswith(("SQLITE_BUSY", "SQLITE_LOCKED")):
