@@ -74,7 +74,7 @@ def find_problems(
         inputs: whether the files and directories that settings name must be there, and fit; a plan needs none.
         ranks_per_machine: None for what torchrun says of this one.
     """
-    problems = Problems(broken=broken)
+    problems, has_weights = Problems(broken=broken), settings.model.hf_dir is not None
     if not inputs:
         settings = dataclasses.replace(settings, model=without_absent_weights(settings.model))
     architecture = _architecture(settings, problems)
@@ -92,7 +92,7 @@ def find_problems(
     if entry == "rl":
         _check_scheduling(settings, problems)
     if settings.rollout.engine == "sglang" and settings.needs_engine(entry):
-        check_serving(settings, architecture, problems)
+        check_serving(settings, architecture, problems, has_weights=has_weights)
         check_least(settings, entry, world_size, problems, ranks_per_machine=ranks_per_machine)
         check_placement(settings, entry, world_size, problems, ranks_per_machine=ranks_per_machine)
     if inputs:

@@ -15,8 +15,17 @@ if TYPE_CHECKING:
     from megatron_klear.config.schema import Entry, Settings
 
 
-def check_serving(settings: Settings, architecture: Architecture | None, problems: Problems) -> None:
-    """Check that SGLang can be started or reached, and that a publish can be proved as it is asked for."""
+def check_serving(
+    settings: Settings, architecture: Architecture | None, problems: Problems, *, has_weights: bool
+) -> None:
+    """Check that SGLang can be started or reached, and that a publish can be proved as it is asked for.
+
+    Args:
+        settings: values that are valid one by one.
+        architecture: of the model; None where that is not known.
+        problems: gets what is found.
+        has_weights: whether `model.hf_dir` is set, be it here or elsewhere.
+    """
     sglang, verify = settings.sglang, settings.weight_sync.verify
     for url in sglang.urls:
         if not is_server_url(url):
@@ -55,7 +64,7 @@ def check_serving(settings: Settings, architecture: Architecture | None, problem
             "trainer's; set logprobs or checksum_or_logprobs",
             "sglang.quantization",
         )
-    if sglang.quantization != "none" and not sglang.urls and settings.model.hf_dir is None:
+    if sglang.quantization != "none" and not sglang.urls and not has_weights:
         text = f"got {sglang.quantization}, and servers that quantise start from weights of the model: set model.hf_dir"
         problems.add("sglang.quantization", text, "model.hf_dir")
     pause = settings.weight_sync.pause_mode

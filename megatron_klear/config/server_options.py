@@ -8,6 +8,10 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from megatron_klear.config.schema import Entry, Settings
 
+ONLINE_FP8 = "flash_rl"
+"""SGLang's load format (0.5.23, `model_loader/loader.py`) by which a server that quantises takes unquantised weights
+again: with any other its weights have lost what loads them."""
+
 CONTEXT_MARGIN = 8
 """Tokens of its context that SGLang does not fill: it refuses or cuts short what comes closer (6 in 0.5.23)."""
 
@@ -35,7 +39,7 @@ def server_options(settings: Settings, entry: Entry) -> list[str]:
     if sglang.deterministic:
         options.append("--enable-deterministic-inference")
     if sglang.quantization != "none":
-        options += ["--quantization", sglang.quantization]
+        options += ["--quantization", sglang.quantization, "--load-format", ONLINE_FP8]
     yarn = settings.yarn.in_servers(arch, entry)
     if yarn is not None:
         laid_over = json.dumps({"rope_scaling": yarn.hf_scaling()}, separators=(",", ":"))

@@ -55,7 +55,11 @@ class StopRequest:
             raise KeyboardInterrupt
         if not self.received and os.environ.get("RANK", "0") == "0":
             # Not print: the signal may have come in the middle of one.
-            os.write(2, b"asked to stop: saving after this step, then leaving (Ctrl-C: at once, without saving)\n")
+            os.write(
+                2,
+                b"asked to stop: saving after this step, whose responses are not waited for, then leaving (Ctrl-C: at "
+                b"once, without saving)\n",
+            )
         self.received = True
 
 

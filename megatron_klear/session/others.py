@@ -42,15 +42,19 @@ class ServersOfOthers:
 
         `wait_ready` then waits until somebody has ended it.
         """
-        where = urlsplit(self._urls[index])
         request = self._request(index)
-        if request is None or not _listens(where.hostname or "", where.port or 0):
+        if request is None or not self.is_there(index):
             return
         try:
             request.parent.mkdir(parents=True, exist_ok=True)
             request.touch()
         except OSError as error:
             log.warning("%s: cannot be asked to end (sglang.restart_requests): %s", self._urls[index], error)
+
+    def is_there(self, index: int) -> bool:
+        """Whether a process listens at its URL: one that has ended, or still loads its model, does not."""
+        where = urlsplit(self._urls[index])
+        return _listens(where.hostname or "", where.port or 0)
 
     def start(self, index: int) -> None:
         """Nothing: it is not ours to start."""

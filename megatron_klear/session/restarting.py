@@ -22,6 +22,8 @@ from megatron_klear.weight_sync import EngineGroup
 log = logging.getLogger(__name__)
 
 _WAKE_SECONDS = 0.2
+_REST = 9.0
+"""So many times as long as a try took that failed nobody waits for the next one, while other servers work."""
 
 BringUp = Callable[[ConnectedEngine, Callable[[], None]], None]
 """Loads the current weights into a fresh engine and proves them; calls its second argument while it waits."""
@@ -55,6 +57,7 @@ class EngineRestarts:
         self._publishing = threading.Lock()
         self._one_at_a_time = [threading.Lock() for _ in engine.engines]
         self._ends: dict[int, str] = {}
+        self._next_try: dict[int, float] = {}
         self._closed, self._is_ending = threading.Event(), threading.Event()
         # Threads of its own: a server takes minutes to start, and the manager's threads write the ledger meanwhile.
         self._threads = ThreadPoolExecutor(len(engine.engines), thread_name_prefix="restart")
@@ -103,6 +106,15 @@ class EngineRestarts:
         del self._numbers[id(endpoint)]
         return self._endpoint(index)
 
+    def may_come_back(self, index: int) -> bool:
+        """Whether to try `restart_here` while other servers work, which wait for it meanwhile.
+
+        Not of a server of others that is not there, nor soon after a try that failed: such tries take a tenth of the
+        time at most.
+        """
+        is_there = not isinstance(self._fleet, ServersOfOthers) or self._fleet.is_there(index)
+        return is_there and time.monotonic() >= self._next_try.get(index, 0.0)
+
     def restart_here(self, index: int, why: str, waiting: Callable[[], None], seconds: float) -> None:
         """Start a lost server anew in this thread, where nobody else restarts or publishes.
 
@@ -115,7 +127,8 @@ class EngineRestarts:
         Raises:
             KlearError: it does not start in time, or cannot be given the weights of the last publish.
         """
-        name, deadline = self._engine.engines[index].endpoint.name, time.monotonic() + seconds
+        name, began = self._engine.engines[index].endpoint.name, time.monotonic()
+        deadline = began + seconds
 
         def wait() -> None:
             waiting()
@@ -132,6 +145,8 @@ class EngineRestarts:
             self._fleet.wait_ready(index, wait)
             fresh = self._joined(index, self._engine.connect(index, self._fleet.url(index)), wait)
         except BaseException as error:
+            if isinstance(error, KlearError):
+                self._next_try[index] = time.monotonic() + _REST * (time.monotonic() - began)
             if isinstance(self._fleet, ServersOfOthers):
                 raise
             # It serves nobody, and holds memory that may be the trainer's from now on, as when the run is to stop.
@@ -142,6 +157,7 @@ class EngineRestarts:
             raise RolloutError(
                 f"{name} cannot be brought back: {error}" + (f"; it {ended}" if ended else "")
             ) from error
+        self._next_try.pop(index, None)
         log.info("%s is back with the current weights", fresh.endpoint.name)
 
     def note_end(self, index: int, how: str) -> None:

@@ -354,7 +354,10 @@ class ServedEngine:
         assert self._restarts is not None
         alive = set(self._engine.answering(self.policy_version))
         working, failure = alive - self._engine.hanging, None
-        for index in sorted(set(range(len(self._engine.engines))) - working):
+        lost = set(range(len(self._engine.engines))) - working
+        for index in sorted(lost, key=lambda index: (index not in alive, index)):  # who answers is there sooner
+            if working and not self._restarts.may_come_back(index):
+                continue
             why = "brings no tokens" if index in alive else "does not answer"
             try:
                 self._restarts.restart_here(index, why, waiting, self.session.settings.sglang.start_seconds)

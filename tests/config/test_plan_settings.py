@@ -26,3 +26,12 @@ def test_a_plan_needs_no_files_but_every_other_problem_is_told(config_file):
         judge_plan(config_file, ["parallel.tp=0"], entry="sft", world_size=4)
     with pytest.raises(ConfigError, match=r"model\.preset: no architecture"):
         judge_plan(config_file, ["model.preset=null", "model.hf_dir=/nowhere/8b"], entry="sft", world_size=4)
+
+
+def test_servers_that_quantise_are_planned_with_weights_that_are_elsewhere(config_file):
+    served = ["rollout.engine=sglang", "sglang.quantization=fp8", "weight_sync.verify=logprobs", "run.device=auto"]
+    _, problems = judge_plan(config_file, [*served, "model.hf_dir=/nowhere/8b"], entry="rl", world_size=1)
+    assert problems == []
+    _, (problem,) = judge_plan(config_file, served, entry="rl", world_size=1)
+    assert problem.startswith("sglang.quantization: got fp8")
+    assert "set model.hf_dir" in problem

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from megatron_klear.config import Settings
 from megatron_klear.config.outlook import outlook
+from megatron_klear.rollout.sglang.updatable import update_problems
 
 Load = Callable[..., Settings]
 SERVED = ("rollout.engine=sglang", "sglang.urls=[http://10.0.0.1:30000]")
@@ -29,6 +30,14 @@ def test_a_server_gets_the_longest_sequence_and_the_runs_data_type(load: Load) -
     deterministic = options(load(*SERVED, "sglang.deterministic=true", "sglang.dtype=float32"))
     assert deterministic[-1] == "--enable-deterministic-inference"
     assert deterministic[deterministic.index("--dtype") + 1] == "float32"
+
+
+def test_a_server_that_quantises_can_be_sent_weights(load: Load) -> None:
+    found = options(load(*SERVED, "sglang.quantization=fp8", "weight_sync.verify=logprobs"))
+    told = {"quantization": found[found.index("--quantization") + 1]}
+    told["load_format"] = found[found.index("--load-format") + 1]
+    assert told["quantization"] == "fp8"
+    assert update_problems(told, "logprobs") == []
 
 
 def test_a_server_has_the_rotary_embedding_of_the_run(load: Load) -> None:

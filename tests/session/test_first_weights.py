@@ -60,7 +60,12 @@ def test_other_files_in_the_directory_of_the_model(tmp_path: Path, names: list[s
     (tmp_path / "README.md").touch()
     assert identity(tmp_path, model=model) == first
     os.utime(tmp_path / names[-1], ns=(5, 5))
-    touched = identity(tmp_path, model=model)
-    (tmp_path / names[-1]).write_bytes(b"others")
-    os.utime(tmp_path / names[-1], ns=(5, 5))
-    assert len({first, touched, identity(tmp_path, model=model)}) == 3
+    assert identity(tmp_path, model=model) == first, "as where each job copies the weights to its node"
+    (tmp_path / names[-1]).write_bytes(b"weighty")
+    other = identity(tmp_path, model=model)
+    large = bytearray(3_000_000)
+    (tmp_path / names[-1]).write_bytes(large)
+    zeros = identity(tmp_path, model=model)
+    large[1_500_000:1_600_000] = b"x" * 100_000
+    (tmp_path / names[-1]).write_bytes(large)
+    assert len({first, other, zeros, identity(tmp_path, model=model)}) == 4

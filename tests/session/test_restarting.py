@@ -141,19 +141,26 @@ def test_a_server_that_is_no_longer_waited_for_is_ended_where_it_is_ours(
 
 
 @pytest.mark.parametrize(
-    ("alive", "hanging", "failing", "asked", "error"),
+    ("alive", "hanging", "failing", "resting", "asked", "error"),
     [
-        ({0, 1}, set(), set(), [], None),
-        ({0, 1}, {1}, set(), [(1, "brings no tokens")], None),
-        ({1}, set(), {0}, [(0, "does not answer")], None),
-        ({0, 1}, {0, 1}, {0}, [(0, "brings no tokens"), (1, "brings no tokens")], None),
-        (set(), set(), {0, 1}, [(0, "does not answer"), (1, "does not answer")], "server 0 stays away"),
+        ({0, 1}, set(), set(), set(), [], None),
+        ({0, 1}, {1}, set(), set(), [(1, "brings no tokens")], None),
+        ({1}, set(), {0}, set(), [(0, "does not answer")], None),
+        ({1}, set(), set(), {0}, [], None),
+        ({0, 1}, {0, 1}, {0}, {0, 1}, [(0, "brings no tokens"), (1, "brings no tokens")], None),
+        ({1}, {1}, set(), {0}, [(1, "brings no tokens")], None),
+        (set(), set(), {0, 1}, {0}, [(0, "does not answer"), (1, "does not answer")], "server 0 stays away"),
     ],
 )
 def test_without_the_manager_lost_servers_are_brought_back_as_far_as_they_come(
-    alive: set[int], hanging: set[int], failing: set[int], asked: list[tuple[int, str]], error: str | None
+    alive: set[int],
+    hanging: set[int],
+    failing: set[int],
+    resting: set[int],
+    asked: list[tuple[int, str]],
+    error: str | None,
 ) -> None:
-    """One that does not come back, as where nobody starts it, ends nothing while another works."""
+    """One that does not come back, as where nobody starts it, ends nothing while another works, nor is waited for."""
     tried: list[tuple[int, str]] = []
 
     def restart_here(index: int, why: str, waiting: Callable[[], None], seconds: float) -> None:
@@ -164,13 +171,50 @@ def test_without_the_manager_lost_servers_are_brought_back_as_far_as_they_come(
     served: Any = SimpleNamespace(
         _brings_back=True,
         _engine=SimpleNamespace(engines=("a", "b"), answering=lambda version: sorted(alive), hanging=hanging),
-        _restarts=SimpleNamespace(restart_here=restart_here),
+        _restarts=SimpleNamespace(restart_here=restart_here, may_come_back=lambda index: index not in resting),
         policy_version=3,
         session=SimpleNamespace(settings=SimpleNamespace(sglang=SimpleNamespace(start_seconds=30.0))),
     )
     with pytest.raises(RolloutError, match=error) if error else contextlib.nullcontext():
         ServedEngine._bring_back_lost(served, lambda: None)
     assert tried == asked
+
+
+def test_a_try_that_failed_is_not_made_again_soon(stand_in: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While others work, which wait for it meanwhile; one that is back is as any."""
+    now = 1000.0
+    monkeypatch.setattr("megatron_klear.session.restarting.time", SimpleNamespace(monotonic=lambda: now))
+    restarts, _ = restarts_of(stand_in, lambda engine, waiting: None)
+
+    def wait_ready(index: int, waiting: Callable[[], None]) -> None:
+        nonlocal now
+        now += 30.0
+        if len(stand_in.done) < 4:
+            raise RolloutError("it does not start")
+
+    monkeypatch.setattr(stand_in, "wait_ready", wait_ready)
+    assert restarts.may_come_back(1)
+    with pytest.raises(RolloutError, match="does not start"):
+        restarts.restart_here(1, "does not answer", lambda: None, 300.0)
+    found = {}
+    for later in (1.0, 269.0, 271.0):
+        now = 1030.0 + later
+        found[later] = restarts.may_come_back(1)
+    assert found == {1.0: False, 269.0: False, 271.0: True}
+    restarts.restart_here(1, "does not answer", lambda: None, 300.0)
+    assert restarts.may_come_back(1)
+    restarts.close()
+
+
+def test_a_server_of_others_is_tried_only_where_a_process_listens(stand_in: StandIn) -> None:
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        listening.listen()
+        urls = [f"http://127.0.0.1:{listening.getsockname()[1]}", "http://127.0.0.1:9"]
+        group = EngineGroup([engine.caller for engine in stand_in.engines], 5.0)
+        made = EngineRestarts(ServersOfOthers(urls), stand_in, group, lambda engine, waiting: None)  # type: ignore[arg-type]
+        assert [made.may_come_back(index) for index in (0, 1)] == [True, False]
+        made.close()
 
 
 KILLED = "ended with status 137; the end of logs/engine_1.log:\nloading"

@@ -8,10 +8,9 @@ from pathlib import Path
 
 import torch
 
-from megatron_klear.config.server_options import CONTEXT_MARGIN
+from megatron_klear.config.server_options import CONTEXT_MARGIN, ONLINE_FP8
 from megatron_klear.config.serving import SglangSettings
 from megatron_klear.errors import ConfigError
-from megatron_klear.rollout.sglang.updatable import ONLINE_FP8
 
 CPU_ARGUMENTS = ("--device", "cpu", "--attention-backend", "torch_native")
 CPU_PLUGIN, CPU_PLUGIN_NAME = Path(__file__).with_name("cpu_plugin"), "klear_repeatable"

@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-ONLINE_FP8 = "flash_rl"
-"""SGLang's load format (0.5.23, `model_loader/loader.py`) by which a server that quantises takes unquantised weights
-again: with any other its weights have lost what loads them."""
+from megatron_klear.config.server_options import ONLINE_FP8
 
 
 def update_problems(server: Mapping[str, Any], verify: str) -> list[str]:
