@@ -1,4 +1,4 @@
-"""A real Slurm of two nodes on this machine, and jobs on it; skipped, saying why, where its packages cannot be had."""
+"""A real Slurm of a few nodes on this machine, and jobs on it; skipped, saying why, without its packages."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -76,10 +77,10 @@ class Job:
 
 
 class Slurm:
-    """The cluster of this test session."""
+    """A running cluster."""
 
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
+    def __init__(self, directory: Path, nodes: int) -> None:
+        self.directory, self.nodes = directory, nodes
         self.environment = {
             **{name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "SBATCH", "KLEAR"))},
             "SLURM_CONF": str(directory / "slurm.conf"),
@@ -107,13 +108,20 @@ class Slurm:
         return Job(self, number, folder / f"slurm-{number}.out")
 
     def preempt(self) -> Job:
-        """A short job that needs both nodes and may take them from other jobs."""
-        options = ["--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 1"]
+        """A short job that needs all nodes and may take them from other jobs."""
+        options = ["--partition=urgent", f"--nodes={self.nodes}", "--exclusive", "--output=/dev/null", "--wrap=sleep 1"]
         return Job(self, self.call("sbatch", "--parsable", *options).strip(), Path("/dev/null"))
 
 
 @pytest.fixture(scope="session")
 def slurm() -> Iterator[Slurm]:
+    with cluster(2) as made:
+        yield made
+
+
+@contextmanager
+def cluster(nodes: int) -> Iterator[Slurm]:
+    """A Slurm of so many nodes, all at this machine's address."""
     missing = subprocess.run(
         ["bash", str(CLUSTER), "missing"], check=True, capture_output=True, text=True
     ).stdout.split()
@@ -122,8 +130,8 @@ def slurm() -> Iterator[Slurm]:
     # pytest's own folders are closed to others, which munge refuses.
     directory = Path(tempfile.mkdtemp(prefix="klear_slurm_"))
     try:
-        subprocess.run(["bash", str(CLUSTER), "start", str(directory)], check=True, timeout=60)
-        yield Slurm(directory)
+        subprocess.run(["bash", str(CLUSTER), "start", str(directory), str(nodes)], check=True, timeout=60)
+        yield Slurm(directory, nodes)
     finally:
         subprocess.run(["bash", str(CLUSTER), "stop", str(directory)], check=True, timeout=90)
         shutil.rmtree(directory)

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.slurm.conftest import cluster
+
 TRAINER = """#!/bin/bash
 # As python in the trainer's environment: the settings check, then torchrun, which asks both engines for a page.
 case " $* " in
@@ -76,22 +78,20 @@ def two_free_ports() -> int:
 
 
 def submit(slurm, tmp_path: Path, port: int, **variables: str):
-    """A job of one trainer node and one node of two engines."""
-    return slurm.submit(
-        "gppo.slurm",
-        ["config.yaml", "rl.steps=3"],
-        tmp_path,
-        ["--nodes=2"],
-        KLEAR_VENV=stand_in(tmp_path / "trainer", TRAINER),
-        KLEAR_SGLANG_VENV=stand_in(tmp_path / "sglang", ENGINE),
-        KLEAR_ENGINE_NODES="1",
-        KLEAR_ENGINES_PER_NODE="2",
-        KLEAR_ENGINE_PORT=str(port),
-        CALLS=str(tmp_path / "calls"),
-        RUN=str(tmp_path / "run"),
-        PYTHON=sys.executable,
+    """A job of one trainer node and one node of two engines, or what the variables say."""
+    named = {
+        "KLEAR_VENV": stand_in(tmp_path / "trainer", TRAINER),
+        "KLEAR_SGLANG_VENV": stand_in(tmp_path / "sglang", ENGINE),
+        "KLEAR_ENGINE_NODES": "1",
+        "KLEAR_ENGINES_PER_NODE": "2",
+        "KLEAR_ENGINE_PORT": str(port),
+        "CALLS": str(tmp_path / "calls"),
+        "RUN": str(tmp_path / "run"),
+        "PYTHON": sys.executable,
         **variables,
-    )
+    }
+    nodes = 1 + int(named["KLEAR_ENGINE_NODES"])
+    return slurm.submit("gppo.slurm", ["config.yaml", "rl.steps=3"], tmp_path, [f"--nodes={nodes}"], **named)
 
 
 def started(tmp_path: Path) -> list[int]:
@@ -211,6 +211,29 @@ def test_a_job_with_engines_that_is_stopped_comes_back_with_engines(slurm, tmp_p
     for attempt in (0, 1):
         log = (tmp_path / "run" / "logs" / f"engines-{job.number}-{attempt}.log").read_text()
         assert "GET / HTTP" in log, "its own attempt's engines answered"
+
+
+def test_a_preemption_after_one_of_two_engine_nodes_has_given_up_is_no_failure(tmp_path):
+    """All nodes have one address, so that one of the two finds the port taken; the other serves until Slurm ends it."""
+    port = two_free_ports()
+    (tmp_path / "calls.failed").mkdir()
+    (tmp_path / "stops.py").write_text(STOPS)
+    two_nodes = {"KLEAR_ENGINE_NODES": "2", "KLEAR_ENGINES_PER_NODE": "1", "KLEAR_ENGINE_RESTARTS": "0"}
+    with cluster(3) as slurm:
+        job = submit(slurm, tmp_path, port, STOPS=str(tmp_path / "stops.py"), **two_nodes)
+        job.until(lambda _: (tmp_path / "calls.working").exists())
+        log = tmp_path / "run" / "logs" / f"engines-{job.number}-0.log"
+        job.until(lambda _: re.search(f"port {port} is in use|; 0 restarts left", log.read_text()) is not None)
+        with preempted_by_sigterm(job):
+            job.until(lambda f: f["Restarts"] == "1" and f["JobState"] == "PENDING")
+            told = job.output.read_text()
+            assert "stopped and saved; requeued to go on" in told
+            assert "Slurm told the engines to end" in told
+            assert "gave up" not in told
+            job.restarted()
+        fields = job.ended()
+        assert (fields["JobState"], fields["ExitCode"], fields["Restarts"]) == ("COMPLETED", "0:0", "1"), job.story()
+    assert_nobody_serves(port, started(tmp_path))
 
 
 def test_a_preemption_during_the_check_is_not_a_failure(slurm, tmp_path):
