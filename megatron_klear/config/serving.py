@@ -70,8 +70,8 @@ class SglangSettings:
     """Data type of weights and computation in started servers; auto takes `model.dtype`."""
 
     quantization: Literal["none", "fp8"] = "none"
-    """fp8 has started servers quantise the weights they are sent; their checksums are then no longer the trainer's. They
-    start from those of `model.hf_dir`."""
+    """fp8 has started servers quantise the weights they are sent; their checksums are then no longer the trainer's.
+    They start from those of `model.hf_dir`."""
 
     deterministic: bool = False
     """Draw each token by its position and its response's seed: SGLang's deterministic inference, slower. The seed is
@@ -95,8 +95,8 @@ class SglangSettings:
     idle_seconds: Seconds = 600.0
     """How long a response may go without a new token before it is given up. It may be waiting for its turn while its
     server brings tokens for others: then ten times as long; and until a server's first token of all, while it may be
-    compiling, `sglang.start_seconds` count. There is no limit on its whole time. Where no rollout manager runs, a server
-    that brings nobody a token for so long is started anew."""
+    compiling, `sglang.start_seconds` count. There is no limit on its whole time. Where no rollout manager runs, a
+    server that brings nobody a token for so long is started anew."""
 
     retries: Annotated[int, Unit("retries"), NonNegative] = 3
     """How often a response is asked for again after a failure that may pass, on another server where there is one."""
