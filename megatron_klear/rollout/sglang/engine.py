@@ -134,7 +134,7 @@ class EndpointPool:
                 try:
                     async with self._slots[place]:
                         if place in self.hanging and not self._all_hang():
-                            place = self._moved(place)  # it waited for its turn there: rather there than for ever
+                            place = self._moved(place)  # it waited for a slot of one that hangs meanwhile
                             continue
                         part = await self.endpoints[place].generate(request, progress.counter(key, done))
                     if part.finish_reason == "abort" and not len(part.token_ids):
